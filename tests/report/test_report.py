@@ -27,7 +27,7 @@ from repro.report.page.sides import side_by_side
 from repro.report.pictures.waits import draw_waits
 from repro.store.text import escape_control_characters, shorten_rank_lists
 from repro.verdict.partial.diagnosis import Diagnosis
-from repro.verdict.partial.scene import Scene as PartialScene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.result import Wait
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,7 +213,7 @@ def test_a_box_shows_the_end_of_a_long_lock_name(tmp_path):
 def test_the_page_of_a_diagnosis_shows_hostile_strings_and_they_do_nothing():
     names = ("summary", "evidence", "refutes", "notes", "collect")
     diagnosis = Diagnosis("deadlock", "extra", (0,), **{name: (f"{name} {HOSTILE}",) for name in names})
-    text = diagnosis_page(diagnosis, Evidence([], files=[HOSTILE], not_understood=[HOSTILE]), PartialScene())
+    text = diagnosis_page(diagnosis, Evidence([], files=[HOSTILE], not_understood=[HOSTILE]), JobRecords())
     page = Page(text)
     assert "\x1b" not in text and "\u2066" not in text, "no control character"
     assert not [tag for tag, _ in page.elements if tag in ("img", "script")]

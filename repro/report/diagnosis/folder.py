@@ -15,7 +15,7 @@ from repro.store.run_dir import write_atomically, write_json
 from repro.store.schema import to_json
 from repro.store.text import escape_lines
 from repro.verdict.partial import Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.result import Verdict
 from repro.watch.document import describe
 
@@ -33,23 +33,21 @@ def write(
     closing: the last line of ISSUE.md
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scene = Scene.of(evidence.records)
-    size = max([scene.world_size() or 1, *(rank + 1 for rank in scene.ranks())])
+    job = JobRecords.of(evidence.records)
+    size = max([job.world_size() or 1, *(rank + 1 for rank in job.ranks())])
     again = Command("judge the records in this folder again", AGAIN)
     described = RunDescription(TITLE, min(size, MAX_RANKS), quiet_window_s=1.0, deadline_s=1.0, commands=(again,))
     saved.save(folder, evidence)
     write_json(folder / "run.json", described.to_mapping())
     write_json(folder / "verdict.json", document(diagnosis, evidence))
     write_page(folder, diagnosis, evidence)
-    text = issue(
-        diagnosis.headline(), diagnosis, evidence, scene, {name: one.headline() for name, one in alone.items()}
-    )
+    text = issue(diagnosis.headline(), diagnosis, evidence, job, {name: one.headline() for name, one in alone.items()})
     write_atomically(folder / "ISSUE.md", escape_lines(f"{text}\n\n{closing}") + "\n")
 
 
 def write_page(folder: Path, diagnosis: Diagnosis, evidence: Evidence) -> Path:
     """Write report.html and return its path. Raises OSError."""
-    write_atomically(folder / "report.html", page(diagnosis, evidence, Scene.of(evidence.records)))
+    write_atomically(folder / "report.html", page(diagnosis, evidence, JobRecords.of(evidence.records)))
     return folder / "report.html"
 
 

@@ -8,13 +8,13 @@ from repro.ingest.read import Evidence
 from repro.report.diagnosis import stack_tree
 from repro.trace.foreign.records import RecorderDump, Stack
 from repro.verdict.partial.diagnosis import Diagnosis
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.notes import known_bad, versions_of
-from repro.verdict.partial.scene import Scene
 
 MAX_TREE, MAX_ROWS = 60, 64
 
 
-def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, scene: Scene, apart: Mapping[str, str]) -> str:
+def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, job: JobRecords, apart: Mapping[str, str]) -> str:
     """Return the bug report as Markdown.
 
     `apart`: path -> headline of that path's own diagnosis, for a table of runs.
@@ -25,11 +25,11 @@ def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, scene: Scene,
     lines += _listed("What is missing", diagnosis.collect)
     lines += _listed("Notes", diagnosis.notes)
     lines += _runs(apart)
-    lines += _tree(scene)
-    lines += _counters(scene)
+    lines += _tree(job)
+    lines += _counters(job)
     lines += ["## Versions", ""]
-    versions = [f"NCCL {version}" for version in versions_of(scene)]
-    lines += [f"- {text}" for text in (*versions, *known_bad(scene))] or ["- No file names a version of NCCL."]
+    versions = [f"NCCL {version}" for version in versions_of(job)]
+    lines += [f"- {text}" for text in (*versions, *known_bad(job))] or ["- No file names a version of NCCL."]
     lines += ["", "## Files", "", *(f"- `{name}`" for name in evidence.files[:MAX_ROWS])]
     if len(evidence.files) > MAX_ROWS:
         lines.append(f"- and {len(evidence.files) - MAX_ROWS} more")
@@ -47,11 +47,11 @@ def _runs(apart: Mapping[str, str]) -> list[str]:
     return ["## Each path alone", "", "| path | verdict |", "|---|---|", *rows, ""]
 
 
-def _tree(scene: Scene) -> list[str]:
+def _tree(job: JobRecords) -> list[str]:
     """Draw the stacks of the last look at all processes, and what changed since the first look."""
     roles = ("worker", "engine", "front end")  # a process without a role is listed under each role
     looks = list({
-        str(rows[0].process): rows for role in roles for rows in scene.main_stacks(role).values() if rows
+        str(rows[0].process): rows for role in roles for rows in job.main_stacks(role).values() if rows
     }.values())  # fmt: skip
     if not looks:
         return []
@@ -70,11 +70,11 @@ def _place(stack: Stack) -> tuple[str, str]:
     return stack.activity, stack.detail
 
 
-def _counters(scene: Scene) -> list[str]:
+def _counters(job: JobRecords) -> list[str]:
     """Tabulate the last operation queued and completed, for each rank and group, in the earlier and the last dump."""
     rows = []
-    for rank, dump in scene.recorders.items():
-        before = _positions(scene.earlier[rank]) if rank in scene.earlier else {}
+    for rank, dump in job.recorders.items():
+        before = _positions(job.earlier[rank]) if rank in job.earlier else {}
         rows += [
             f"| {rank} | {name} | {before.get(name, '')} | {now} |" for name, now in _positions(dump).items()
         ]  # fmt: skip

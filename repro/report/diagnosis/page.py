@@ -10,7 +10,7 @@ from repro.report import templates
 from repro.report.diagnosis import stack_tree
 from repro.verdict.classes import class_of
 from repro.verdict.partial.diagnosis import Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class TreeRow:
     closes: int
 
 
-def page(diagnosis: Diagnosis, evidence: Evidence, scene: Scene) -> str:
+def page(diagnosis: Diagnosis, evidence: Evidence, job: JobRecords) -> str:
     """Render a self-contained HTML page. The template escapes all text from the evidence."""
     roles = ("worker", "engine", "front end")
-    stacks = [looks[-1] for role in roles for looks in scene.main_stacks(role).values() if looks]
+    stacks = [looks[-1] for role in roles for looks in job.main_stacks(role).values() if looks]
     return templates.render(
         "diagnosis/diagnosis.html",
         title="Diagnosis of a job from the evidence that it left",

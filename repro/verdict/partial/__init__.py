@@ -1,6 +1,7 @@
-"""Judge evidence from other tools. It shows only part of what happened, and never a declared schedule.
+"""Judge the evidence of other tools, which shows only part of what happened, and never a declared schedule.
 
-The rules are asked in this order, from what proves most to what proves least. Each returns a `Diagnosis` or None.
+RULES lists the rules: those that prove most come first. The first rule that returns a `Diagnosis` decides; a rule that
+does not apply returns None.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from repro.trace.foreign.records import Observation
 from repro.verdict.partial.commands import with_pids
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.dumps.judge import judge_recorders
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.logs.counts import judge_counts
 from repro.verdict.partial.logs.failures import judge_failures
 from repro.verdict.partial.logs.launches import judge_launches
@@ -21,7 +23,6 @@ from repro.verdict.partial.looks.collectives import judge_waiting_ranks
 from repro.verdict.partial.looks.hosts import judge_hosts, judge_places_of_ranks
 from repro.verdict.partial.looks.locks import judge_lock_files
 from repro.verdict.partial.notes import judge_notes, with_notes
-from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.stacks.judge import judge_stacks
 from repro.verdict.partial.stacks.places import judge_places
 from repro.verdict.partial.words import ranks_of
@@ -36,19 +37,19 @@ __all__ = ["Diagnosis", "diagnose"]
 
 
 def diagnose(records: Sequence[Observation]) -> Diagnosis:
-    """Return what these records prove, with a culprit only if they prove one, and what to collect next."""
-    scene = Scene.of(records)
+    """Return what the records of a job prove, and what to collect next. A culprit is named only if it is proven."""
+    job = JobRecords.of(records)
     for rule in RULES:
-        diagnosis = rule(scene)
+        diagnosis = rule(job)
         if diagnosis is not None:
-            return with_pids(with_notes(diagnosis, scene), scene)
-    return with_pids(with_notes(_nothing_said(scene), scene), scene)
+            return with_pids(with_notes(diagnosis, job), job)
+    return with_pids(with_notes(_nothing_said(job), job), job)
 
 
-def _nothing_said(scene: Scene) -> Diagnosis:
-    if not scene.recorders:
+def _nothing_said(job: JobRecords) -> Diagnosis:
+    if not job.recorders:
         return Diagnosis.inconclusive("No line of the files says where a rank is.")
-    ranks = ranks_of(scene.recorders)
+    ranks = ranks_of(job.recorders)
     return Diagnosis.inconclusive(
         f"The dumps of {ranks} show no unfinished operation, and no file shows what the other ranks do."
     )

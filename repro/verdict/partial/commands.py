@@ -1,4 +1,4 @@
-"""Insert known process ids into the commands that a diagnosis suggests."""
+"""Insert process ids into the commands that a diagnosis suggests, such as "py-spy dump --pid PID"."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from repro.verdict.partial.diagnosis import Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 
 ANY_PROCESS = "$(pgrep -f 'VLLM::|sglang::|torchrun|megatron|python')"
 MAX_PIDS = 32
 _RANKS = re.compile(r"\branks? ([\d,-]+)")
 
 
-def with_pids(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
-    """Replace PIDS and PID in the commands of a diagnosis by the process ids of the ranks that the text names."""
-    pids = _pids(scene)
+def with_pids(diagnosis: Diagnosis, job: JobRecords) -> Diagnosis:
+    """Replace the words PID and PIDS in the commands of a diagnosis by process ids.
+
+    PID stands for the processes of the ranks that the text names, PIDS for those of all ranks.
+    """
+    pids = _pids(job)
     named = diagnosis.culprits or diagnosis.suspects
     return replace(diagnosis, collect=tuple(_filled(text, pids, named) for text in diagnosis.collect))
 
@@ -34,7 +37,7 @@ def _filled(text: str, pids: Mapping[int, Sequence[int]], named: Sequence[int]) 
 
 
 def _listed(text: str) -> list[int]:
-    """Return the ranks that a sentence of the form "stacks of ranks 2,5-7: …" names."""
+    """Return the ranks that a text names: "stacks of ranks 2,5-7: …" -> [2, 5, 6, 7]; [] if it names none."""
     match = _RANKS.search(text)
     ranks: list[int] = []
     for part in match[1].strip(",-").split(",") if match else []:
@@ -44,13 +47,13 @@ def _listed(text: str) -> list[int]:
     return ranks
 
 
-def _pids(scene: Scene) -> dict[int, list[int]]:
-    """Return rank -> ids of its processes, in the order in which records name them."""
+def _pids(job: JobRecords) -> dict[int, list[int]]:
+    """Return rank -> ids of its processes, as the records name them."""
     result: dict[int, list[int]] = {}
-    processes = [record.process for record in scene.stacks]
-    processes += [record.process for record in scene.failures]
-    processes += [record.process for record in scene.notes]
-    processes += [record.process for record in scene.process_looks]
+    processes = [record.process for record in job.stacks]
+    processes += [record.process for record in job.failures]
+    processes += [record.process for record in job.notes]
+    processes += [record.process for record in job.process_looks]
     for process in processes:
         rank, pid = process.rank, process.pid
         if rank is not None and pid is not None and pid not in result.setdefault(rank, []):

@@ -1,4 +1,4 @@
-"""The result of `diagnose`: a verdict, its reasons, what would refute it, and what to collect next."""
+"""The result of `diagnose`: a verdict, the evidence for it, what would refute it, and what to collect next."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Diagnosis:
 
     summary   where the ranks are, in sentences
     evidence  why the verdict is this one, in sentences with their sources
-    refutes   what would refute the verdict
+    refutes   what evidence would refute the verdict
     collect   what to collect next, as commands where possible; the most useful comes first
     notes     remarks on lines that are often misread, and on versions with known defects
+    waits     which ranks wait in which collective or lock for which ranks: rows of {"ranks", "waits_in", "for", …}
     """
 
     verdict: str

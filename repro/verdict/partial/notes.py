@@ -1,4 +1,4 @@
-"""Explain single lines of logs that prove little, and what people often take them for."""
+"""Explain log lines that prove little but are often misunderstood, such as heartbeats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from repro.trace.foreign.records import Note
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 
 KNOWN_BAD_NCCL = {
     "2.28.9": "NCCL 2.28.9 deadlocks on aarch64 (nccl#2353, fixed in 2.29.3).",
@@ -15,18 +15,18 @@ KNOWN_BAD_NCCL = {
 }
 
 
-_LOOKED = {"numbered": "Of the names: ", "hidden": "Not seen: ", "warning": "Of the host: ", "gpu": "Of the host: "}
-"""Kinds of notes that a look at a host leaves, and the words that introduce each."""
+_LOOKED = {"numbered": "Rank numbers: ", "hidden": "Not seen: ", "warning": "Host: ", "gpu": "Host: "}
+"""Kinds of notes that `hmr collect` writes about a host -> the words with which the diagnosis introduces them."""
 
 WAITS = ("deepep", "watchdog", "stuck", "barrier", "sizes", "network", "ras", "unreadable")
-"""Kinds of notes about a wait, or about something that could not be looked at. They never name the cause."""
+"""Kinds of notes about a wait, or about something that could not be observed. They never show the cause."""
 
 
-def judge_notes(scene: Scene) -> Diagnosis | None:
-    beats = [note for note in scene.notes if note.kind == "heartbeat"]
+def judge_notes(job: JobRecords) -> Diagnosis | None:
+    beats = [note for note in job.notes if note.kind == "heartbeat"]
     if beats:
-        return _heartbeats(scene, beats)
-    rows = [note for note in scene.notes if note.kind in WAITS]
+        return _heartbeats(job, beats)
+    rows = [note for note in job.notes if note.kind in WAITS]
     if not rows:
         return None
     lines = dict.fromkeys(f"{note.process}: {note.text} ({note.source})" for note in rows)
@@ -37,12 +37,12 @@ def judge_notes(scene: Scene) -> Diagnosis | None:
     )  # fmt: skip
 
 
-def _heartbeats(scene: Scene, beats: Sequence[Note]) -> Diagnosis:
+def _heartbeats(job: JobRecords, beats: Sequence[Note]) -> Diagnosis:
     evidence = [
         f"{len(beats)} heartbeat lines of {beats[0].process}, the first at {beats[0].source}: this line is only "
         "information; servers that start slowly or are idle print it, too"
     ]
-    if any(note.kind == "compiled" for note in scene.notes):
+    if any(note.kind == "compiled" for note in job.notes):
         evidence.append(
             "The line about torch.compile is about one rank, because the engine prints it on one rank only. It does "
             "not show what the others do."
@@ -57,25 +57,25 @@ def _heartbeats(scene: Scene, beats: Sequence[Note]) -> Diagnosis:
     )  # fmt: skip
 
 
-def with_notes(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
-    """Add notes: versions with known defects, what could not be observed, and lines that limit what others prove."""
-    notes = known_bad(scene)
-    if any(note.kind == "repeated" for note in scene.notes):
+def with_notes(diagnosis: Diagnosis, job: JobRecords) -> Diagnosis:
+    """Add notes to a diagnosis: versions with known defects, what was not observed, and why lines may be missing."""
+    notes = known_bad(job)
+    if any(note.kind == "repeated" for note in job.notes):
         notes.append("Ray drops repeated lines of logs: a rank whose line is missing here may have printed it.")
-    if any(note.kind == "stuck" for note in scene.notes):
+    if any(note.kind == "stuck" for note in job.notes):
         notes.append("A watchdog thread was itself blocked: the log of that rank may lack a time-out.")
-    seen = dict.fromkeys(f"{_LOOKED[note.kind]}{note.text}." for note in scene.notes if note.kind in _LOOKED)
+    seen = dict.fromkeys(f"{_LOOKED[note.kind]}{note.text}." for note in job.notes if note.kind in _LOOKED)
     notes += list(seen)[:6]
     return replace(diagnosis, notes=(*diagnosis.notes, *notes)) if notes else diagnosis
 
 
-def versions_of(scene: Scene) -> list[str]:
-    """Return the NCCL versions that logs and dumps name."""
-    named = {note.value for note in scene.notes if note.kind == "version"}
-    return sorted((named | {dump.library for dump in scene.recorders.values()}) - {""})
+def versions_of(job: JobRecords) -> list[str]:
+    """Return the versions of NCCL that the logs and dumps of the job name."""
+    named = {note.value for note in job.notes if note.kind == "version"}
+    return sorted((named | {dump.library for dump in job.recorders.values()}) - {""})
 
 
-def known_bad(scene: Scene) -> list[str]:
-    """Return a sentence for each of the job's NCCL versions that has a known defect."""
-    versions = versions_of(scene)
+def known_bad(job: JobRecords) -> list[str]:
+    """Return a sentence for each version of NCCL in the job that has a known defect."""
+    versions = versions_of(job)
     return [text for version, text in KNOWN_BAD_NCCL.items() if version in versions]

@@ -1,4 +1,4 @@
-"""Phrases that several rules use."""
+"""Functions that write ranks, calls and frames as text, for the sentences of a diagnosis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from repro.trace.foreign.records import Call, Group
 from repro.verdict.result import list_ranks
 
 WORKING = ("building", "compiling", "loading", "saving", "data")
-"""What a rank does (`Stack.activity`) if it makes progress, or should, while other ranks wait for it."""
+"""The activities (`Stack.activity`) of a rank that works, while other ranks may wait for it."""
 
 
 def ranks_of(ranks: Iterable[int]) -> str:

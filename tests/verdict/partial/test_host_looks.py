@@ -232,7 +232,7 @@ def test_the_child_of_a_rank_that_holds_the_lock_counts_as_the_rank():
 def test_what_was_hidden_and_that_ranks_are_numbers_stands_in_the_notes():
     notes = [Note("hidden", "no stack of rank 0: the right"), Note("numbered", "numbers of the processes")]
     diagnosis = diagnose(job(rank(0), rank(1, "runs", **RUNS), extra=notes))
-    assert diagnosis.notes == ("Not seen: no stack of rank 0: the right.", "Of the names: numbers of the processes.")
+    assert diagnosis.notes == ("Not seen: no stack of rank 0: the right.", "Rank numbers: numbers of the processes.")
 
 
 def test_ranks_of_two_hosts_with_equal_pids_are_joined():

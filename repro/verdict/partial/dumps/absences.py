@@ -1,4 +1,4 @@
-"""Judge waits without a cycle: some ranks wait in a collective that other ranks have not queued."""
+"""Judge waits in a collective that some members have not queued, if the waits form no cycle."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.waits import Wait
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import WORKING, call_in, ranks_of, verb
 
 
-def judge_absence(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge a collective in which some ranks wait and which others have not queued, if the waits form no cycle."""
+def judge_absence(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
+    """Judge waits in a collective that some members have not queued: `slow` if their stacks show that they work."""
     lacking = [wait for wait in waits if wait.missing]
     if not lacking:
         return None
@@ -19,7 +19,7 @@ def judge_absence(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     ends = sorted({rank for wait in lacking for rank in wait.missing if rank not in waiting_ranks}) or sorted(
         {r for w in lacking for r in w.missing}
     )
-    stacks = {rank: rows[-1] for rank, rows in scene.main_stacks().items()}
+    stacks = {rank: rows[-1] for rank, rows in job.main_stacks().items()}
     first = lacking[0]
     seen = [rank for rank in ends if rank in stacks and stacks[rank].activity]
     evidence = []
@@ -28,7 +28,7 @@ def judge_absence(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
             f"Rank {wait.rank} waits in {call_in(wait.call, wait.group)} ({wait.at}); "
             f"{ranks_of(wait.missing)} {verb(wait.missing, 'has', 'have')} never queued it"
         )
-    evidence += _ras_agrees(scene, ends)
+    evidence += _ras_agrees(job, ends)
     for rank in seen:
         evidence.append(f"Rank {rank} is {_doing(stacks[rank].activity, stacks[rank].detail)} ({stacks[rank].source})")
     summary = (
@@ -75,9 +75,9 @@ def _doing(activity: str, detail: str) -> str:
     return f"{words.get(activity, activity)} {detail}".strip()
 
 
-def _ras_agrees(scene: Scene, ranks: Sequence[int]) -> list[str]:
+def _ras_agrees(job: JobRecords, ranks: Sequence[int]) -> list[str]:
     lines = []
-    for answer in scene.ras:
+    for answer in job.ras:
         for communicator in answer.communicators:
             for op, counts in communicator.launched.items():
                 if len(counts) > 1 and {rank for rank, n in counts.items() if n < max(counts.values())} == set(ranks):

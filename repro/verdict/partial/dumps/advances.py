@@ -1,4 +1,4 @@
-"""Judge two dumps of the same ranks: a wait that ended between them was slow, not a deadlock."""
+"""Judge two dumps of each rank, taken at different times. If a wait ended between the two, it was no deadlock."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.members import groups_of, with_members
 from repro.verdict.partial.dumps.moments import advanced
 from repro.verdict.partial.dumps.waits import Wait, waits_of
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import call_in, ranks_of
 
 LATE_S = 1.0
-"""A rank that came later than the others by this many seconds is named. A smaller lag is normal."""
+"""A rank is named if it queued an operation this many seconds later than the others. A smaller delay is normal."""
 
 
-def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Report `slow` if the waits in the earlier dumps have ended and no rank waits for a rank in the later dumps."""
-    moved = [rank for rank, dump in scene.earlier.items() if advanced(dump, scene.recorders[rank])]
+def judge_advance(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
+    """Report `slow` if ranks waited for others in the earlier dumps, but no rank does so in the later dumps."""
+    moved = [rank for rank, dump in job.earlier.items() if advanced(dump, job.recorders[rank])]
     waiting = {wait.rank for wait in waits}
     if len(moved) < 2 or not waiting <= set(moved) or any(wait.missing or wait.unseen for wait in waits):
         return None
-    before = with_members(scene.recorders | scene.earlier)
+    before = with_members(job.recorders | job.earlier)
     ended = [wait for wait in waits_of(groups_of(before), before) if wait.missing and wait.rank in moved]
     late: dict[int, tuple[Wait, float]] = {}
     times: dict[tuple[str, int], dict[int, float]] = {}
@@ -30,20 +30,20 @@ def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     for wait, rank in [(each, rank) for each in ended for rank in each.missing if rank in moved]:
         key = wait.group.name, wait.call.seq or 0
         if key not in times:
-            times[key] = _times_of(scene, *key)
+            times[key] = _times_of(job, *key)
         by_s = _late_by(times[key], wait, rank)
         are_known &= by_s is not None
         if by_s is not None and by_s >= LATE_S:
             late[rank] = wait, by_s
     if not late:
-        return _moving(scene, moved, are_known) if waits or not are_known else None
+        return _moving(job, moved, are_known) if waits or not are_known else None
     named = sorted(late)
     return Diagnosis(
         "slow", "straggler", tuple(named), (), "likely",
         (f"The wait in the earlier dumps has ended: {ranks_of(moved)} advanced. The others waited for "
          f"{ranks_of(named)}, which came late.",),
         tuple(f"Rank {rank} queued {call_in(wait.call, wait.group)} {by_s:.1f} s after the others, which waited in "
-              f"this operation ({wait.at}, then {scene.recorders[rank].source})"
+              f"this operation ({wait.at}, then {job.recorders[rank].source})"
               for rank, (wait, by_s) in sorted(late.items())),
         ("A third dump in which no rank has advanced since the second one.",),
         (f"the stacks of {ranks_of(named)} while the other ranks wait: py-spy dump --nonblocking --pid PID",
@@ -51,7 +51,7 @@ def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     )  # fmt: skip
 
 
-def _moving(scene: Scene, moved: Sequence[int], are_known: bool) -> Diagnosis:
+def _moving(job: JobRecords, moved: Sequence[int], are_known: bool) -> Diagnosis:
     why = (
         "and all members have queued the operations in which they wait now: the later dumps may show a job that runs"
         if are_known
@@ -60,22 +60,25 @@ def _moving(scene: Scene, moved: Sequence[int], are_known: bool) -> Diagnosis:
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
         (f"{ranks_of(moved).capitalize()} advanced between the two dumps, {why}.",),
-        tuple(f"Rank {rank}: {scene.earlier[rank].source}, then {scene.recorders[rank].source}" for rank in moved[:6]),
+        tuple(f"Rank {rank}: {job.earlier[rank].source}, then {job.recorders[rank].source}" for rank in moved[:6]),
         (), ("a third set of dumps, some seconds later", COLLECT["stacks"]),
     )  # fmt: skip
 
 
-def _times_of(scene: Scene, group: str, seq: int) -> dict[int, float]:
-    """Return rank -> the time at which it queued an operation of a group."""
+def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
+    """Return rank -> when it queued the operation ``seq`` of a group."""
     return {
         rank: times[seq]
-        for rank, dump in scene.recorders.items()
+        for rank, dump in job.recorders.items()
         for record in dump.groups
         if record.group.name == group and seq in (times := record.calls.times_by_number())
     }
 
 
 def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
-    """Return how many seconds after the median of the other members the rank queued the operation; None if unknown."""
+    """Return how many seconds later than the others (their median) a rank queued an operation; None if unknown.
+
+    times   rank -> when it queued the operation
+    """
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
     return times[rank] - median(others) if rank in times and others else None

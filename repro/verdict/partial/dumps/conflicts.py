@@ -1,8 +1,8 @@
-"""Find contradictions between the stack and the recorder dump of one rank."""
+"""Find contradictions between a rank's stack and its Flight Recorder dump."""
 
 from __future__ import annotations
 
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import program_frames
 
 ELSEWHERE = (
@@ -20,11 +20,11 @@ ELSEWHERE = (
 )
 
 
-def stacks_against_dumps(scene: Scene) -> list[str]:
-    """Return a sentence for each rank whose dump and stack disagree on whether the rank is in an operation."""
+def stacks_against_dumps(job: JobRecords) -> list[str]:
+    """Return a sentence for each rank of which only the dump, or only the stack, shows an unfinished operation."""
     lines = []
-    for rank, stacks in scene.main_stacks().items():
-        dump = scene.recorders.get(rank)
+    for rank, stacks in job.main_stacks().items():
+        dump = job.recorders.get(rank)
         if dump is None:
             continue
         stack = stacks[-1]

@@ -1,4 +1,4 @@
-"""Judge waits that form a cycle: each rank waits in an operation that the next rank has not queued."""
+"""Judge waits that form a cycle: each rank of it waits in an operation that the next rank has not queued."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from repro.trace.foreign.operations import TRANSFERS
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.habits import left_rhythm
 from repro.verdict.partial.dumps.waits import Wait, cycle_of
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import call_in, program_frames, ranks_of, verb
 
 
-def judge_cycle(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
+def judge_cycle(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
     chain = cycle_of(waits)
     if not chain:
         return None
@@ -29,12 +29,12 @@ def judge_cycle(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     evidence += [
         f"Rank {rank}'s stack: {' < '.join(frames)} ({stack.source})"
         for rank in ranks
-        for stack in scene.main_stacks().get(rank, [])[-1:]
+        for stack in job.main_stacks().get(rank, [])[-1:]
         if (frames := program_frames(stack.frames, 3).split(" < ")) != [""]
     ]
     transfers = all(wait.call.is_transfer for wait in chain)
     unseen = sorted({rank for wait in waits for rank in wait.unseen})
-    extra = None if transfers else left_rhythm(scene, [(wait.rank, wait.call) for wait in waits])
+    extra = None if transfers else left_rhythm(job, [(wait.rank, wait.call) for wait in waits])
     culprits: tuple[int, ...] = ()
     suspects: tuple[int, ...] = ()
     cause, confidence = "order", "likely"
@@ -42,7 +42,7 @@ def judge_cycle(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
         evidence.append(extra.sentence)
         cause = extra.kind
         culprits, suspects = ((extra.rank,), ()) if extra.convincing else ((), (extra.rank,))
-    stood_out = _changed_order(scene, ranks) if transfers else []
+    stood_out = _changed_order(job, ranks) if transfers else []
     if stood_out:
         suspects = tuple(stood_out)
         evidence.append(
@@ -77,11 +77,14 @@ def _counterpart(wait: Wait) -> str:
     return "it"
 
 
-def _changed_order(scene: Scene, ranks: Sequence[int]) -> list[int]:
-    """Return the ranks whose last transfer breaks the repeating pattern of their transfers; [] if all broke it."""
+def _changed_order(job: JobRecords, ranks: Sequence[int]) -> list[int]:
+    """Return the ranks whose last send or receive breaks the repeating pattern of their sends and receives.
+
+    [] if this is so on all ranks, or if a rank has no pattern.
+    """
     changed = []
     for rank in ranks:
-        ops = [op for record in scene.recorders[rank].groups for op in record.calls.ops() if op in TRANSFERS]
+        ops = [op for record in job.recorders[rank].groups for op in record.calls.ops() if op in TRANSFERS]
         past, last = ops[:-1], ops[-1:]
         if len(past) < 4:
             return []

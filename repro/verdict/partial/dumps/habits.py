@@ -1,4 +1,4 @@
-"""Find the rank that left the repeating pattern of operations which all ranks of a job followed in earlier steps."""
+"""Find the rank that left the repeating pattern of operations that all ranks of a job followed in earlier steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from repro.trace.foreign.operations import Form
 from repro.trace.foreign.records import Call, GroupRecord, RecorderDump
 from repro.trace.knowledge import Knows
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import program_frames
 from repro.verdict.period import period_of
 
@@ -17,11 +17,12 @@ HISTORY = 2048
 
 @dataclass(frozen=True, slots=True)
 class HabitBreak:
-    """The rank that left the repeating pattern, and how.
+    """A rank that left the repeating pattern of its operations, and how.
 
-    kind         extra or skipped: the explanation that changes fewer operations
-    convincing   the pattern has an operation with the same arguments at another place. Otherwise the rank may have
-                 begun something rare (a checkpoint, an evaluation) that the other ranks should have begun too
+    kind         "skipped" if the rank then issued what comes next in the pattern, else "extra"
+    sentence     describes the place, for the evidence
+    convincing   whether the operation, with the same arguments, is elsewhere in the pattern. If not, the rank may have
+                 begun something rare (a checkpoint, an evaluation) that the other ranks should have begun, too
     """
 
     rank: int
@@ -32,10 +33,17 @@ class HabitBreak:
 
 @dataclass(frozen=True, slots=True)
 class _Rhythm:
-    """The repeating pattern of one rank's operations before its first unfinished operation. `keys[0]` is due next."""
+    """The repeating pattern of one rank's operations, and the rank's first unfinished operation.
 
-    keys: tuple[tuple[str, str, str], ...]  # (group, operation, call site) of one period; the first is due next
-    arguments: frozenset[tuple[object, ...]]  # (group, operation, sizes, types) of the same period
+    keys        one period of the pattern: (group, operation, call site) of each; the first was due when the rank issued
+                the unfinished operation
+    arguments   (group, operation, sizes, types) of each operation of the same period
+    call, key   the unfinished operation: the call, and its (group, operation, call site)
+    period      number of operations in a period
+    """
+
+    keys: tuple[tuple[str, str, str], ...]
+    arguments: frozenset[tuple[object, ...]]
     call: Call
     key: tuple[str, str, str]
     period: int
@@ -45,17 +53,19 @@ class _Rhythm:
         return self.key == self.keys[0]
 
 
-def left_rhythm(scene: Scene, waits: Sequence[tuple[int, Call]]) -> HabitBreak | None:
-    """Find the rank that issued another operation than the pattern of its earlier operations predicts.
+def left_rhythm(job: JobRecords, waits: Sequence[tuple[int, Call]]) -> HabitBreak | None:
+    """Find the waiting rank that issued another operation than the pattern of its earlier operations predicts.
 
-    Returns None unless this is exactly one rank, and all other waiting ranks follow the same pattern.
+    waits   (rank, the operation in which it waits)
+
+    Returns None unless exactly one rank did so, and the other waiting ranks have kept the same pattern.
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []
     ranks = sorted({rank for rank, _ in waits})
     framed = all(call.frames for _, call in waits)
     for rank in ranks:
-        rhythm = _rhythm_of(scene.recorders[rank], framed) if rank in scene.recorders else None
+        rhythm = _rhythm_of(job.recorders[rank], framed) if rank in job.recorders else None
         if rhythm is None:
             return None
         if rhythm.kept:
@@ -67,14 +77,14 @@ def left_rhythm(scene: Scene, waits: Sequence[tuple[int, Call]]) -> HabitBreak |
     rank, rhythm = next(iter(broken.items()))
     if any(sorted(other.keys) != sorted(rhythm.keys) for other in kept):
         return None
-    return _described(scene, rank, rhythm)
+    return _described(job, rank, rhythm)
 
 
-def _described(scene: Scene, rank: int, rhythm: _Rhythm) -> HabitBreak:
+def _described(job: JobRecords, rank: int, rhythm: _Rhythm) -> HabitBreak:
     call, (group, due, _), group_of_call = rhythm.call, rhythm.keys[0], rhythm.key[0]
     following = rhythm.keys[1 % len(rhythm.keys)][:2]
     kind = "skipped" if rhythm.key[:2] == following else "extra"
-    site = program_frames(call.frames) or _site_in_stack(scene, rank)
+    site = program_frames(call.frames) or _site_in_stack(job, rank)
     where = f", from {site}" if site else ""
     number = f" #{call.seq}" if call.seq is not None else ""
     passed = (
@@ -87,12 +97,15 @@ def _described(scene: Scene, rank: int, rhythm: _Rhythm) -> HabitBreak:
         f"{call.op}{number} where {due} of group {group} came before{where}: {passed} ({call.source}). The other ranks "
         "kept their pattern."
     )
-    known = Knows.ARGUMENTS in scene.recorders[rank].knows
+    known = Knows.ARGUMENTS in job.recorders[rank].knows
     return HabitBreak(rank, kind, sentence, known and (group_of_call, *call.arguments) in rhythm.arguments)
 
 
 def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
-    """Find the repeating pattern of a dump. `framed`: also compare call sites, which all dumps must then contain."""
+    """Find the repeating pattern of the operations in a dump. None if there is none, or if no operation is unfinished.
+
+    framed   whether two operations must have the same call site to be equal
+    """
     ordered = dump.newest(HISTORY)
     names = {id(record): [_name(record, form, framed) for form in record.calls.forms] for record in dump.groups}
     keys = [names[id(record)][record.calls.form[place]] for record, place in ordered]
@@ -109,11 +122,11 @@ def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
 
 
 def _name(record: GroupRecord, form: Form, framed: bool) -> tuple[str, str, str]:
-    """Return what identifies an operation in the pattern: its group, its name, and its call site."""
+    """Return (group, name, call site) of an operation. Two operations of a pattern are equal if these are equal."""
     return record.group.name, form.op, program_frames(form.frames, 1) if framed else ""
 
 
-def _site_in_stack(scene: Scene, rank: int) -> str:
-    """Return the call site in a stack of that rank, if the stack is inside a collective."""
-    stacks = scene.main_stacks().get(rank, [])
+def _site_in_stack(job: JobRecords, rank: int) -> str:
+    """Return the call site of the collective that a rank's stack is in; "" if it is in none."""
+    stacks = job.main_stacks().get(rank, [])
     return program_frames(stacks[-1].frames, 3) if stacks and stacks[-1].activity == "collective" else ""

@@ -1,4 +1,4 @@
-"""Join the groups of all dumps: which ranks belong to a group, and what each of them recorded of it."""
+"""Join the process groups of all dumps: which ranks are members of a group, and what each of them recorded in it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from repro.trace.foreign.records import Group, GroupRecord, RecorderDump
 
 
 def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDump]:
-    """Complete each dump from the dumps of other members that name the same group id.
+    """Fill in the members and the names of groups that a dump lacks, from the dumps of other ranks.
 
-    gloo dumps do not list members, and a dump with a counter but no entries does not name the counter's group.
+    A gloo dump does not list members: all ranks with entries of the group count as members. A dump that has only the
+    counters of a group names the group by its id: another rank's dump has the name for this id.
     """
     recorded: dict[str, set[int]] = {}
     names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that use this name
@@ -40,7 +41,7 @@ def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDum
 
 
 def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, GroupRecord]]:
-    """Return group -> rank -> that rank's record of the group."""
+    """Return group -> rank -> what this rank recorded in the group, for all groups with several members."""
     result: dict[Group, dict[int, GroupRecord]] = {}
     for rank, dump in recorders.items():
         for record in dump.groups:
@@ -51,5 +52,5 @@ def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, Gr
 
 
 def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:
-    """Whether a dump lists the group's members. gloo dumps do not; there the ranks with entries count as members."""
+    """Whether a dump lists the members of the group. If not, as on gloo, a member may exist that has no entries."""
     return any(known.name == group.name and known.members for dump in recorders.values() for known in dump.configured)

@@ -1,4 +1,5 @@
-"""Order the recorder dumps of each rank by time, and reject stale or misnamed dumps and those of another job."""
+"""Sort the Flight Recorder dumps of each rank by time. Leave out dumps that are too old, that have the name of another
+rank, or that are of another job."""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ from repro.verdict.partial.dumps.waits import last_queued
 from repro.verdict.partial.words import ranks_of, verb
 
 NEEDS_ALL = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")
-"""Operations that no member can complete before every member has queued them."""
+"""Operations that a member can complete only after every member has queued them."""
 SAME_ENTRY_S = 1e-3
 
 
 @dataclass(slots=True)
 class Moments:
-    """The usable dumps of a job, ordered by time.
+    """The usable dumps of a job, sorted by time.
 
     last      rank -> its newest dump
-    earlier   rank -> an older dump of the same process, if there is one of another moment
-    equal     ranks with two dumps that do not differ: the rank did not advance, or one dump is a copy of the other
+    earlier   rank -> its oldest dump, if it was taken earlier than the newest one
+    equal     ranks with two equal dumps: the rank did not advance, or one dump is a copy of the other
     remarks   which dumps were left out and why, in sentences
     """
 
@@ -32,7 +33,7 @@ class Moments:
 
 
 def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
-    """Sort the dumps by rank and time. A dump that cannot belong to the rank in its name is left out."""
+    """Sort dumps by rank and time. A dump is left out if its content does not fit the rank in its file name."""
     moments = Moments()
     by_rank: dict[int, list[RecorderDump]] = {}
     for dump in dumps:
@@ -63,7 +64,10 @@ def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
 
 
 def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
-    """Return world size -> ranks whose dump reports it. Several sizes mean that the dumps belong to several jobs."""
+    """Return number of ranks in the default group -> the ranks whose dump says so.
+
+    Several numbers mean that the dumps are of several jobs.
+    """
     sizes: dict[int, list[int]] = {}
     for dump in dumps:
         for group in dump.configured:
@@ -74,7 +78,10 @@ def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
 
 
 def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, str]:
-    """Return rank -> why its dump is stale: another member completed an operation that this rank has not queued."""
+    """Find dumps that are older than those of the other ranks, and return rank -> why.
+
+    The proof: another member has completed an operation that needs all members, but this rank has not queued it yet.
+    """
     stale: dict[int, str] = {}
     for group, records in groups.items():
         finished = [(number, rank) for rank, row in records.items()
@@ -118,7 +125,7 @@ def describe_equal(ranks: Sequence[int]) -> str:
 
 
 def advanced(before: RecorderDump, after: RecorderDump) -> bool:
-    """Whether the rank queued or completed an operation between the two dumps."""
+    """Whether the rank queued or completed an operation between these two dumps of it."""
     old, new = _positions(before), _positions(after)
     return any(new[key] > old[key] for key in old.keys() & new.keys()) or bool(new.keys() - old.keys())
 
@@ -137,7 +144,7 @@ def _detail(dump: RecorderDump) -> tuple[int, int]:
 
 
 def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
-    """Return group -> (last collective queued, last collective completed), from its entries, not its counters."""
+    """Return group -> (number of the last collective queued, of the last completed), from the entries of the dump."""
     result = {}
     for record in dump.groups:
         queued = record.calls.last_number()
@@ -152,7 +159,7 @@ def _same_moment(one: RecorderDump, two: RecorderDump) -> bool:
 
 
 def _same_process(before: RecorderDump, after: RecorderDump) -> bool:
-    """Whether both dumps can be of one process: shared entries have equal times, and numbers did not decrease."""
+    """Whether two dumps can be of the same process: entries in both have equal times, and no number is lower later."""
     old = {record.group.name: record.calls.times_by_number() for record in before.groups}
     for record in after.groups:
         times_s = old.get(record.group.name, {})

@@ -1,4 +1,4 @@
-"""Judge members of one group that queued different operations under the same number."""
+"""Judge members of a group that queued different operations under the same sequence number."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from repro.trace.foreign.records import Call, Group, GroupRecord
 from repro.trace.knowledge import Knows
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.habits import left_rhythm
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import arguments, program_frames, ranks_of, verb
 
 UNKNOWN_INSIDE = ("coalesced", "unknown")
-"""Names in an entry that stand for several operations, or for an operation that the recorder could not name."""
+"""Names of operations that are not compared: the recorder stores them for several operations at once, or for an
+operation that it does not know."""
 
 
-def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
-    """Judge the earliest operation for which members of a group queued different arguments.
+def different_arguments(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
+    """Judge the earliest operation that members of a group queued with different arguments, or as another operation.
 
-    A member whose dump does not show arguments is compared by the operation alone.
+    If a member's dump has no arguments, only the name of the operation is compared.
     """
-    knows = {rank: dump.knows for rank, dump in scene.recorders.items()}
+    knows = {rank: dump.knows for rank, dump in job.recorders.items()}
     differences = []
     for group, records in groups.items():
         comparable = {rank: record for rank, record in records.items() if Knows.ARGUMENTS in knows[rank]}
@@ -38,23 +39,25 @@ def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupR
         return None
     is_first = len(differences) == 1 or all(Knows.TIME in each for each in knows.values())
     _, group, number, variants, records = min(differences, key=lambda row: row[0])
-    return _sides(scene, group, number, variants, records, is_first)
+    return _sides(job, group, number, variants, records, is_first)
 
 
 Sides = list[list[tuple[int, Call]]]
-"""The variants of an operation. Each has the ranks that queued it in this form, with their calls."""
+"""The different operations under one number: for each, a list of (rank, call) of the ranks that queued it."""
 
 
 def _first_difference(
     records: Mapping[int, GroupRecord], compared: Callable[[Call | Form], tuple[object, ...]]
 ) -> tuple[int, Sides] | None:
-    """Return the lowest number under which members queued different operations, and the variants.
+    """Return the lowest number under which members queued different operations, and these operations.
 
-    Linear in the calls.
+    compared   returns the fields of a call that must be equal
+
+    None if there is no such number. The time is linear in the number of calls.
     """
     first: dict[int, tuple[object, ...]] = {}
     differing: set[int] = set()
-    # Equal values become one object, which makes comparisons fast.
+    # equal tuples are replaced by one object, because comparing by identity is fast
     shared: dict[tuple[object, ...], tuple[object, ...]] = {}
     for record in records.values():
         forms = [None if form.op in UNKNOWN_INSIDE else compared(form) for form in record.calls.forms]
@@ -78,15 +81,15 @@ def _operation(call: Call | Form) -> tuple[object, ...]:
 
 
 def _comparable(call: Call | Form) -> tuple[object, ...]:
-    """Return the arguments that must be equal.
+    """Return the fields of a call that must be equal on all members.
 
-    For a rooted operation that excludes sizes, since only the root has outputs.
+    For an operation with a root, such as broadcast, the sizes are left out: only the root has all of them.
     """
     if call.op in ("gather", "scatter", "reduce", "broadcast"):
         return call.op, call.dtypes[:1]
     if call.op in ("all_to_all", "barrier"):
         return (call.op,)
-    # In an uneven all_gather the input sizes differ between ranks, but the list of output sizes does not.
+    # Members of an all_gather may have different input sizes, but the list of output sizes is equal on all.
     if call.op == "all_gather" and len(call.sizes) > 2:
         return call.op, call.sizes[1:], call.dtypes
     if call.op == "reduce_scatter" and len(call.sizes) > 2:
@@ -95,14 +98,17 @@ def _comparable(call: Call | Form) -> tuple[object, ...]:
 
 
 def _sides(
-    scene: Scene,
+    job: JobRecords,
     group: Group,
     number: int,
     sides: Sequence[Sequence[tuple[int, Call]]],
     records: Mapping[int, GroupRecord],
     is_first: bool,
 ) -> Diagnosis:
-    """Describe the variants. `is_first`: by the times of the entries, no earlier operation differed."""
+    """Make the diagnosis of different operations under one number.
+
+    is_first   whether it is known that no earlier operation differed; only then may a rank be named as the culprit
+    """
     shown = replace(group, description=next(iter(records.values())).group.description)
     sides = sorted(sides, key=lambda side: (len(side), side[0][0]))
     done = [rank for side in sides for rank, call in side if call.done]
@@ -128,7 +134,7 @@ def _sides(
             f"{ranks_of(few).capitalize()} {verb(few, 'stands', 'stand')} out: fewer ranks queued this call. That is "
             "no proof that they are wrong."
         )
-    left = left_rhythm(scene, [(rank, call) for side in sides for rank, call in side])
+    left = left_rhythm(job, [(rank, call) for side in sides for rank, call in side])
     if left is not None:
         evidence.append(left.sentence)
     culprits = (left.rank,) if left is not None and left.convincing and is_first else ()

@@ -1,7 +1,8 @@
-"""Judge by counters whether a rank's host or device stopped. NCCL only: gloo's counters lag in healthy groups, too.
+"""Find a rank whose host process or device stopped, by the counters in the dumps of NCCL.
 
-The counters of a group are compared between its members. If a rank has completed less than the others, its device
-stopped. If a rank has queued less than the others and waits for nothing, its host process stopped.
+The counters of a group are compared between its members. If a rank has completed fewer operations than the others, its
+device stopped. If a rank has queued fewer operations than the others and waits for nothing, its host process stopped.
+Counters of gloo are not used: they may also differ between the members of a healthy group.
 """
 
 from __future__ import annotations
@@ -12,23 +13,20 @@ from collections.abc import Mapping, Sequence
 from repro.trace.foreign.records import Group, GroupRecord, RecorderDump
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.moments import advanced
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import WORKING, ranks_of, verb
 
 CONVINCING_GROUPS = 2
-"""Number of groups in which a rank must lag to be named as the culprit.
-
-If it lags in one group only, it is a suspect.
-"""
+"""A rank is named as the culprit only if it is behind the others in at least this many groups."""
 
 
-def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
-    recorders = scene.recorders
+def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
+    recorders = job.recorders
     device: Counter[int] = Counter()
     host: Counter[int] = Counter()
     reasons: dict[int, list[str]] = {}
     backend = next((dump.backend for dump in recorders.values() if dump.backend), "")
-    if backend == "gloo":  # gloo has no device, and its counters lag in healthy groups
+    if backend == "gloo":  # gloo uses no device, and its counters may differ in a healthy group
         return None
     for group, records in groups.items():
         counted = {
@@ -56,18 +54,18 @@ def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]
     for kind, count in (("device", device), ("host", host)):
         culprits = tuple(sorted(rank for rank, groups_behind in count.items() if groups_behind >= CONVINCING_GROUPS))
         if not culprits or len(culprits) * 2 > len(recorders):
-            continue  # if most ranks lag, the dumps are of different moments
-        if any(rank in scene.earlier and advanced(scene.earlier[rank], recorders[rank]) for rank in culprits):
+            continue  # most ranks are behind, so the dumps were taken at different moments
+        if any(rank in job.earlier and advanced(job.earlier[rank], recorders[rank]) for rank in culprits):
             continue  # the rank moved between its two dumps
-        if kind == "host" and not _stands_still(scene, culprits):
-            continue  # the stack shows what the host does; later rules judge it
+        if kind == "host" and not _stands_still(job, culprits):
+            continue  # the stack shows that the host works or waits; later rules judge this
         return _stopped_diagnosis(kind, culprits, reasons, recorders)
     return None
 
 
-def _stands_still(scene: Scene, ranks: tuple[int, ...]) -> bool:
-    """Whether the stacks fit a stop: no rank works, waits for a lock, or is in an operation that is not recorded."""
-    stacks = [rows[-1] for rank, rows in scene.main_stacks().items() if rank in ranks]
+def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
+    """Whether no stack contradicts that the processes stopped: none shows work, a wait for a lock, or a collective."""
+    stacks = [rows[-1] for rank, rows in job.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)
 
 

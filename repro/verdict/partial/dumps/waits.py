@@ -1,4 +1,4 @@
-"""Find from recorder dumps which rank waits in which operation for which ranks, and a cycle of such waits."""
+"""Find from Flight Recorder dumps which rank waits in which operation for which ranks, and a cycle of such waits."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from repro.verdict.cycle import find_cycle
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A rank's oldest unfinished collective or transfer in one group, and the members that have not queued it."""
+    """The oldest unfinished operation of one rank in one group, and the members that have not queued it.
+
+    call      the operation
+    missing   members whose dump shows that they have not queued it
+    unseen    members of which no dump shows whether they have queued it
+    at        the place of the entry in the dump
+    """
 
     rank: int
     group: Group
     call: Call
     missing: tuple[int, ...]
-    unseen: tuple[int, ...]  # members without a dump
+    unseen: tuple[int, ...]
     at: str
 
 
 def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
-    """Return each rank's oldest unfinished collective and transfer in each group, with the members that have not queued
-    it.
+    """Return the waits of all ranks: in each group the oldest unfinished collective, and the oldest send or receive.
 
-    A complete dump without entries of the group shows that this member queued nothing. A dump whose older entries were
-    overwritten does not show that: its member counts as unseen.
+    A member whose complete dump has no entries of the group has queued nothing in it. If older entries of the dump were
+    overwritten, the dump does not show this, and the member counts as unseen.
     """
     waits = []
     wrapped = any(dump.wrapped for dump in dumps.values())
@@ -34,7 +39,7 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
         queued = {member: 0 for member in group.members if member in dumps and not dumps[member].wrapped}
         queued.update({rank: last_queued(record) for rank, record in records.items()})
         unseen = tuple(member for member in group.members if member not in queued)
-        behind: dict[int, tuple[int, ...]] = {}  # sequence number -> the members that have queued fewer
+        behind: dict[int, tuple[int, ...]] = {}  # sequence number -> the members that have not queued it
         for rank, record in sorted(records.items()):
             shown = replace(group, description=record.group.description)
             for place in record.calls.unfinished():
@@ -60,11 +65,12 @@ def last_queued(record: GroupRecord) -> int:
 def _transfer_missing(
     rank: int, place: int, record: GroupRecord, records: Mapping[int, GroupRecord], wrapped: bool
 ) -> tuple[int, ...]:
-    """Return the peer of a transfer, if it has queued too few operations to match: the k-th send meets the k-th
-    receive.
+    """Return the peer of a send or receive, if the peer has not queued the matching operation; else ().
 
-    If the ring was overwritten, the counts are unknown. Then the peer is returned if it has no matching unfinished
-    operation.
+    The k-th send to a rank matches the k-th receive there, so the operations are counted. If older entries were
+    overwritten, they cannot be counted: then any unfinished operation of the peer with this rank counts as matching.
+
+    place   the index of the send or receive in ``record.calls``
     """
     call = record.calls[place]
     if call.peer is None or call.peer not in records:
@@ -78,7 +84,7 @@ def _transfer_missing(
 
 
 def cycle_of(waits: Sequence[Wait]) -> list[Wait]:
-    """Return waits that form a cycle: each leads to a rank that has not queued its operation. [] if there is none."""
+    """Return waits that form a cycle: the rank of the next wait has not queued the operation. [] if there is none."""
     by_rank: dict[int, list[Wait]] = {}
     for wait in waits:
         by_rank.setdefault(wait.rank, []).append(wait)

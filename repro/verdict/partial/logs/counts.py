@@ -1,16 +1,16 @@
-"""Judge answers of NCCL's RAS. They count what the hosts launched, not what the devices completed."""
+"""Judge answers of NCCL's RAS. They count the operations that the hosts launched, not those that devices completed."""
 
 from __future__ import annotations
 
 from repro.trace.foreign.records import RasAnswer, RasCommunicator
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 
 
-def judge_counts(scene: Scene) -> Diagnosis | None:
-    if not scene.ras:
+def judge_counts(job: JobRecords) -> Diagnosis | None:
+    if not job.ras:
         return None
-    answers = sorted(scene.ras, key=lambda answer: answer.order)
+    answers = sorted(job.ras, key=lambda answer: answer.order)
     if len(answers) > 1:
         return _moving(answers)
     answer = answers[0]
@@ -18,7 +18,7 @@ def judge_counts(scene: Scene) -> Diagnosis | None:
     lines = tuple(f"{c.name}: {c.errors}, {_counts(c)} ({answer.source})" for c in named[:4]) or (
         f"{len(answer.communicators)} communicators: OK ({answer.source})",
     )
-    lines += tuple(f"{note.text} ({note.source})" for note in scene.notes if note.kind == "ras")[:4]
+    lines += tuple(f"{note.text} ({note.source})" for note in job.notes if note.kind == "ras")[:4]
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
         ("One answer of NCCL's RAS shows one moment. A difference in counts may be benign, because collectives go on "
@@ -55,7 +55,7 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
 
 
 def _largest(answer: RasAnswer) -> dict[str, int]:
-    """Return (communicator, operation) -> the highest number of launches of a rank."""
+    """Return "communicator operation" -> the number of launches on the rank that launched most."""
     result: dict[str, int] = {}
     for communicator in answer.communicators:
         for op, counts in communicator.launched.items():

@@ -1,4 +1,4 @@
-"""Judge an error that ended a process, after which the other ranks wait for it in vain."""
+"""Judge an error that ended a process: the other ranks then wait for this process for ever."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from repro.trace.foreign.records import Failure, TimedOut
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import ranks_of, verb
 
 CLOCK_SKEW_S = 2.0
@@ -16,18 +16,19 @@ SURVIVED = re.compile(
     r"\bretrying\b|will (?:be )?retr(?:y|ied)|falling back|\brecovered\b|\bignor(?:ed|ing)\b|\bskipping\b",
     re.IGNORECASE,
 )
-"""Words in an error message which show that the program survived the error."""
+"""Words in an error message that show that the program went on after the error, such as "retrying"."""
 
 _XID_OF_EXIT = re.compile(r"Xid 4[35]\b")
-"""Xid 43 and 45 are also printed when a process ends for another reason, so they alone do not name a cause."""
+"""Codes of GPU errors (Xid 43, 45) that the driver also logs if a process ends for another reason. They prove no cause.
+"""
 
 ROOTS = ("memory", "device", "killed", "exception")
 _WEIGHT = {"memory": 0, "device": 0, "killed": 1, "exception": 2, "ended": 3}
 
 
-def judge_failures(scene: Scene) -> Diagnosis | None:
-    roots = [record for record in scene.failures if record.kind in ROOTS and not _is_aftermath(record, scene)]
-    roots = roots or [record for record in scene.failures if _has_ended(record) and not _is_aftermath(record, scene)]
+def judge_failures(job: JobRecords) -> Diagnosis | None:
+    roots = [record for record in job.failures if record.kind in ROOTS and not _is_aftermath(record, job)]
+    roots = roots or [record for record in job.failures if _has_ended(record) and not _is_aftermath(record, job)]
     if not roots:
         return None
     first = _first(roots)
@@ -43,41 +44,41 @@ def judge_failures(scene: Scene) -> Diagnosis | None:
         return _undecided(
             [first, *others], "within two seconds of each other, which is too close to order by the clocks of two hosts"
         )
-    if first.kind == "exception" and not _has_consequence(scene, first):
+    if first.kind == "exception" and not _has_consequence(job, first):
         return _unproven(first)
-    return _crash(scene, first)
+    return _crash(job, first)
 
 
 def _has_ended(failure: Failure) -> bool:
-    """Whether an engine saw its worker end and does not know why. An engine that ends follows its workers."""
+    """Whether this is the line of an engine that saw one of its workers end without knowing why."""
     return failure.kind == "ended" and failure.process.role == "worker" and failure.process.rank is not None
 
 
-def _is_aftermath(failure: Failure, scene: Scene) -> bool:
-    """Whether the error cannot be the cause of the hang: the rank went on after it, or a time-out came first."""
+def _is_aftermath(failure: Failure, job: JobRecords) -> bool:
+    """Whether an error cannot be the cause of the hang, because the rank went on after it, or a time-out came first."""
     rank = failure.process.rank
     if SURVIVED.search(failure.text) or _XID_OF_EXIT.search(failure.text):
         return True
-    if failure.kind in ("exception", "memory") and rank in _seen_waiting(scene):
+    if failure.kind in ("exception", "memory") and rank in _seen_waiting(job):
         return True  # the rank went on after the error
-    alive = _alive(scene) if failure.kind in ("exception", "memory", "killed", "ended") else set()
-    if rank in alive or (rank is None and alive and alive >= set(range(scene.world_size() or len(alive) + 1))):
+    alive = _alive(job) if failure.kind in ("exception", "memory", "killed", "ended") else set()
+    if rank in alive or (rank is None and alive and alive >= set(range(job.world_size() or len(alive) + 1))):
         return True  # the line is of an earlier process of this rank, or of a rank of an earlier job
-    own = [record for record in scene.timeouts if rank is not None and record.rank == rank]
+    own = [record for record in job.timeouts if rank is not None and record.rank == rank]
     if failure.kind == "exception" and own:
         return True  # the watchdog of this rank printed later, so the program may have caught the error
     if any(record.source.file == failure.source.file and _line(record) < _line(failure) for record in own):
         return True
-    bounds = [record.at_s for record in scene.timeouts] + [
-        record.at_s for record in scene.failures if record.kind == "timeout"
+    bounds = [record.at_s for record in job.timeouts] + [
+        record.at_s for record in job.failures if record.kind == "timeout"
     ]
     fired = [at_s for at_s in bounds if at_s is not None]
     return failure.at_s is not None and bool(fired) and failure.at_s >= min(fired)
 
 
-def _alive(scene: Scene) -> set[int]:
-    """Return ranks whose worker the last look at its host shows alive."""
-    looks = [look for look in scene.process_looks if look.process.role in ("worker", "")]
+def _alive(job: JobRecords) -> set[int]:
+    """Return the ranks whose worker process still existed when `hmr collect` last observed its host."""
+    looks = [look for look in job.process_looks if look.process.role in ("worker", "")]
     last = {look.process.rank: look for look in sorted(looks, key=lambda look: look.look)}
     return {rank for rank, look in last.items() if rank is not None and look.state not in ("Z", "X")}
 
@@ -87,12 +88,16 @@ def _line(record: Failure | TimedOut) -> int:
     return int(place[0]) if place else 0
 
 
-def _seen_waiting(scene: Scene) -> set[int]:
-    """Return the ranks that a stack, a dump or a watchdog shows alive in a wait that other ranks share."""
-    waiting = {rank for rank, dump in scene.recorders.items() if any(record.pending for record in dump.groups)}
-    alive = {rank for rank, rows in scene.main_stacks().items() if rows[-1].activity != "exit"}
+def _seen_waiting(job: JobRecords) -> set[int]:
+    """Return the ranks that were certainly alive during the hang.
+
+    A stack shows their process, a dump shows them in an unfinished operation, or a watchdog reported the same time-out
+    on them and on other ranks.
+    """
+    waiting = {rank for rank, dump in job.recorders.items() if any(record.pending for record in dump.groups)}
+    alive = {rank for rank, rows in job.main_stacks().items() if rows[-1].activity != "exit"}
     calls: dict[tuple[str, int | None], set[int]] = {}
-    for record in scene.timeouts:
+    for record in job.timeouts:
         if record.rank is not None:
             calls.setdefault((record.call.op, record.call.seq), set()).add(record.rank)
     shared = {rank for ranks in calls.values() if len(ranks) > 1 for rank in ranks}
@@ -100,9 +105,9 @@ def _seen_waiting(scene: Scene) -> set[int]:
 
 
 def _first(roots: Sequence[Failure]) -> Failure | None:
-    """Return the earliest error by time stamp.
+    """Return the earliest error by time stamp; None if the time stamps may be of different time zones.
 
-    Without time stamps, return the most severe error, if one rank alone has it.
+    If a line has no time stamp, return the most severe error, or None if several ranks have one of this severity.
     """
     stamped = [record for record in roots if record.at_s is not None]
     if stamped and len(stamped) == len(roots):
@@ -115,7 +120,7 @@ def _first(roots: Sequence[Failure]) -> Failure | None:
 
 
 def _zones_may_differ(one: Failure, two: Failure) -> bool:
-    """Whether the time stamps of two files differ by a multiple of about half an hour, as between two time zones."""
+    """Whether the time stamps of two errors may be of different time zones: they differ by about n half hours."""
     gap = abs((one.at_s or 0.0) - (two.at_s or 0.0))
     if one.source.file == two.source.file or one.process.rank == two.process.rank or gap < ZONE_S - ZONE_SLACK_S:
         return False
@@ -126,12 +131,12 @@ def _together(one: Failure, two: Failure) -> bool:
     return one.at_s is not None and two.at_s is not None and abs(one.at_s - two.at_s) < CLOCK_SKEW_S
 
 
-def _has_consequence(scene: Scene, failure: Failure) -> bool:
-    """Whether another record shows that the process ended or that other ranks wait for it."""
+def _has_consequence(job: JobRecords, failure: Failure) -> bool:
+    """Whether another record shows that the process ended, or that other ranks wait."""
     rank = failure.process.rank
-    ended = [record for record in scene.failures if record.kind in ("consequence", "timeout", "killed", "ended")]
-    gone = [record for record in scene.notes if record.kind in ("local rank", "torchrun") and record.value == str(rank)]
-    return bool(ended or gone or scene.left or scene.timeouts or scene.recorders)
+    ended = [record for record in job.failures if record.kind in ("consequence", "timeout", "killed", "ended")]
+    gone = [record for record in job.notes if record.kind in ("local rank", "torchrun") and record.value == str(rank)]
+    return bool(ended or gone or job.left or job.timeouts or job.recorders)
 
 
 def _unproven(failure: Failure) -> Diagnosis:
@@ -150,16 +155,16 @@ def _name(failure: Failure) -> str:
     return words[:1].upper() + words[1:]
 
 
-def _crash(scene: Scene, first: Failure) -> Diagnosis:
+def _crash(job: JobRecords, first: Failure) -> Diagnosis:
     rank, who = first.process.rank, _name(first)
     later = [
-        record for record in scene.failures if record.kind in ("consequence", "timeout") and record.process.rank != rank
+        record for record in job.failures if record.kind in ("consequence", "timeout") and record.process.rank != rank
     ]
-    waiting = sorted({record.rank for record in scene.timeouts if record.rank is not None and record.rank != rank})
+    waiting = sorted({record.rank for record in job.timeouts if record.rank is not None and record.rank != rank})
     others = sorted(
         ({record.process.rank for record in later if record.process.rank is not None} | set(waiting)) - {rank}
     )
-    unseen = _unseen(scene, rank)
+    unseen = _unseen(job, rank)
     collect = list(_COLLECT[first.kind])
     if unseen:
         collect.append(f"the log of {ranks_of(unseen)}, which is missing")
@@ -169,7 +174,7 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
         (f"{who} ended first: {first.text.rstrip('.')}.",
          f"What {ranks_of(others)} {verb(others, 'reports', 'report')} came later and is a consequence." if others
          else "What other ranks report is a consequence."),
-        (f"{who}: {first.text} ({first.source})", *_closed(scene, rank),
+        (f"{who}: {first.text} ({first.source})", *_closed(job, rank),
          *(f"{record.process}, later: {record.text} ({record.source})" for record in _one_a_rank(later)[:4]),
          *_waited(waiting)),
         ("An older error of another rank. Look for it in the logs that were not given.",),
@@ -177,12 +182,10 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
     )  # fmt: skip
 
 
-def _closed(scene: Scene, rank: int | None) -> list[str]:
-    """Return sentences on the ranks that saw this rank close its connection, from lines of NCCL's service thread."""
+def _closed(job: JobRecords, rank: int | None) -> list[str]:
+    """Return a sentence on the ranks whose NCCL log says that this rank closed its connection; [] if none says so."""
     notes = [
-        record
-        for record in scene.notes
-        if record.kind == "local rank" and rank is not None and record.value == str(rank)
+        record for record in job.notes if record.kind == "local rank" and rank is not None and record.value == str(rank)
     ]
     if not notes:
         return []
@@ -221,9 +224,9 @@ def _one_a_rank(failures: Sequence[Failure]) -> list[Failure]:
     return list(seen.values())
 
 
-def _unseen(scene: Scene, rank: int | None) -> list[int]:
-    known = set(scene.ranks())
-    size = scene.world_size() or (max(known) + 1 if known else 0)
+def _unseen(job: JobRecords, rank: int | None) -> list[int]:
+    known = set(job.ranks())
+    size = job.world_size() or (max(known) + 1 if known else 0)
     return sorted(r for r in range(size) if r not in known and r != rank) if size <= 1024 else []
 
 

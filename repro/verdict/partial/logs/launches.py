@@ -1,4 +1,5 @@
-"""Judge NCCL_DEBUG=INFO logs. They show what each process launched on a communicator, but not what completed."""
+"""Judge logs of NCCL_DEBUG=INFO. They show which operations each process launched on a communicator, but not which
+completed."""
 
 from __future__ import annotations
 
@@ -6,13 +7,13 @@ from collections.abc import Mapping
 
 from repro.trace.foreign.records import Group, Launches
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import arguments, ranks_of
 
 
-def judge_launches(scene: Scene) -> Diagnosis | None:
+def judge_launches(job: JobRecords) -> Diagnosis | None:
     groups: dict[Group, dict[int, Launches]] = {}
-    for row in scene.launches:
+    for row in job.launches:
         if row.process.rank is not None and row.group.members:
             groups.setdefault(row.group, {})[row.process.rank] = row
     if not groups:
@@ -42,7 +43,7 @@ def judge_launches(scene: Scene) -> Diagnosis | None:
 
 
 def _different(group: Group, rows: Mapping[int, Launches]) -> list[str]:
-    """Return a sentence on the first launch in which two members of the group differ; [] if there is none."""
+    """Return a sentence on the first launch in which members of a group launched different operations; [] if none."""
     calls = {(call.seq, rank): call for rank, row in rows.items() for call in row.calls if call.seq is not None}
     by_number: dict[int, dict[int, str]] = {}
     for (number, rank), call in calls.items():

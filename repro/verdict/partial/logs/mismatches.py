@@ -1,4 +1,4 @@
-"""Judge reports of different arguments, from torch's DETAIL mode or from NCCL's network."""
+"""Judge lines that report different arguments: of TORCH_DISTRIBUTED_DEBUG=DETAIL, or of NCCL's network code."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from repro.trace.foreign.records import Call
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.members import groups_of
 from repro.verdict.partial.dumps.sides import different_arguments
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import arguments, ranks_of, verb
 
 
-def judge_mismatches(scene: Scene) -> Diagnosis | None:
-    """Judge reports of DETAIL mode.
+def judge_mismatches(job: JobRecords) -> Diagnosis | None:
+    """Judge reports of TORCH_DISTRIBUTED_DEBUG=DETAIL, which compares the arguments before each collective.
 
-    Each rank names the first rank that differs from it, so a named rank is only a suspect.
+    Each rank reports the first rank that differs from itself, so the reported rank may be right: it is only a suspect.
     """
-    if not scene.mismatches:
+    if not job.mismatches:
         return None
     calls: dict[int, Call] = {}
-    for row in scene.mismatches:
+    for row in job.mismatches:
         calls.setdefault(row.rank, row.call)
         if row.other is not None and row.other_call is not None:
             calls.setdefault(row.other, row.other_call)
@@ -34,7 +34,7 @@ def judge_mismatches(scene: Scene) -> Diagnosis | None:
         f"{calls[ranks[0]].seq} ({calls[ranks[0]].source})"
         for ranks in ordered
     ]
-    counted = Counter(row.other for row in scene.mismatches if row.other is not None)
+    counted = Counter(row.other for row in job.mismatches if row.other is not None)
     if counted:
         evidence.append(
             "Each report names its own rank and the first rank that differs from it. A rank that is named often may "
@@ -57,18 +57,18 @@ def judge_mismatches(scene: Scene) -> Diagnosis | None:
     )  # fmt: skip
 
 
-def judge_message_sizes(scene: Scene) -> Diagnosis | None:
-    """Judge a message of unexpected size in NCCL's network. A stopped device or network does not explain such a
-    message.
+def judge_message_sizes(job: JobRecords) -> Diagnosis | None:
+    """Judge a line of NCCL that a message of an unexpected size arrived: two ranks called a collective differently.
 
-    The message does not show which rank is right. Dumps of both ranks prove more, and so do errors of another kind.
+    A stopped device or network does not cause this. The line does not show which rank is wrong. Dumps of both ranks, or
+    an error that ended a process, prove more: then other rules judge.
     """
-    rows = [note for note in scene.notes if note.kind == "sizes"]
-    ended = [record for record in scene.failures if record.kind in ("memory", "device", "killed")]
-    if not rows or ended or different_arguments(scene, groups_of(scene.recorders)) is not None:
+    rows = [note for note in job.notes if note.kind == "sizes"]
+    ended = [record for record in job.failures if record.kind in ("memory", "device", "killed")]
+    if not rows or ended or different_arguments(job, groups_of(job.recorders)) is not None:
         return None
-    failed = any(record.kind == "exception" for record in scene.failures)
-    waits = scene.timeouts or any(record.pending for dump in scene.recorders.values() for record in dump.groups)
+    failed = any(record.kind == "exception" for record in job.failures)
+    waits = job.timeouts or any(record.pending for dump in job.recorders.values() for record in dump.groups)
     verdict = "crash" if failed else "deadlock" if waits else "inconclusive"
     decided = verdict != "inconclusive"
     lines = dict.fromkeys(f"{note.process}: {note.text} ({note.source})" for note in rows)

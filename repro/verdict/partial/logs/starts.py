@@ -1,20 +1,20 @@
-"""Judge a failed start-up: the ranks could not connect to each other, and no collective ran."""
+"""Judge a job that failed at its start: the ranks could not connect to each other, and no collective ran."""
 
 from __future__ import annotations
 
 from repro.verdict.partial.diagnosis import Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import ranks_of, verb
 
 
-def judge_start(scene: Scene) -> Diagnosis | None:
-    start = [record for record in scene.failures if record.kind == "start"]
-    loopback = [note for note in scene.notes if note.kind == "loopback"]
-    if not start and not (loopback and any(record.kind != "consequence" for record in scene.failures)):
+def judge_start(job: JobRecords) -> Diagnosis | None:
+    start = [record for record in job.failures if record.kind == "start"]
+    loopback = [note for note in job.notes if note.kind == "loopback"]
+    if not start and not (loopback and any(record.kind != "consequence" for record in job.failures)):
         return None
-    if scene.timeouts or scene.recorders:
+    if job.timeouts or job.recorders:
         return None  # the job ran, so the ranks had connected
-    incomplete = [note for note in scene.notes if note.kind == "incomplete"]
+    incomplete = [note for note in job.notes if note.kind == "incomplete"]
     warned = sorted({note.process.rank for note in loopback if note.process.rank is not None})
     evidence = [f"{note.text.capitalize()} ({note.source})" for note in incomplete[:2]]
     evidence += [f"{record.process}: {record.text} ({record.source})" for record in start[:3]]

@@ -1,4 +1,4 @@
-"""Judge lines of NCCL's watchdog: which ranks wait in a collective, have not queued it, or wait elsewhere."""
+"""Judge lines of torch's watchdog: which ranks wait in a collective, which have not queued it, which wait elsewhere."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence
 from repro.trace.foreign.records import Call, Group, Progress, TimedOut
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.sides import UNKNOWN_INSIDE
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import call_in, ranks_of, verb
 
 Calls = Mapping[tuple[str, str, int | None], Mapping[int, TimedOut]]
-"""(group, operation, number) -> rank -> its time-out."""
+"""(group, operation, sequence number) -> rank -> the time-out that its watchdog reported."""
 
 
-def judge_timeouts(scene: Scene) -> Diagnosis | None:
-    if not scene.timeouts:
+def judge_timeouts(job: JobRecords) -> Diagnosis | None:
+    if not job.timeouts:
         return None
-    known = [record for record in scene.timeouts if record.rank is not None]
+    known = [record for record in job.timeouts if record.rank is not None]
     if not known:
-        return _group_ranks_only(scene)
-    rows = {record: _row(record, scene.progress) for record in known}
+        return _group_ranks_only(job)
+    rows = {record: _row(record, job.progress) for record in known}
     calls: dict[tuple[str, str, int | None], dict[int, TimedOut]] = {}
     for record in known:
         key = (_group_name(record, rows[record]), record.call.op, record.call.seq)
@@ -36,25 +36,25 @@ def judge_timeouts(scene: Scene) -> Diagnosis | None:
     sample = next(iter(largest.values()))
     row = rows[sample]
     waiting = sorted(largest)
-    counters = _counters(scene, row)
+    counters = _counters(job, row)
     behind = sorted(
         rank for rank, progress in counters.items()
         if rank not in largest and (progress.enqueued or 0) < (sample.call.seq or 0)
     )  # fmt: skip
     group = row.group if row is not None else sample.group
-    elsewhere = [rank for rank in behind if _waits_elsewhere(scene, rank)]
+    elsewhere = [rank for rank in behind if _waits_elsewhere(job, rank)]
     if behind and elsewhere == behind:
-        return _two_groups(scene, sample, group, waiting, behind, counters)
+        return _two_groups(job, sample, group, waiting, behind, counters)
     if behind:
         return _absent(sample, group, waiting, behind, counters)
-    return _same_call(scene, sample, group, waiting, row)
+    return _same_call(job, sample, group, waiting, row)
 
 
 def _row(timeout: TimedOut, progress: Sequence[Progress]) -> Progress | None:
-    """Return the counters that the same watchdog printed next to its time-out.
+    """Return the counters that belong to a time-out: those that the same watchdog printed for the same group.
 
-    Only these counters belong to the group that hangs. Other counters of the rank are of other groups: at the dump
-    signal, torch prints the counters of the default group.
+    Other counters in the log of this rank are of other groups. For example, torch prints the counters of the default
+    group when it asks for a Flight Recorder dump.
     """
     fitting = [
         row for row in progress
@@ -73,7 +73,7 @@ def _fits(row: Progress, timeout: TimedOut) -> bool:
 
 
 def _distance(row: Progress, timeout: TimedOut) -> tuple[bool, int]:
-    """Return a sort key: the number of lines between the two records; records in another file come last."""
+    """Return how far the lines of the two records are apart, as a sort key: (in different files, number of lines)."""
     places = [re.search(r"\d+", source.place) for source in (row.source, timeout.source)]
     lines = [int(place[0]) if place else 0 for place in places]
     return row.source.file != timeout.source.file, abs(lines[0] - lines[1])
@@ -84,21 +84,21 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
     return group.name if group is not None else ""
 
 
-def _counters(scene: Scene, row: Progress | None) -> dict[int, Progress]:
-    """Return rank -> the rank's counters in the group that hangs."""
-    same_group = [record for record in scene.progress if row is None or record.group.name == row.group.name]
+def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
+    """Return rank -> its counters in the group that hangs, which is the group of ``row``."""
+    same_group = [record for record in job.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}
 
 
-def _waits_elsewhere(scene: Scene, rank: int) -> bool:
-    """Whether the traceback in that rank's log ends inside a collective of another backend."""
-    return any(record.seen_by.rank == rank and record.text.startswith("gloo") for record in scene.left) or any(
-        stack.activity == "collective" for stack in scene.main_stacks().get(rank, [])
+def _waits_elsewhere(job: JobRecords, rank: int) -> bool:
+    """Whether a rank waits in another collective: a gloo error in its log, or its stack, shows it."""
+    return any(record.seen_by.rank == rank and record.text.startswith("gloo") for record in job.left) or any(
+        stack.activity == "collective" for stack in job.main_stacks().get(rank, [])
     )
 
 
 def _two_groups(
-    scene: Scene,
+    job: JobRecords,
     sample: TimedOut,
     group: Group | None,
     waiting: list[int],
@@ -106,10 +106,10 @@ def _two_groups(
     progress: dict[int, Progress],
 ) -> Diagnosis:
     op = next(
-        (s.detail for r in behind for s in scene.main_stacks().get(r, []) if s.activity == "collective"),
+        (s.detail for r in behind for s in job.main_stacks().get(r, []) if s.activity == "collective"),
         "a collective such as all_gather",
     )
-    first = next(record for record in scene.left if record.seen_by.rank in behind)
+    first = next(record for record in job.left if record.seen_by.rank in behind)
     evidence = [
         f"{ranks_of(waiting).capitalize()} queued {call_in(sample.call, group)} and wait in it ({sample.source})",
         f"{ranks_of(behind).capitalize()} never queued it: {verb(behind, 'its', 'their')} last "
@@ -121,7 +121,7 @@ def _two_groups(
     evidence += [
         f"{note.text.capitalize()} ({note.source}): this process ended first, but only after the time-out, so it is "
         "not the cause"
-        for note in scene.notes
+        for note in job.notes
         if note.kind == "torchrun"
     ][:1]
     return Diagnosis(
@@ -150,7 +150,7 @@ def _absent(
 
 
 def _different_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis | None:
-    """Judge members of one named group that wait under one number with different operations or different sizes."""
+    """Judge time-outs of one group under one sequence number, if the operations or sizes of the ranks differ."""
     by_number: dict[tuple[str, int], list[TimedOut]] = {}
     for (name, op, number), by_rank in calls.items():
         if name and number is not None and op not in UNKNOWN_INSIDE:
@@ -190,7 +190,7 @@ def _ranks(timeouts: Sequence[TimedOut]) -> list[int]:
 
 
 def _several_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
-    """Judge waits in several groups. The lines do not say which ranks belong to which group."""
+    """Judge time-outs in several groups. The log lines do not show which ranks are members of which group."""
     return _unordered(
         calls, rows, "The ranks wait in several groups, and the lines do not list the members of a group: some of "
                      "these waits may follow from others.",
@@ -228,10 +228,10 @@ def _arguments(call: Call) -> str:
 
 
 def _same_call(
-    scene: Scene, sample: TimedOut, group: Group | None, waiting: list[int], row: Progress | None
+    job: JobRecords, sample: TimedOut, group: Group | None, waiting: list[int], row: Progress | None
 ) -> Diagnosis:
-    size = scene.world_size()
-    ras = [(a, c) for a in scene.ras for c in a.communicators]
+    size = job.world_size()
+    ras = [(a, c) for a in job.ras for c in a.communicators]
     largest = max((c.size for _, c in ras), default=0)
     total = max(size or 0, largest, max(waiting) + 1)
     evidence = [
@@ -273,21 +273,21 @@ def _same_call(
     )  # fmt: skip
 
 
-def _group_ranks_only(scene: Scene) -> Diagnosis:
-    """Judge lines of torch 2.1 and older.
+def _group_ranks_only(job: JobRecords) -> Diagnosis:
+    """Judge the time-outs that torch 2.1 and older print.
 
-    They give group ranks but no group, so equal numbers may be of several groups.
+    The lines have group ranks, but do not name the group. So lines with equal numbers may be of several groups.
     """
-    ranks = sorted({record.group_rank for record in scene.timeouts if record.group_rank is not None})
-    calls = {(record.call.op, record.call.seq, record.call.sizes) for record in scene.timeouts}
-    sample = scene.timeouts[0]
+    ranks = sorted({record.group_rank for record in job.timeouts if record.group_rank is not None})
+    calls = {(record.call.op, record.call.seq, record.call.sizes) for record in job.timeouts}
+    sample = job.timeouts[0]
     if len(calls) > 1:
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
             ("The lines give ranks within a group but do not name the group: different operations may be of different "
              "groups.",),
             tuple(f"Group rank {record.group_rank}: {_arguments(record.call)} ({record.source})"
-              for record in scene.timeouts[:8]), (),
+              for record in job.timeouts[:8]), (),
             (COLLECT["recorder"], COLLECT["stacks"]),
         )  # fmt: skip
     whole = ranks == list(range(len(ranks))) and len(ranks) > 1

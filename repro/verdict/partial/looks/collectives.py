@@ -1,4 +1,5 @@
-"""Judge ranks that all wait in collectives, from two looks: a ring of transfers, different calls, or no hang."""
+"""Judge a job by the collectives in which its ranks wait at two looks: a cycle of sends and receives, different
+collectives, or no hang. A look is one observation of the processes by `hmr collect`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from repro.ingest.names.operations import operation
 from repro.store.text import counted
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.looks.ranks import (
     AMONG_RANKS,
     POLLING,
@@ -17,33 +19,32 @@ from repro.verdict.partial.looks.ranks import (
     seconds_between,
     wait_row,
 )
-from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import ranks_of
 
 TRANSFERS = ("send", "isend", "recv", "irecv")
 MOVING_SWITCHES_PER_S = 12.0
 MOVING_CORES = 0.1
 MESSAGES = {"idle", "queue"}
-"""Activities of a worker between two orders of its engine."""
+"""The activities of a server's worker that waits for the next message of its engine."""
 Key = tuple[str, str]
-"""The (operation, group) that a rank waits in."""
+"""(operation, group) of the collective in which a rank waits."""
 ANY_DATA, ANYTHING = "any operation with data", "any operation"
 WITH_DATA = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", ANY_DATA}
 
 
-def judge_waiting_ranks(scene: Scene) -> Diagnosis | None:
-    """Judge what all ranks of a job wait in, seen in two looks. None unless every rank of the job was seen."""
-    looks = rank_looks(scene)
-    size = scene.world_size()
+def judge_waiting_ranks(job: JobRecords) -> Diagnosis | None:
+    """Judge a job by the collectives in which its ranks wait. None unless every rank of the job was observed."""
+    looks = rank_looks(job)
+    size = job.world_size()
     if len(looks) < 2 or (size is not None and len(looks) < size) or any(not look.stacks for look in looks.values()):
         return None
     if not all(look.waits for look in looks.values()):
         return _moving(looks)
-    return _ring(looks) or _different(scene, looks)
+    return _ring(looks) or _different(job, looks)
 
 
 def _ring(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Find a cycle of sends and receives: in each, the peer is in a transfer with another rank."""
+    """Judge a cycle of sends and receives: each peer is itself in a send or receive that does not match."""
     edges = {rank: peer for rank, peer in _transfers(looks) if peer in looks and not _matches(looks, rank, peer)}
     cycle = _cycle(edges)
     if not cycle:
@@ -68,7 +69,7 @@ def _transfers(looks: Mapping[int, RankLook]) -> Iterator[tuple[int, int]]:
 
 
 def _matches(looks: Mapping[int, RankLook], rank: int, peer: int) -> bool:
-    """Whether the peer is in the matching transfer with this rank."""
+    """Whether the peer is in the receive that matches this rank's send, or the reverse."""
     own, other = looks[rank].stack, looks[peer].stack
     if own is None or other is None or other.detail not in TRANSFERS:
         return False
@@ -85,14 +86,14 @@ def _cycle(edges: Mapping[int, int]) -> list[int]:
     return []
 
 
-def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that wait in different calls of groups that contain all ranks: none of the calls can complete."""
+def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
+    """Judge ranks that wait in different collectives, if all groups contain all ranks: no collective can complete."""
     sides: dict[Key, list[int]] = {}
     for rank, look in looks.items():
         sides.setdefault(_key(look), []).append(rank)
     if len(sides) < 2 or any(look.activity == "device" for look in looks.values()):
         return None
-    why = _all_belong(scene, looks)
+    why = _all_belong(job, looks)
     groups = {group for _, group in sides}
     crossed = len(groups) > 1 and "" not in groups and _are_apart(looks, groups)
     mismatch = any(_differ(one, two) for one, _ in sides for two, _ in sides)
@@ -117,7 +118,10 @@ def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _key(look: RankLook) -> Key:
-    """Return the operation and group that a wait is for; no operation if several asynchronous calls are open."""
+    """Return (operation, group) of the collective in which a rank waits.
+
+    The operation is ANYTHING or ANY_DATA if the stack does not show which one it is.
+    """
     stack = look.stack
     if stack is None or stack.detail in POLLING or stack.detail.startswith(("a wait", "wait ")):
         return ANYTHING, ""
@@ -127,29 +131,29 @@ def _key(look: RankLook) -> Key:
 
 
 def _differ(one: str, two: str) -> bool:
-    """Whether two waits cannot be for the same operation."""
+    """Whether two operations, as `_key` names them, are certainly different."""
     if ANYTHING in (one, two):
         return False
     return not {one, two} <= WITH_DATA if ANY_DATA in (one, two) else one != two
 
 
 def _are_apart(looks: Mapping[int, RankLook], groups: set[str]) -> bool:
-    """Whether the variables of a rank show that these groups are different."""
+    """Whether it is certain that these names are of different process groups, by the variables in the stacks."""
     named = groups - {"default"}
     if len(named) < len(groups) and len(named) == 1:
-        return True  # one group is passed, the other is the default; both were identified by address
+        return True  # one group is the default group, the other was passed to the call
     return any(named <= {look.stack.group, *look.stack.other_groups} for look in looks.values() if look.stack)
 
 
-def _all_belong(scene: Scene, looks: Mapping[int, RankLook]) -> str:
-    """Return a sentence that says why every group in use contains all ranks; "" if that is not known."""
+def _all_belong(job: JobRecords, looks: Mapping[int, RankLook]) -> str:
+    """Return a sentence that says why every group in which ranks wait contains all ranks; "" if this is not certain."""
     if len(looks) == 2:
         return "The job has two ranks, so every group in which a rank waits contains both."
     if all(look.stack and look.stack.group == "default" for look in looks.values()):
         return "All of these calls are of the default group, which contains every rank."
     pids = sorted(look.last.process.pid or 0 for look in looks.values())
     pairs = [(one, two) for index, one in enumerate(pids) for two in pids[index + 1 :]]
-    for record in scene.connections:
+    for record in job.connections:
         numbers = {record.between.get(pair, 0) for pair in pairs}
         if len(numbers) == 1 and (number := numbers.pop()) > 0:
             return (
@@ -165,7 +169,7 @@ def _what_next(looks: Mapping[int, RankLook], sides: Mapping[Key, list[int]]) ->
 
 
 def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that all moved between the looks and wait only for each other: this is no hang."""
+    """Judge ranks that all did something between the two looks, and wait only for each other: this is no hang."""
     if not all(_moved(look) for look in looks.values()):
         return None
     if not any(stack.activity in AMONG_RANKS for look in looks.values() for stack in look.stacks):
@@ -184,10 +188,10 @@ def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _moved(look: RankLook) -> bool:
-    """Whether a rank moved, and waited only for other ranks. The rate is higher than that of a rank that polls.
+    """Whether a rank did more between the two looks than to poll in one wait, and waited only for other ranks.
 
-    A worker of a serving engine waits for the next order of its engine in every step: if one look shows it there and
-    another one elsewhere, it moved.
+    A worker of a serving engine waits in every step for the next message of its engine. If one look shows it in this
+    wait and another look elsewhere, it has moved.
     """
     activities = {stack.activity for stack in look.stacks}
     elsewhere = activities & set(WAITING) - set(AMONG_RANKS)

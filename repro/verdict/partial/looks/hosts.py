@@ -1,4 +1,5 @@
-"""Judge a rank that others wait for and that waits for no rank: it ended, was stopped, works, or does nothing."""
+"""Judge a rank for which the others wait, and which itself waits for no rank: it ended, was stopped, works, or does
+nothing. The evidence is two looks, observations of the processes by `hmr collect`."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from repro.store.text import counted
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.looks.ranks import (
     AMONG_RANKS,
     BUSY_CORES,
@@ -19,23 +21,22 @@ from repro.verdict.partial.looks.ranks import (
     wait_row,
     what_it_does,
 )
-from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import ranks_of, verb
 
 RUNNING_CORES = 0.05
-"""CPU share above which a rank's main thread counts as running the program, not as blocked in a collective."""
+"""If the main thread of a rank uses at least this share of a processor, the rank runs, and is not blocked."""
 LATER = "A third look, some seconds later, in which the waiting ranks have moved on."
 
 
-def judge_hosts(scene: Scene) -> Diagnosis | None:
-    """Judge the rank that the others wait for, by what the operating system and its stacks show."""
-    looks = rank_looks(scene)
-    return (_ended(scene, looks) or _stopped(looks) or _builds(looks) or _absent(scene, looks)) if looks else None
+def judge_hosts(job: JobRecords) -> Diagnosis | None:
+    """Judge the rank for which the others wait, by its process state, processor use, child processes and stacks."""
+    looks = rank_looks(job)
+    return (_ended(job, looks) or _stopped(looks) or _builds(looks) or _absent(job, looks)) if looks else None
 
 
-def judge_places_of_ranks(scene: Scene) -> Diagnosis | None:
-    """Say where each rank is, where no rule finds who waits for whom."""
-    looks = [look for look in rank_looks(scene).values() if look.stack is not None]
+def judge_places_of_ranks(job: JobRecords) -> Diagnosis | None:
+    """Say where each rank is. This is the last rule, used if no other rule finds out which ranks wait for which."""
+    looks = [look for look in rank_looks(job).values() if look.stack is not None]
     if not looks:
         return None
     still = [look.rank for look in looks if look.still]
@@ -47,8 +48,8 @@ def judge_places_of_ranks(scene: Scene) -> Diagnosis | None:
     )
 
 
-def _ended(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    missing = {int(note.value): note for note in scene.notes if note.kind == "no process"}
+def _ended(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
+    missing = {int(note.value): note for note in job.notes if note.kind == "no process"}
     ended = sorted({*(rank for rank, look in looks.items() if look.ended), *(missing.keys() - looks.keys())})
     others = [look for rank, look in looks.items() if rank not in ended]
     if not ended or not others or not all(_stands(look) for look in others):
@@ -71,7 +72,7 @@ def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
     others = [look for rank, look in looks.items() if rank not in stopped]
     if not stopped:
         return None
-    # the rank may spin while it waits, and then does not look idle
+    # a rank that spins while it waits does not look idle, so not all others need to stand still
     all_stand = bool(others) and all(map(_stands, others))
     how = "a debugger" if any(looks[rank].last.state == "t" for rank in stopped) else "a signal (SIGSTOP, Ctrl-Z)"
     lines = [f"Rank {rank} is in state {looks[rank].last.state} in both looks ({looks[rank].last.source})"
@@ -87,7 +88,7 @@ def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _builds(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that compile, as their children or their stacks show, while all other ranks wait."""
+    """Judge ranks that build a kernel while all others wait: `slow`. Child processes or stacks show the build."""
     builders = [rank for rank, look in looks.items() if look.compilers or look.activity in ("building", "compiling")]
     others = [look for rank, look in looks.items() if rank not in builders]
     if not builders or not others or not all(_stands(look) or look.activity == "lock" for look in others):
@@ -116,23 +117,23 @@ def _what_is_built(look: RankLook) -> str:
     return f" ({counted(len(look.compilers), 'compiler')}: {names}; since {oldest:.0f} s)"
 
 
-def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge the case that some ranks wait for other ranks, and these other ranks wait for none."""
+def _absent(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
+    """Judge ranks that are in no collective while all others wait: `stall` if they do nothing, `slow` if they work."""
     waiting = [look for look in looks.values() if look.waits or look.spins or (look.stack is None and look.still)]
     outside = [look for look in looks.values() if look not in waiting]
-    if not waiting or not outside or not _all_seen(scene, looks):
+    if not waiting or not outside or not _all_seen(job, looks):
         return None
     if any(look.activity in WAITING for look in outside):
         return None
     if not all(look.waits for look in waiting if look.stack) and not all(look.same_frames for look in outside):
-        return None  # a spinning rank may leave the collective and come back; then the other ranks move too
+        return None  # a rank that spins may have left the collective between the looks; then the others moved, too
     blind = [look for look in looks.values() if look.stack is None]
-    if blind and (len(outside) > 1 or outside[0].first_thread_cores < RUNNING_CORES or scene.has_devices):
-        return None  # a rank that waits for a device spins, while the rank it waits for may sleep
+    if blind and (len(outside) > 1 or outside[0].first_thread_cores < RUNNING_CORES or job.has_devices):
+        return None  # a busy rank may only wait for its device (spin), and the rank that it waits for may sleep
     ranks = [look.rank for look in outside]
     standing = [look for look in outside if look.still]
     lines = [f"Rank {look.rank} {_use(look)}" for look in outside[:4]]
-    lines += [line for look in outside[:4] for line in _below(scene, look)]
+    lines += [line for look in outside[:4] for line in _below(job, look)]
     summary = f"{_names(ranks)} {verb(ranks, 'is', 'are')} in no collective: {'; '.join(map(_doing, outside[:4]))}."
     if len(standing) == len(outside):
         return Diagnosis(
@@ -153,9 +154,9 @@ def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
     )  # fmt: skip
 
 
-def _all_seen(scene: Scene, looks: Mapping[int, RankLook]) -> bool:
-    """Whether both looks show every rank of the job."""
-    size = scene.world_size()
+def _all_seen(job: JobRecords, looks: Mapping[int, RankLook]) -> bool:
+    """Whether every rank of the job was observed twice."""
+    size = job.world_size()
     return all(look.apart_s > 0 for look in looks.values()) and (size is None or len(looks) >= size)
 
 
@@ -170,11 +171,11 @@ def _use(look: RankLook) -> str:
     return f"{used} in {look.apart_s:.1f} s and {look.at}" if look.stack else f"{used} in {look.apart_s:.1f} s"
 
 
-def _below(scene: Scene, look: RankLook) -> list[str]:
-    """Return where Python processes below a rank are, such as those of its data loader."""
+def _below(job: JobRecords, look: RankLook) -> list[str]:
+    """Return a sentence on the stack of each Python process that the rank started, such as a data loader's worker."""
     pids = {child.pid for child in look.last.children}
     stacks = {
-        stack.process.pid: stack for stack in scene.stacks if stack.process.pid in pids and stack.thread == "MainThread"
+        stack.process.pid: stack for stack in job.stacks if stack.process.pid in pids and stack.thread == "MainThread"
     }
     return [
         f"The process {pid} below that rank is at {place_of(stack)} ({stack.source})" for pid, stack in stacks.items()
@@ -182,7 +183,7 @@ def _below(scene: Scene, look: RankLook) -> list[str]:
 
 
 def _stands(look: RankLook) -> bool:
-    """Whether a rank waits, as far as the looks show."""
+    """Whether nothing in the two looks shows that the rank does anything but wait."""
     return look.waits or look.still or look.activity == "lock" or (look.stack is None and look.idle)
 
 

@@ -1,4 +1,4 @@
-"""Judge a lock file that ranks wait for, by its holder: a rank, another process, or no process."""
+"""Judge a lock file for which ranks wait, by what holds it: a rank, another process, or no process."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from typing import Any
 
 from repro.trace.foreign.records import LockLook
 from repro.verdict.partial.diagnosis import Diagnosis
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.looks.ranks import RankLook, build_lines, rank_looks, wait_row
-from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import ranks_of, verb
 
 
-def judge_lock_files(scene: Scene) -> Diagnosis | None:
-    """Judge the first lock file in the last look for which the same rank waits in both looks."""
-    looks = rank_looks(scene)
+def judge_lock_files(job: JobRecords) -> Diagnosis | None:
+    """Judge the first lock file for which a rank waits in the last look, if its holder is the same in all looks.
+
+    A look is one observation of the lock files and processes of a host by `hmr collect`.
+    """
+    looks = rank_looks(job)
     owners = {(look.last.host, pid): look for look in looks.values() for pid in _pids(look)}
-    last = max((lock.look for lock in scene.lock_looks), default=0)
-    for lock in scene.lock_looks:
+    last = max((lock.look for lock in job.lock_looks), default=0)
+    for lock in job.lock_looks:
         waiters = [owners[lock.host, pid] for pid in lock.waiters if (lock.host, pid) in owners]
         if lock.look == last and waiters:
-            diagnosis = _judge(scene, lock, waiters, owners)
+            diagnosis = _judge(job, lock, waiters, owners)
             if diagnosis is not None:
                 return diagnosis
     return None
@@ -31,16 +34,14 @@ def _pids(look: RankLook) -> list[int]:
 
 
 def _judge(
-    scene: Scene, lock: LockLook, waiters: list[RankLook], owners: Mapping[tuple[str, int], RankLook]
+    job: JobRecords, lock: LockLook, waiters: list[RankLook], owners: Mapping[tuple[str, int], RankLook]
 ) -> Diagnosis | None:
     ranks = sorted({look.rank for look in waiters})
-    before = [
-        row for row in scene.lock_looks if (row.host, row.path) == (lock.host, lock.path) and row.look < lock.look
-    ]
+    before = [row for row in job.lock_looks if (row.host, row.path) == (lock.host, lock.path) and row.look < lock.look]
     lines = [f"{ranks_of(ranks).capitalize()} {verb(ranks, 'waits', 'wait')} for {lock.path} ({lock.source})"]
     lines += [f"Rank {look.rank} {look.at}" for look in waiters[:4] if look.stack is not None]
     if any(set(row.holders) != set(lock.holders) for row in before) or not before:
-        return None  # the holder changed, or the lock was seen only once
+        return None  # the holder changed, or the lock was observed only once
     holders = [owners[lock.host, pid] for pid in lock.holders if (lock.host, pid) in owners]
     if holders:
         return _held_by_rank(lock, ranks, holders[0], lines)

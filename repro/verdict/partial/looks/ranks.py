@@ -1,4 +1,5 @@
-"""Describe what each rank did between the first and the last look at its host."""
+"""Describe what each rank did between the first and the last look. A look is one observation of the processes by `hmr
+collect`."""
 
 from __future__ import annotations
 
@@ -8,25 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from repro.trace.foreign.records import Child, ProcessLook, Stack
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import program_frames
 
 SHORTEST_S = 0.5
-"""Two looks must be at least this far apart, or they do not show what moved between them."""
+"""Two looks must be at least this many seconds apart to show whether a rank did something between them."""
 STILL_SWITCHES_PER_S = 1.5
-"""Context switches per second below which a thread is still.
-
-A blocked thread makes almost none, a polling one about ten.
-"""
+"""If a thread has at most this many context switches per second, it does nothing. A blocked thread has almost none, a
+thread that polls has about ten."""
 BUSY_CORES = 0.05
 SPINNING_LOOKS = 4
-"""A rank that uses the CPU counts as spinning if this many looks show it at the same line of a collective."""
+"""If this many looks show a busy rank at the same line of a collective, it waits there by spinning."""
 COMPILERS = (
     "nvcc", "cicc", "ptxas", "fatbinary", "cudafe++", "ninja", "cc1plus", "cc1", "g++", "gcc", "c++", "clang",
     "clang++", "hipcc", "ld", "collect2", "as", "cmake", "make", "nvlink", "lld",
 )  # fmt: skip
 WAITING = ("collective", "device", "backward", "lock", "idle", "answer", "queue", "exit")
-"""Activities of a rank that waits for another process or its device."""
+"""The activities (`Stack.activity`) of a rank that waits for another process or for its device."""
 _VERBS = {
     "collective": "waits in", "device": "waits for", "backward": "waits in", "lock": "waits for", "building": "builds:",
     "compiling": "compiles:", "idle": "is idle:", "answer": "waits for", "queue": "waits for", "exit": "waits for",
@@ -35,15 +34,16 @@ _VERBS = {
 _SOURCES = (".cu", ".cpp", ".cc", ".c", ".cxx", ".hip", ".ptx", ".cubin")
 _MODULE = re.compile(r"-DTORCH_EXTENSION_NAME=(\w+)")
 POLLING = ("the start of a process group", "a wait for torch's store")
-"""Waits, by `Stack.detail`, in which torch polls, so that the thread is never still."""
+"""Values of `Stack.detail` for waits in which torch polls. The thread then has context switches although it waits."""
 AMONG_RANKS = ("collective", "device", "backward")
 
 
 @dataclass(frozen=True, slots=True)
 class RankLook:
-    """One rank in two looks, `first` and `last`. Both are the same record if there was only one look.
+    """What two looks show about one rank's process. A look is one observation by `hmr collect`.
 
-    stacks    the stacks of the thread that runs the program, one for each look; () where none could be taken
+    first, last   the process at the first and at the last look; the same record if there was only one look
+    stacks        the stacks of the main thread, one for each look; () if none could be taken
     """
 
     rank: int
@@ -65,7 +65,7 @@ class RankLook:
 
     @property
     def cores(self) -> float:
-        """CPU cores that the rank and its children used between the looks."""
+        """How many processors the rank and its child processes kept busy between the looks, on average."""
         if self.apart_s < SHORTEST_S:
             return 0.0
         before = {child.pid: child.cpu_s for child in self.first.children}
@@ -74,21 +74,21 @@ class RankLook:
 
     @property
     def first_thread_cores(self) -> float:
-        """CPU cores that the main thread, which runs the program, used between the looks; at most about 1."""
+        """Which share of a processor the main thread used between the looks: 0 to 1."""
         if self.apart_s < SHORTEST_S:
             return 0.0
         return max(0.0, self.last.first_thread_cpu_s - self.first.first_thread_cpu_s) / self.apart_s
 
     @property
     def idle(self) -> bool:
-        """Whether the rank used almost no CPU, because it waits or polls."""
+        """Whether the rank used almost no processor time between the looks: it waits or polls."""
         return self.apart_s >= SHORTEST_S and self.cores < BUSY_CORES
 
     @property
     def still(self) -> bool:
-        """Whether neither the rank's main thread nor its children ran between the looks.
+        """Whether the main thread and the child processes of the rank did nothing between the looks.
 
-        A rank that is ready to run but gets no processor, because the machine is too busy, is not still.
+        False if the process is ready to run but gets no processor, because the machine is too busy.
         """
         if "R" in (self.first.state, self.last.state):
             return False
@@ -107,22 +107,22 @@ class RankLook:
 
     @property
     def same_frames(self) -> bool:
-        """Whether the program was at one place in both looks. Frames of libraries that the program calls may differ."""
+        """Whether all looks show the same frames of the program. Frames of libraries that it calls may differ."""
         return len(self.stacks) > 1 and len({program_frames(stack.frames, 6) for stack in self.stacks}) == 1
 
     @property
     def waits(self) -> bool:
-        """Whether the rank waited for other ranks at one place in both looks, and did nothing else."""
+        """Whether the rank waited for other ranks at the same place in all looks, and did nothing else between them."""
         if not self.same_frames or any(stack.activity not in AMONG_RANKS for stack in self.stacks):
             return False
         if self.activity == "device":
-            return True  # a wait for CUDA may spin
+            return True  # a thread that waits for CUDA may keep a processor busy
         polls = self.stack is not None and self.stack.detail in POLLING and self.cores < BUSY_CORES
         return self.still or polls
 
     @property
     def spins(self) -> bool:
-        """Whether enough looks show the rank at the same frames of one collective to conclude that it spins there."""
+        """Whether the rank waits in a collective by spinning: SPINNING_LOOKS looks or more show the same frames."""
         collective = all(stack.activity in AMONG_RANKS for stack in self.stacks)
         return len(self.stacks) >= SPINNING_LOOKS and collective and len({stack.frames for stack in self.stacks}) == 1
 
@@ -136,7 +136,7 @@ class RankLook:
 
     @property
     def at(self) -> str:
-        """Return what the rank did and where: "waits in all_reduce at step (train.py:40) (stacks/…)"."""
+        """Return what the rank does, where, and the source: "waits in all_reduce at step (train.py:40) (stacks/…)"."""
         stack = self.stack
         if stack is None:
             place = f" in the kernel's {self.last.place}" if self.last.place else ""
@@ -144,13 +144,13 @@ class RankLook:
         return f"{what_it_does(stack)} at {place_of(stack)} ({stack.source})"
 
 
-def rank_looks(scene: Scene) -> dict[int, RankLook]:
-    """Return rank -> the two looks at its worker process. A rank with two worker processes is left out."""
+def rank_looks(job: JobRecords) -> dict[int, RankLook]:
+    """Return rank -> what the looks show about its worker process. A rank with two worker processes is left out."""
     rows: dict[int, list[ProcessLook]] = {}
-    for record in scene.process_looks:
+    for record in job.process_looks:
         if record.process.rank is not None and record.process.role in ("worker", ""):
             rows.setdefault(record.process.rank, []).append(record)
-    stacks = scene.main_stacks()
+    stacks = job.main_stacks()
     looks = {}
     for rank, records in sorted(rows.items()):
         ordered = sorted(records, key=lambda record: record.look)
@@ -163,14 +163,14 @@ def rank_looks(scene: Scene) -> dict[int, RankLook]:
 
 
 def place_of(stack: Stack) -> str:
-    """Return the innermost frame outside torch, and the innermost frame of the program's own files."""
+    """Return where a thread is: the innermost frame outside torch, and the innermost frame in a file of the program."""
     own = [frame for frame in stack.frames if "(torch/" not in frame and ".so" not in frame]
     files = [frame for frame in own[1:] if "/" not in frame.rpartition("(")[2]]
     return " < ".join([*own[:1], *files[:1]]) or (stack.frames[0] if stack.frames else "?")
 
 
 def call_of(look: RankLook) -> str:
-    """Return the collective that a rank waits in, with its group if the program's variables name it."""
+    """Return the collective in which a rank waits, as text: "all_reduce of group tp_group in step"."""
     stack = look.stack
     if stack is None:
         return "a wait"
@@ -188,7 +188,7 @@ def call_of(look: RankLook) -> str:
 
 
 def build_lines(look: RankLook) -> list[str]:
-    """Return a sentence for each compiler that a rank started, and for the rank's own position if it waits for one."""
+    """Return a sentence for each compiler that the rank runs, and one on where the rank itself is during the build."""
     lines = [
         f"Rank {look.rank} has had the child process {child.pid} for {child.age_s:.0f} s, with {child.cpu_s:.1f} s of "
         f"processor time: {_short(child)} ({look.last.source})"
@@ -200,7 +200,10 @@ def build_lines(look: RankLook) -> list[str]:
 
 
 def _short(child: Child) -> str:
-    """Shorten a compiler's command to its module and last source file; without a source file, to the beginning."""
+    """Shorten a compiler's command to its name, module and source file: "nvcc module moe_ops kernel.cu".
+
+    If the command has no source file, return its beginning.
+    """
     sources = [word for word in child.command.split() if word.endswith(_SOURCES)]
     module = _MODULE.search(child.command)
     words = [child.name, *([f"module {module[1]}"] if module else []), *sources[-1:]]
@@ -208,7 +211,7 @@ def _short(child: Child) -> str:
 
 
 def what_it_does(stack: Stack) -> str:
-    """Return what a thread does, in words that follow a subject: "waits in all_reduce"."""
+    """Return what a thread does, as the predicate of a sentence: "waits in all_reduce"."""
     verb = _VERBS.get(stack.activity, f"is in {stack.activity}:" if stack.activity else "runs")
     return f"{verb} {stack.detail}".rstrip()
 
@@ -218,5 +221,5 @@ def seconds_between(looks: Sequence[RankLook]) -> float:
 
 
 def wait_row(ranks: Sequence[int], waits_in: str, awaited: Sequence[int], why: str, source: str) -> dict[str, Any]:
-    """Return a row of `Diagnosis.waits`, in the form of `repro.verdict.result.Wait` with its source."""
+    """Return a row of `Diagnosis.waits`. It has the fields of `repro.verdict.result.Wait` and the source."""
     return {"ranks": list(ranks), "waits_in": waits_in, "for": list(awaited), "why": why, "source": source}

@@ -1,1 +1,1 @@
-"""Rules for the stacks of Python processes."""
+"""Rules that judge the stacks of Python processes."""

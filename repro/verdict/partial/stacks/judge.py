@@ -1,4 +1,5 @@
-"""Judge stacks alone. A stack shows a place but no sequence number, so it rarely proves more than which rank builds."""
+"""Judge a job by stacks alone. A stack shows a place in the code, but no sequence number. So stacks rarely prove more
+than that a rank builds a kernel while the others wait."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from repro.trace.foreign.records import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.stacks.locks import judge_locks
 from repro.verdict.partial.stacks.processes import judge_processes
 from repro.verdict.partial.stacks.unranked import judge_unranked
@@ -15,21 +16,21 @@ from repro.verdict.partial.words import WORKING, program_frames, ranks_of, verb
 AGAIN = "a second set of stacks, some seconds later"
 
 
-def judge_stacks(scene: Scene) -> Diagnosis | None:
-    rows = scene.main_stacks()
-    if not rows and not scene.stacks:
+def judge_stacks(job: JobRecords) -> Diagnosis | None:
+    rows = job.main_stacks()
+    if not rows and not job.stacks:
         return None
     by_activity: dict[str, list[int]] = {}
     for rank, stacks in rows.items():
         by_activity.setdefault(stacks[-1].activity, []).append(rank)
     return (
-        _builder(scene, rows, by_activity)
-        or judge_locks(scene, rows)
-        or judge_processes(scene)
-        or _queues(scene, rows, by_activity)
-        or _collectives(scene, rows, by_activity)
-        or _others(scene, rows, by_activity)
-        or judge_unranked(scene)
+        _builder(job, rows, by_activity)
+        or judge_locks(job, rows)
+        or judge_processes(job)
+        or _queues(job, rows, by_activity)
+        or _collectives(job, rows, by_activity)
+        or _others(job, rows, by_activity)
+        or judge_unranked(job)
     )
 
 
@@ -42,11 +43,9 @@ def _place(stack: Stack) -> str:
 
 
 def _builder(
-    scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
+    job: JobRecords, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Judge ranks that build while others wait for a lock or in a collective: the run is slow, and the builder is
-    named.
-    """
+    """Judge ranks that build a kernel while others wait for a lock or in a collective: `slow`; the builder is named."""
     working = sorted(rank for name in WORKING for rank in by_activity.get(name, []))
     locked = by_activity.get("lock", [])
     waiting = sorted({*locked, *by_activity.get("collective", []), *by_activity.get("idle", [])})
@@ -79,16 +78,19 @@ def _builder(
 
 
 def _queues(
-    scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
+    job: JobRecords, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Judge workers that wait for orders while an engine waits for an answer: a lost message, or a normal moment."""
+    """Judge a server in which all workers wait for messages of their engine.
+
+    If the engine waits for an answer of a worker, a message may be lost, or this is a normal moment.
+    """
     idle = by_activity.get("idle", [])
     if not idle or len(idle) < len(rows):
         return None
-    engines = [s for s in scene.stacks if s.process.role == "engine" and s.activity == "answer"]
+    engines = [s for s in job.stacks if s.process.role == "engine" and s.activity == "answer"]
     evidence = [f"Rank {rank}: {rows[rank][-1].detail} ({_source(rows[rank][-1])})" for rank in idle[:4]]
     evidence += [f"{stack.process}: {stack.detail} ({_source(stack)})" for stack in engines[:4]]
-    leaving = [stack for stack in scene.stacks if stack.activity == "exit"]
+    leaving = [stack for stack in job.stacks if stack.activity == "exit"]
     evidence += [
         f"{stack.process} is at its exit and waits for {stack.detail} ({_source(stack)})" for stack in leaving[:4]
     ]
@@ -120,7 +122,7 @@ def _queues(
 
 
 def _collectives(
-    scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
+    job: JobRecords, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
     inside = by_activity.get("collective", [])
     if not inside:
@@ -187,7 +189,7 @@ def _canonical(detail: str) -> str:
 
 
 def _others(
-    scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
+    job: JobRecords, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
     named = [(name, ranks) for name, ranks in by_activity.items() if name]
     if not named:

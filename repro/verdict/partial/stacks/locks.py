@@ -1,7 +1,7 @@
-"""Judge a file lock that ranks wait for while no rank builds: with recorder dumps, or from stacks alone.
+"""Judge a file lock for which ranks wait while no rank builds, with Flight Recorder dumps or by stacks alone.
 
-No stack shows who holds a lock. A rank is named as the holder only if all other ranks are excluded, so every rank must
-have been seen.
+A stack does not show which process holds a lock. A rank is named as the holder only if no other rank can hold it. So
+the stack of every rank must be known.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from repro.trace.foreign.records import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.members import lists_members
 from repro.verdict.partial.dumps.waits import Wait
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import WORKING, call_in, program_frames, ranks_of, verb
 
 HOLDER = "who holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev/null | grep -i lock"
 
 
-def judge_lock_across(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge ranks that wait for a lock while other ranks wait for them in a collective, which the dumps show."""
-    stacks = {rank: rows[-1] for rank, rows in scene.main_stacks().items()}
+def judge_lock_across(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
+    """Judge ranks whose stacks wait for a lock, while the dumps show that other ranks wait for them in a collective."""
+    stacks = {rank: rows[-1] for rank, rows in job.main_stacks().items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
     blocked = [wait for wait in waits if set(wait.missing) & set(locked)]
     everybody = {rank for wait in blocked for rank in wait.group.members}
@@ -34,14 +34,14 @@ def judge_lock_across(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
         f"{ranks_of(wait.missing)} {verb(wait.missing, 'has', 'have')} not queued it"
         for wait in blocked
     ] + _lock_lines(stacks, locked)
-    seen = lists_members(scene.recorders, blocked[0].group) or everybody == set(range(scene.world_size() or 0))
+    seen = lists_members(job.recorders, blocked[0].group) or everybody == set(range(job.world_size() or 0))
     return _across(locked, inside, call_in(blocked[0].call, blocked[0].group), stacks, evidence, seen)
 
 
-def judge_locks(scene: Scene, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis | None:
-    """Judge ranks that wait for a lock, from stacks alone, if no rank builds.
+def judge_locks(job: JobRecords, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis | None:
+    """Judge ranks that wait for a lock, by stacks alone, if no rank builds.
 
-    The holder may change: two looks are needed.
+    The holder of a lock may change, so a deadlock is reported only if each rank was seen twice at the same place.
     """
     stacks = {rank: stack[-1] for rank, stack in rows.items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
@@ -50,7 +50,7 @@ def judge_locks(scene: Scene, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis 
     inside = sorted(rank for rank, stack in stacks.items() if stack.activity == "collective")
     others = sorted(set(stacks) - set(locked) - set(inside))
     still = all(_stands_still(rows[rank]) for rank in (*locked, *inside))
-    whole = still and not others and sorted(stacks) == list(range(scene.world_size() or 0))
+    whole = still and not others and sorted(stacks) == list(range(job.world_size() or 0))
     evidence = _lock_lines(stacks, locked)
     if inside:
         evidence.append(
@@ -84,9 +84,9 @@ def _across(
     evidence: Sequence[str],
     whole: bool,
 ) -> Diagnosis:
-    """Judge ranks in a lock and `inside` a collective.
+    """Judge ranks that wait for a lock, while the ranks `inside` wait for them in a collective.
 
-    `whole`: all ranks were seen, so no unseen rank holds the lock.
+    whole   whether every rank was seen, so that only a rank in the collective can hold the lock
     """
     summary = (
         f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for {stacks[locked[0]].detail}, and "
@@ -147,5 +147,5 @@ def _place(stack: Stack) -> str:
 
 
 def _stands_still(looks: Sequence[Stack]) -> bool:
-    """Whether at least two looks show the same wait. The innermost frames may differ, because such a wait polls."""
+    """Whether at least two stacks of a rank show the same wait. Innermost frames may differ, because the wait polls."""
     return len(looks) > 1 and len({(stack.activity, stack.detail) for stack in looks}) == 1

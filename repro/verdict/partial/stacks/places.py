@@ -1,8 +1,8 @@
-"""Judge a rank that issues a collective in a place where its program never issues it.
+"""Judge a rank that issues a collective at a place in the code where its program never issues it.
 
-One stack beside another does not show which of two ranks left the common order. A serving engine, however, issues some
-collectives in one place only: the agreement on a step comes before the model's forward pass. A rank that is in such an
-agreement below a layer of the model has issued a collective that is in no other rank's order.
+Usually stacks do not show which of two ranks issued the wrong collective. But a serving engine issues some collectives
+at one place only: the step agreement comes before the forward pass of the model. If the stack of a rank shows a step
+agreement inside a layer of the model, this rank has issued an additional collective.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from repro.trace.foreign.records import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import program_frames, ranks_of, verb
 
 WAITING = ("collective", "idle")
@@ -22,13 +22,13 @@ MAX_LINES = 4
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A collective of a program that has one place.
+    """A collective that a program issues at one place only. The patterns match frames of a stack.
 
-    name    of the collective
-    inside  a frame of the function that issues it
-    below   a frame further out, below which the program never issues it
-    unless  a frame between the two that makes the place a right one
-    rule    where the program issues it, as the end of a sentence
+    name    the name of the collective
+    inside  the function that issues it
+    below   a function that never calls `inside`, directly or through others, such as a layer of the model
+    unless  an exception: a function between the two from which the call is right; None if there is no exception
+    rule    a sentence that says where the program issues the collective
     """
 
     name: str
@@ -56,9 +56,9 @@ PLACES = (
 )
 
 
-def judge_places(scene: Scene) -> Diagnosis | None:
-    """Judge ranks that are in a collective out of its place while the others wait in another call."""
-    rows = scene.main_stacks()
+def judge_places(job: JobRecords) -> Diagnosis | None:
+    """Judge ranks that are in a collective at a wrong place in the code, while all others wait in another call."""
+    rows = job.main_stacks()
     found = {rank: match for rank, stacks in rows.items() if (match := _out_of_place(stacks[-1])) is not None}
     others = {rank: stacks for rank, stacks in rows.items() if rank not in found}
     if not found or not others or any(stacks[-1].activity not in WAITING for stacks in rows.values()):
@@ -90,7 +90,7 @@ def judge_places(scene: Scene) -> Diagnosis | None:
 
 
 def _out_of_place(stack: Stack) -> tuple[Place, str] | None:
-    """Return the place that a stack violates, and the frame of the layer; None if it violates none."""
+    """Return the rule that a stack violates, and the frame of the layer in which it does; None if it violates none."""
     for place in PLACES if stack.activity == "collective" else ():
         at = next((index for index, frame in enumerate(stack.frames) if place.inside.search(frame)), None)
         if at is None:
@@ -103,7 +103,7 @@ def _out_of_place(stack: Stack) -> tuple[Place, str] | None:
 
 
 def _stands_still(stacks: Sequence[Stack]) -> bool:
-    """Whether at least two looks show the program in the same place."""
+    """Whether at least two stacks of a rank show the program at the same place."""
     return len(stacks) > 1 and len({(stack.activity, program_frames(stack.frames, 6)) for stack in stacks}) == 1
 
 

@@ -1,7 +1,8 @@
-"""Judge a cycle of waits through several processes of a rank.
+"""Judge a cycle of waits in a server whose ranks have several processes: an engine and a worker.
 
 An example: a worker waits for its engine, which waits in a collective for a second engine. The second engine waits for
-its own worker, which waits in a collective for the first worker. No recorder and no watchdog sees all of these waits.
+its own worker, which waits in a collective for the first worker. Flight Recorder and watchdog see only some of these
+waits; the stacks show all.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from collections.abc import Mapping, Sequence
 from repro.trace.foreign.records import Stack
 from repro.verdict.cycle import find_cycle
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import ranks_of, verb
 
 Place = tuple[str, int]
-"""(part of the process, rank)."""
+"""A process of a server: ("worker" or "engine", rank)."""
 
 
-def judge_processes(scene: Scene) -> Diagnosis | None:
+def judge_processes(job: JobRecords) -> Diagnosis | None:
     looks: dict[Place, Sequence[Stack]] = {}
     for role in ("worker", "engine"):
-        looks |= {(role, rank): rows for rank, rows in scene.main_stacks(role).items() if rows[-1].process.role == role}
+        looks |= {(role, rank): rows for rank, rows in job.main_stacks(role).items() if rows[-1].process.role == role}
     cycle = find_cycle({place: _waits_for(place, rows[-1], looks) for place, rows in looks.items()})
     if len({role for role, _ in cycle}) < 2:
         return None  # other rules judge cycles that consist of collectives only
@@ -49,9 +50,10 @@ def judge_processes(scene: Scene) -> Diagnosis | None:
 
 
 def _asks_early(looks: Mapping[Place, Sequence[Stack]]) -> tuple[int, ...]:
-    """Return the ranks whose engine asks the others while their worker waits for orders; () if all do, or none.
+    """Return the ranks whose engine asks the other engines for work, while their workers are still in a step.
 
-    The engines ask each other, after a number of executions that all of them count, whether any rank has requests.
+    The engines ask each other, after a fixed number of model executions, whether any rank has requests. On the returned
+    ranks the worker is idle; on all others it is in a collective. () if this does not fit.
     """
     workers = {rank: rows[-1].activity for (role, rank), rows in looks.items() if role == "worker"}
     early = tuple(

@@ -1,21 +1,21 @@
-"""Judge stacks of processes with unknown ranks: say where each process is, and how to find its rank."""
+"""Judge stacks of processes whose ranks are unknown: say where each process is, and how to find out its rank."""
 
 from __future__ import annotations
 
 from repro.trace.foreign.records import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.scene import Scene, is_main
+from repro.verdict.partial.job_records import JobRecords, is_main
 
 MOST_PLACES, MOST_PROCESSES = 6, 8
 
 
-def judge_unranked(scene: Scene) -> Diagnosis | None:
-    """Judge stacks if none of them has a rank.
+def judge_unranked(job: JobRecords) -> Diagnosis | None:
+    """Judge stacks of which none has a rank.
 
-    Beside ranked processes, one without a rank is a launcher or front end.
+    If other stacks have a rank, this rule is not used: then a process without a rank is a launcher or a front end.
     """
     last: dict[int | str, Stack] = {}
-    for stack in scene.stacks:
+    for stack in job.stacks:
         if stack.process.rank is None and is_main(stack):
             last[stack.process.pid if stack.process.pid is not None else stack.source.file] = stack
     places: dict[str, list[Stack]] = {}

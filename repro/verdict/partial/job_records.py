@@ -1,4 +1,4 @@
-"""All records of one job, sorted by rank and joined: what each rank waits in, and its progress in each group."""
+"""All records of the evidence of one job, sorted by their kind, for the rules of `verdict/partial`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,18 @@ from repro.verdict.partial.dumps.moments import describe_equal, describe_stale, 
 
 
 @dataclass(slots=True)
-class Scene:
-    """The records of a job by kind. A rank that is missing in a record is filled in from other records."""
+class JobRecords:
+    """The records of the evidence of one job, by kind. If a record lacks a rank, it is filled in from other records.
+
+    recorders            rank -> its newest usable Flight Recorder dump
+    earlier              rank -> an older dump of the same process, if there is one
+    contradictions       lines about dumps that are not used, or that may be misleading
+    ranks_by_world_size  number of ranks in the default group -> the ranks whose dump says so; several numbers mean that
+                         the dumps are of several jobs
+    """
 
     recorders: dict[int, RecorderDump] = field(default_factory=dict)
     earlier: dict[int, RecorderDump] = field(default_factory=dict)
-    """an older dump of the same process, where there is one"""
-
     timeouts: list[TimedOut] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
     launches: list[Launches] = field(default_factory=list)
@@ -49,51 +54,50 @@ class Scene:
     lock_looks: list[LockLook] = field(default_factory=list)
     connections: list[Connections] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
-    jobs: dict[int, list[int]] = field(default_factory=dict)
-    """size of the default group -> ranks whose dump says so; with more than one size, several jobs are mixed"""
+    ranks_by_world_size: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, records: Iterable[Observation]) -> Scene:
-        scene = cls()
+    def of(cls, records: Iterable[Observation]) -> JobRecords:
+        job = cls()
         rows = list(records)
         dumps = [record for record in rows if isinstance(record, RecorderDump)]
         ranks = _ranks_of_processes(rows)
         for record in rows:
             match record:
                 case TimedOut():
-                    scene.timeouts.append(record)
+                    job.timeouts.append(record)
                 case Progress():
-                    scene.progress.append(record)
+                    job.progress.append(record)
                 case Launches():
-                    scene.launches.append(record)
+                    job.launches.append(record)
                 case Stack():
-                    scene.stacks.append(replace(record, process=_with_rank(record.process, ranks)))
+                    job.stacks.append(replace(record, process=_with_rank(record.process, ranks)))
                 case Failure():
-                    scene.failures.append(replace(record, process=_with_rank(record.process, ranks)))
+                    job.failures.append(replace(record, process=_with_rank(record.process, ranks)))
                 case Left():
-                    scene.left.append(record)
+                    job.left.append(record)
                 case Mismatch():
-                    scene.mismatches.append(record)
+                    job.mismatches.append(record)
                 case RasAnswer():
-                    scene.ras.append(record)
+                    job.ras.append(record)
                 case ProcessLook():
-                    scene.process_looks.append(record)
+                    job.process_looks.append(record)
                 case LockLook():
-                    scene.lock_looks.append(record)
+                    job.lock_looks.append(record)
                 case Connections():
-                    scene.connections.append(record)
+                    job.connections.append(record)
                 case Note():
-                    scene.notes.append(replace(record, process=_with_rank(record.process, ranks)))
-        scene.jobs = world_sizes(dumps)
-        scene._add_recorders(dumps)
-        scene.stacks = _with_looks(scene.stacks)
-        return scene
+                    job.notes.append(replace(record, process=_with_rank(record.process, ranks)))
+        job.ranks_by_world_size = world_sizes(dumps)
+        job._add_recorders(dumps)
+        job.stacks = _with_looks(job.stacks)
+        return job
 
     def _add_recorders(self, dumps: Sequence[RecorderDump]) -> None:
-        """Keep the newest usable dump of each rank, and an earlier one beside it.
+        """Keep the newest usable dump of each rank, and an older one if there is one.
 
-        A stale dump is left out. A dump without the order or the completion of operations is left out, too: it would
-        look as if the rank had not issued them.
+        A dump is not usable if it is much older than those of the other ranks, or if it does not have the order or the
+        completion of operations: then it would look as if the rank had not queued them.
         """
         blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
         if blind:
@@ -112,7 +116,7 @@ class Scene:
         self.earlier = {rank: dump for rank, dump in moments.earlier.items() if rank not in stale}
 
     def main_stacks(self, role: str = "worker") -> dict[int, list[Stack]]:
-        """Return rank -> stacks of the program's main thread, one for each look, from processes with this role."""
+        """Return rank -> the stacks of its main thread, oldest first. role: "worker" or "engine" (of a server)."""
         result: dict[int, list[Stack]] = {}
         for stack in self.stacks:
             if stack.process.rank is not None and stack.process.role in (role, "") and is_main(stack):
@@ -128,25 +132,25 @@ class Scene:
 
     @property
     def has_devices(self) -> bool:
-        """Whether a host of the job has accelerators. A rank may wait for an accelerator by spinning."""
+        """Whether a host of the job has accelerators. A rank that waits for one may keep a processor busy (spin)."""
         return any(note.kind == "devices" for note in self.notes)
 
     def world_size(self) -> int | None:
-        """Return the number of ranks, if a line or a group shows it."""
+        """Return the number of ranks of the job, from a log line or a dump; None if neither shows it."""
         sizes = [int(note.value) for note in self.notes if note.kind == "world" and note.value.isdigit()]
         sizes += [len(g.members) for d in self.recorders.values() for g in d.configured if g.members]
         return max(sizes, default=None)
 
 
 def is_main(stack: Stack) -> bool:
-    """Whether a stack is of the thread that runs the program."""
+    """Whether a stack belongs to the main thread, which runs the program."""
     if stack.thread:
         return stack.thread in ("MainThread", "main") or stack.thread.startswith(("python", "pt_main"))
     return not any("threading.py" in frame for frame in stack.frames[-3:])
 
 
 def _ranks_of_processes(records: Sequence[Observation]) -> dict[int, int]:
-    """Return pid -> rank from records that have both. A pid with two ranks is of two hosts, and is left out."""
+    """Return pid -> rank, from records that have both. A pid with two ranks exists on two hosts, and is left out."""
     seen: dict[int, set[int]] = {}
     for record in records:
         process = getattr(record, "process", None)
@@ -162,7 +166,7 @@ def _with_rank(process: Process, ranks: Mapping[int, int]) -> Process:
 
 
 def _with_looks(stacks: Sequence[Stack]) -> list[Stack]:
-    """Number the stacks of each thread of each process in the order of their files: each file is one look."""
+    """Set `Stack.look`: number the stacks of one thread in the order of their files, from 0."""
     looks: Counter[tuple[object, ...]] = Counter()
     numbered = []
     for stack in sorted(stacks, key=lambda record: record.source.file):
