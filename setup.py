@@ -1,8 +1,8 @@
-"""Which packages exist. Everything else about the project is in pyproject.toml.
+"""List the packages of this project. Everything else about the project is in pyproject.toml.
 
-This part needs code because the folder kernels/ is imported as ``hybrid_moe_kernels`` (a package named
-``kernels`` would shadow the Hugging Face library), and the declarative package search cannot rename.
-A new op folder under kernels/ is found by itself.
+The list needs code: the folder kernels/ is imported as ``hybrid_moe_kernels``, because a package named ``kernels``
+would shadow the Hugging Face library, and pyproject.toml cannot rename a package that it searches. A new folder under
+kernels/ is found without a change here.
 """
 
 from setuptools import find_namespace_packages, setup

@@ -1,11 +1,11 @@
 #!/bin/bash
-# A scenario on several hosts under Slurm: one task a host, torchrun starts the ranks of each.
+# Run a scenario on several hosts under Slurm: one task per host, in which torchrun starts the ranks of this host.
 #
 #   sbatch examples/slurm.sh metadata_rebuild fault
 #
 # The repository and the output folder must be on a file system that all hosts see: rank 0 makes the run directory
-# there, and the ranks of every host write their witnesses into it. Only the ranks of rank 0's host are asked for
-# stacks and Flight Recorder dumps. Written for Slurm's documentation; not run on a cluster.
+# there, and the ranks of every host write their witnesses into it. On every other host an agent takes stacks and Flight
+# Recorder dumps of the ranks. This script was written from Slurm's documentation, and not run on a cluster.
 #
 #SBATCH --job-name=ep-hang
 #SBATCH --nodes=2
@@ -24,7 +24,7 @@ out=${OUT:-$PWD/runs}
 first_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# The interface that hosts reach each other by, where gloo would pick another: export GLOO_SOCKET_IFNAME=ib0
+# If gloo chooses the wrong network interface, name the right one: export GLOO_SOCKET_IFNAME=ib0
 export PYTHONUNBUFFERED=1
 
 srun --kill-on-bad-exit=0 .venv/bin/python -m torch.distributed.run \
@@ -32,8 +32,8 @@ srun --kill-on-bad-exit=0 .venv/bin/python -m torch.distributed.run \
     --rdzv-backend c10d --rdzv-endpoint "$first_host:$port" --rdzv-id "$SLURM_JOB_ID" \
     -m repro.worker "$scenario" --variant "$variant" --backend "${BACKEND:-nccl}" --out "$out" || true
 
-# The verdict is in the newest run directory, whatever the ranks' exit code was: they are ended when they hang.
-# watch ends with 1 for an unexpected verdict and 125 for none; the bundle is wanted then most of all.
+# Ranks that hang are ended, so their exit code says nothing: read the verdict in the newest run directory. If `watch` exits
+# with 1 (unexpected verdict) or 125 (no verdict), the bundle is needed most, so this script goes on.
 code=0
 .venv/bin/python -m repro watch "$out/latest" || code=$?
 .venv/bin/python -m repro bundle "$out/latest"

@@ -1,5 +1,4 @@
-"""A readable reference of hybrid mixture-of-experts language models: gated attention, Gated DeltaNet,
-Mamba-2, MoE.
+"""A readable reference of hybrid MoE language models: gated attention, Gated DeltaNet, Mamba-2, experts.
 
 `from hybrid_moe_ref import HybridMoE, ModelConfig`. The names are resolved on first use, so that importing
 the package, its configuration or its page arithmetic does not import torch.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Cached(Protocol):
-    """What a batch needs from a sequence in a cache: its number of tokens so far, and the cache's device."""
+    """A cached sequence, as far as a batch needs it: its number of tokens so far, and the cache's device."""
 
     length: int
 
@@ -54,7 +54,7 @@ class Part(Generic[S]):
 
     cached   indices of the groups among the cached groups of the step; empty if the tokens are not cached
     is_step  whether the part is the whole step, with its rows in order
-    tables   rotary tables, by all that they depend on except the positions (`layers.rope`)
+    tables   rotary tables that were computed for this part. Key: all that they depend on, except the positions
     """
 
     groups: tuple[Group[S], ...]
@@ -175,7 +175,7 @@ class Batch(Generic[S]):
 
     @cached_property
     def order_N(self) -> Tensor:
-        """Return the index of each row of the step among the rows of all parts, one part after another."""
+        """For each row of the step, return its index in the list of the rows of all parts, one part after another."""
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property

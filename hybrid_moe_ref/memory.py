@@ -27,12 +27,12 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
     Raises ConfigError with the memory that is needed and the memory that is available.
     """
     if torch.device(device).type == "cpu":
-        what, there = "this machine has", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        machine_has, there = "this machine has", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         if (limit := container_limit()) < there:
-            what, there = "this container may use", limit
+            machine_has, there = "this container may use", limit
     elif num_ranks == 1 and torch.device(device).type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
-        what, suggestion = f"{device} has", f" free{suggestion}"
+        machine_has, suggestion = f"{device} has", f" free{suggestion}"
     else:
         return  # a process that has used CUDA could not fork ranks; other devices do not report their memory
     layout = cache_layout(model.config, model.dtype)
@@ -41,8 +41,8 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
     if weights + cache > there:
         where = f" on {num_ranks} ranks" if num_ranks > 1 else ""
         dtype = str(model.dtype).removeprefix("torch.")
-        needs = f"the model needs {_gb(weights)}{where} in {dtype} and its cache {_gb(cache)}"
-        raise ConfigError(f"{needs}, {what} {_gb(there)}{suggestion}")
+        model_needs = f"the model needs {_gb(weights)}{where} in {dtype} and its cache {_gb(cache)}"
+        raise ConfigError(f"{model_needs}, {machine_has} {_gb(there)}{suggestion}")
 
 
 def container_limit(root: Path = _CGROUPS, of_process: Path = Path("/proc/self/cgroup")) -> float:

@@ -32,7 +32,7 @@ MAX_PID = 2**31 - 1
 
 
 class LockTimeout(RuntimeError):
-    """A lock could not be taken in time.
+    """A process could not take a lock within its deadline.
 
     The text names the file, its holder, since when it holds the lock, and its heartbeat.
     """
@@ -125,7 +125,8 @@ class BuildLock:
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):  # the folder may have been removed; the lock does not depend on the file
-            # done while the lock is held: a process that opened the file sees that the path has changed
+            # done while the lock is held: another process that opened the file can then see that it is not the lock
+            # file any more
             self.path.unlink()
         os.close(self._descriptor)
         self.notify("lock_freed", str(self.path), -1)
@@ -147,7 +148,7 @@ class BuildLock:
             return None
 
     def _try(self) -> bool:
-        """Take the lock if it is free. The previous holder may remove the file at any time."""
+        """Take the lock if it is free. Returns whether it was. A previous holder may remove the file at any time."""
         descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

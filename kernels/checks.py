@@ -18,7 +18,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Inside:
-    """Counts the ``with`` blocks that are running in all threads. Blocks may overlap."""
+    """Counts the ``with`` blocks of one kind that are running, in all threads together. Blocks may overlap."""
 
     def __init__(self) -> None:
         self.count, self._lock = 0, threading.Lock()
@@ -39,7 +39,7 @@ _known = Inside()
 
 @contextlib.contextmanager
 def values_known() -> Iterator[None]:
-    """Skip checks of index values on a GPU inside the ``with``: reading them would synchronise once per layer.
+    """Skip checks of index values on a GPU inside the ``with``, because reading them would synchronise once per layer.
 
     Use it when the host has computed the values itself. Shapes, dtypes and strides are still checked.
     """
@@ -53,7 +53,7 @@ def can_read_values(x: Tensor) -> bool:
 
 
 class Sizes:
-    """The sizes that the letters of one call stand for. Each checked argument adds the letters that are new.
+    """The size of each letter in one call ("T" -> 128). Each checked argument adds the letters that are new.
 
     device    the device that every argument must be on
     known     sizes that are known before the first argument, by letter
@@ -63,7 +63,7 @@ class Sizes:
         self.device, self.known = device, known
 
     def take(self, name: str, x: Tensor, *dtypes: torch.dtype, dense: int = 1) -> None:
-        """Check one argument, whose name ends in its letters.
+        """Check one argument against the letters at the end of its name: `k_TMK` must have the shape [T, M, K].
 
         dtypes    the dtypes that it may have
         dense     how many of its last dimensions must be contiguous
@@ -101,7 +101,7 @@ class Sizes:
 
 
 def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
-    """Check indices into a pool of states: each in range and used once.
+    """Check indices into a pool of states: each must be in range, and none may appear twice.
 
     On a GPU this synchronises. Raises ValueError.
     """
@@ -117,7 +117,7 @@ def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
 
 
 def cu_seqlens(name: str, cu_seqlens_X: Tensor, num_sequences: int, num_tokens: int) -> None:
-    """Check the first row of each sequence and, at the end, the number of rows: B + 1 numbers that never decrease.
+    """Check B + 1 numbers that never decrease: the first row of each of B sequences, and then the number of rows.
 
     On a GPU this synchronises. Raises ValueError.
     """

@@ -1,4 +1,4 @@
-"""Valid values of HMR_KERNELS and HMR_NATIVE_ISA, also for programs that never import torch."""
+"""Valid values of the variables HMR_KERNELS and HMR_NATIVE_ISA. Programs can import this file without torch."""
 
 CHOICES = ("auto", "torch", "native", "triton", "fla", "mamba_ssm")
 """Values of HMR_KERNELS, and of the argument of `registry.use`."""

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 Notify = Callable[[str, str, int], None]
-"""A function that is called for locks and builds with (event, name, pid of the holder or -1), like `Observer.local`."""
+"""A function that is called for each event of a lock or build: (event, name, pid of the lock's holder or -1)."""
 
 BATON = "lock"
 """The name of torch's lock file in the folder of a build.
@@ -52,7 +52,7 @@ class BuildFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Extension:
-    """A native module: its name and source files. Functions have C linkage, or register themselves with torch.
+    """A native module: its name and source files. Its functions have C linkage, or register themselves with torch.
 
     sources      .cpp files, and .cu files for a GPU
     headers      the included headers, so that a change of them rebuilds the module
@@ -72,7 +72,7 @@ class Extension:
         return bool(self._loaded)
 
     def library(self) -> ctypes.CDLL:
-        """Return the module's functions. The first call builds and loads it by the function of `on_first_use`."""
+        """Return the loaded module. The first call builds and loads it, by the function that `on_first_use` set."""
         if not self._loaded:
             with _use_lock:
                 if not self._loaded:
@@ -95,7 +95,7 @@ class Extension:
         return cache / f"{self.name}-{digest.hexdigest()[:12]}"
 
     def is_built(self, cache: Path) -> bool:
-        """Whether `load` has nothing to compile. An interrupted build does not count as built."""
+        """Whether the module is compiled, so that `load` need not compile. An interrupted build does not count."""
         return (self.folder(cache) / BUILT).exists()
 
     def load_built(self, cache: Path) -> None:
@@ -104,9 +104,10 @@ class Extension:
         self._load(folder / (folder / BUILT).read_text())
 
     def load(self, cache: Path, notify: Notify = lambda event, name, holder: None) -> None:
-        """Compile the module if it is not compiled yet, and load it, by torch's loader with torch's lock.
+        """Compile the module if necessary, with torch's extension loader and its lock, and load it.
 
-        Raises BuildFailed, or an OSError when the folder cannot be used. Waits as long as another process has the lock.
+        Raises BuildFailed, or OSError if the folder cannot be used. Waits without a limit if another process has the
+        lock.
         """
         folder = self.folder(cache)
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ _first_use: list[Callable[[Extension], None]] = [lambda extension: extension.loa
 
 
 def on_first_use(load: Callable[[Extension], None]) -> None:
-    """Make this process call `load` for each extension that is used and not loaded yet."""
+    """Set the function `load` by which this process loads each extension at its first use."""
     _first_use[0] = load
 
 
@@ -163,13 +164,13 @@ def missing() -> str:
 
 
 def _search_path() -> str:
-    """Return PATH with this interpreter's folder in front, to find ninja in a virtual environment not activated."""
+    """Return PATH with this interpreter's folder in front, to find ninja in an environment that is not activated."""
     return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
 @contextlib.contextmanager
 def loader() -> Iterator[Any]:
-    """Yield torch's extension loader, for one build at a time.
+    """Yield torch's extension loader. Only one thread can have it at a time.
 
     Inside the ``with``, the loader finds the programs that `missing` finds. Its ninja ends when this process ends, for
     whatever reason.
@@ -193,7 +194,7 @@ def loader() -> Iterator[Any]:
 class _Subprocess:
     """A replacement for the module subprocess, by which torch's loader runs ninja.
 
-    Ninja then gets SIGTERM when this process ends, and ends its compilers.
+    With this replacement, ninja gets SIGTERM when this process ends, and then ends its compilers.
     """
 
     _START = """
@@ -221,7 +222,7 @@ def has_baton() -> bool:
 
 @contextlib.contextmanager
 def _observed_lock(name: str, notify: Notify) -> Iterator[None]:
-    """Let torch's own lock report its events inside the ``with``. The lock itself does not change."""
+    """Inside the ``with``, call `notify` when torch's own lock is waited for, taken or released."""
     from torch.utils import cpp_extension
 
     attribute, observed = ("FileBaton", _observed_baton) if has_baton() else ("FileLock", _observed_file_lock)

@@ -129,7 +129,7 @@ def prepare(tick: Callable[[], None] = _nothing) -> str:
 
 
 def _build_beating(target: Path, lock: BuildLock, tick: Callable[[], None]) -> None:
-    """Build in a thread. Meanwhile this thread sends the lock's heartbeats and calls ``tick``."""
+    """Build in another thread. Meanwhile this thread sends the heartbeats of the lock and calls ``tick``."""
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -163,7 +163,7 @@ def _lock(place: Path, tick: Callable[[], None]) -> BuildLock:
 
 
 def cannot_build() -> str:
-    """Return what this machine lacks to build the library; "" if nothing. Searches for programs and headers only."""
+    """Return what this machine lacks to build the library; "" if nothing. Only searches for programs and headers."""
     python_h = Path(sysconfig.get_path("include"), "Python.h")
     if not python_h.exists():
         return f"Python's headers are not installed: there is no {python_h} (Debian: apt-get install python3-dev)"

@@ -2,7 +2,7 @@
 
     from hybrid_moe_kernels import gated_delta_rule, registry
 
-    y = gated_delta_rule.decode(...)         the call is the same whatever runs
+    y = gated_delta_rule.decode(...)         the call is the same for every implementation
     registry.use("native")                   for this process; builds or loads the library that the choice needs
     with registry.using("torch"): ...
     registry.table("cpu", torch.bfloat16)    {"gated_delta_rule.decode": "native", ...}
@@ -246,7 +246,7 @@ def unchecked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def trusted() -> Iterator[None]:
-    """Skip argument checks inside the ``with``, unless HMR_KERNEL_CHECKS=1.
+    """Skip argument checks inside the ``with``, unless the variable HMR_KERNEL_CHECKS is 1.
 
     A model uses it around its layers, because its own code makes their arguments. A step has 200 checks, which take a
     tenth of a small model's time on a CPU.

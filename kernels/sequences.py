@@ -52,7 +52,7 @@ class Chunks:
 
     @classmethod
     def of(cls, cu_seqlens_X: Tensor, size: int) -> "Chunks":
-        """Cut sequences into chunks of `size` rows. If every sequence is shorter, a chunk is as long as the longest."""
+        """Cut sequences into chunks of `size` rows. If all are shorter, a chunk is as long as the longest."""
         starts = cu_seqlens_X.tolist()
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
@@ -96,7 +96,7 @@ def differentiable(*tensors: Tensor | None) -> bool:
 
 
 def load(pool_J_: Tensor, slots_B: Tensor, *, copy: bool = False) -> Tensor:
-    """Return the states of the slots: a view of a single one on the CPU, else a copy. copy: always copy."""
+    """Return the states of the slots: a view if there is one slot on the CPU, else a copy. copy: always copy."""
     if slots_B.numel() == 1 and not slots_B.is_cuda and not copy:
         return pool_J_.narrow(0, int(slots_B), 1)
     return pool_J_[slots_B]

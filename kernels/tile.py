@@ -16,7 +16,7 @@ from torch import Tensor
 
 INTERPRETED: bool = (
     triton.knobs.runtime.interpret
-)  # whether TRITON_INTERPRET was set at the import, when the kernels are made
+)  # whether TRITON_INTERPRET was set when this file was imported: the kernels are made then
 ROUNDS = tl.constexpr(INTERPRETED)
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cuda", "cpu")  # on a CPU, `missing` names a reason unless the interpreter is on
@@ -73,8 +73,9 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
 
     They are never freed, because captured graphs hold their address.
 
-    Kernels that share them must not run at the same time, so two decode steps on one device must use one stream.
-    Raises RuntimeError if they would be created within a capture, which would record their zeroing without doing it.
+    Kernels that share counters must not run at the same time, so two decode steps on one device must use one stream.
+    Raises RuntimeError if they would be created during the capture of a CUDA graph, because the capture would only
+    record that they are set to zero.
     """
     return _counters(device, max(1024, triton.next_power_of_2(count)))
 
@@ -197,7 +198,10 @@ def convolve(x_at, past_at, weight_at, bias_at, channel, is_in, past_row, W: tl.
 
 @triton.jit
 def shift(x_at, past_at, channel, is_in, past_row, W: tl.constexpr):
-    """Drop the oldest of the W - 1 inputs and append the newest. The values of a channel stay in one thread."""
+    """Update the convolution's state: drop the oldest of the W - 1 inputs and append the newest.
+
+    The values of a channel stay in one thread.
+    """
     for w in tl.static_range(W - 2):
         tl.store(past_at + w * past_row + channel, tl.load(past_at + (w + 1) * past_row + channel, is_in), is_in)
     if W > 1:

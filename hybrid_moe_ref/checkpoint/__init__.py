@@ -2,7 +2,7 @@
 
     config, saved_dtype = read_config(folder)
     model = HybridMoE(config, device="meta")     # before loading, experts may be cut to this rank's share
-                                                 load_weights(model, folder)
+    load_weights(model, folder)
 
 `HybridMoE.from_pretrained` does all of this in one call, and `save_pretrained` writes such a folder. Files are
 untrusted input: their sizes are checked before anything is allocated, and nothing in them is executed.

@@ -157,7 +157,10 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _agreed(said: dict[str, Any]) -> Any:
-    """Return the value that several paths of a config must agree on; None if none has a value."""
+    """Return the one value that a setting has at several paths of a config; None if no path has a value.
+
+    said: path -> value at this path, or None. Raises ConfigError if two values differ.
+    """
     there = [(path, value) for path, value in said.items() if value is not None]
     for path, value in there[1:]:
         if value != there[0][1]:

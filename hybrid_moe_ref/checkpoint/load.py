@@ -98,7 +98,7 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
 
 @functools.cache
 def _warn_without_mtp(folder: Path, num_layers: int) -> None:
-    """Log one line for each folder, even if a command loads it several times."""
+    """Log that a model is loaded without its MTP layers, once per folder, even if it is loaded several times."""
     log.warning(
         "%s: the config has %d MTP layers, but no tensor is named %s*: the model is loaded without them",
         folder,
@@ -177,10 +177,11 @@ _GROUPED = {
 
 
 def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> list[Piece]:
-    """List the pieces of Qwen3-Next's projections, which it stores in blocks by key head: [q | k | R v | R z], [R b | R
-    a].
+    """List the pieces of the projections of a GDN layer, which Qwen3-Next stores in blocks.
 
-    slices: the rows of this model's own projections that are held; each piece takes its rows from the blocks
+    There are two blocks for each key head: [q | k | R v | R z] and [R b | R a].
+
+    slices: for each projection, the rows that this rank holds; a piece copies these rows from the blocks
     """
     K = net.key_dim
     values, per_head = slices["in_proj_z"].full_shape[0], slices["in_proj_b"].full_shape[0]
@@ -193,7 +194,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     k, v = (k[0] - M * K, k[1] - M * K), (v[0] - 2 * M * K, v[1] - 2 * M * K)
 
     def piece(kind: str, linear: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
-        """Make one piece. parts: the range held of q, k, v, z, b or a; its size in a block; its offset in the block."""
+        """Make one piece. parts: for each of q, k, v, z, b or a: the range held, its size and offset in a block."""
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
         held = tuple(rows for part in parts for rows in _in_blocks(*part, block))
         part = Slice((M * block, H), ((0, held),))
@@ -208,7 +209,10 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
 
 
 def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
-    """Return the ranges of the elements `held` if each block has `size` of them, starting at `offset`."""
+    """Convert a range of elements to ranges of rows in the checkpoint.
+
+    Each block of `block` rows has `size` of the elements, from row `offset` of the block on.
+    """
     start, stop = held
     while start < stop:
         index, inside = divmod(start, size)

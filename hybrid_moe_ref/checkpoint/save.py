@@ -105,7 +105,10 @@ def tensors(model: "HybridMoE", family: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _grouped(name: str, net: GatedDeltaNet) -> Iterator[tuple[str, Tensor]]:
-    """Reorder projections for Qwen3-Next: by key head, [q | k | v of its value heads | their z] and [b | a]."""
+    """Reorder a GDN layer's projections as Qwen3-Next stores them.
+
+    For each key head: a block [q | k | v of its value heads | z of its value heads], and a block [b | a].
+    """
     heads, keys = net.num_key_heads, net.num_key_heads * net.key_dim
     q, k, v = net.in_proj_qkv.weight.split([keys, keys, net.num_value_heads * net.value_dim])
     qkvz = [x.unflatten(0, (heads, -1)) for x in (q, k, v, net.in_proj_z.weight)]

@@ -117,7 +117,7 @@ def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
 
 
 def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> dict[str, Any]:
-    """Judge logits [B, T, V] of a narrower dtype: both median errors against float64, and whether FACTOR holds."""
+    """Judge logits [B, T, V] of a narrower dtype: return both median errors, and whether ours is within FACTOR."""
     ours, theirs = (float(errors(x_BTV, truth_BTV).median()) for x_BTV in (ours_BTV, theirs_BTV))
     return {"median_error": ours, "their_median_error": theirs, "agrees": ours <= FACTOR * theirs}
 

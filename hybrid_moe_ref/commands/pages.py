@@ -1,4 +1,4 @@
-"""The command `pages`: the unified page of KV entries and recurrent states of a preset."""
+"""The command `pages`: print the page size that the KV entries and the recurrent states of a preset share."""
 
 import argparse
 
@@ -11,7 +11,7 @@ ITEMSIZES = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the unified page size of KV entries and recurrent states."""
+    """Print the page size that the KV entries and the recurrent states of a preset share."""
     layout = page_layout(preset(args.preset), kv_itemsize=ITEMSIZES[args.kv_dtype], tp_size=args.tp)
     answer = {
         "preset": args.preset,

@@ -59,7 +59,7 @@ class Source:
         return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
     def suggestion(self, requested: str | None) -> str:
-        """Return what to change if a model does not fit into memory: the end of an error text, or ""."""
+        """Return advice for a model that does not fit into memory, as the end of an error text; "" if there is none."""
         if self.folder is None and requested is None:
             return "; a preset's default dtype is float32, --dtype bfloat16 takes half the memory"
         return ""

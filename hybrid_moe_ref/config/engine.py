@@ -16,20 +16,20 @@ class EngineConfig(Config):
     """Limits of one rank's serve loop, and how it runs a step.
 
     max_num_seqs       largest number of requests that run at once; the others wait in order of arrival
-                       max_num_batched_tokens
+    max_num_batched_tokens
                        largest number of tokens of a step. Running requests come first; new prompts get the rest
     num_pages          pages of a rank's cache; if they are too few for all requests, the youngest requests wait
-    protocol           the version of vLLM whose exchange between the ranks is followed: one of PROTOCOLS in
-                       `engine.protocol`
+    protocol           a version of vLLM: the ranks exchange the same numbers, in the same steps, as this version does.
+                       One of PROTOCOLS below
     unfinished_interval
-                       number of steps between two "anyone unfinished?" all-reduces; the ranks can end after each. 0:
-                       the number in the protocol
+                       number of steps between two "anyone unfinished?" all-reduces; the ranks can stop only after
+                       one of them. 0: the number that `protocol` gives
     dtype              dtype of weights, activations and KV cache: one of DTYPES
     mode               "eager", or "graphs": small steps are padded to a captured size and replayed
     capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every pure decode step
     microbatch_tokens  a rank with this many tokens proposes to split the step in two; 0: never
     compile            compile the row-wise parts of the layers by torch.compile (needs a C++ compiler on a CPU)
-    autotune           at the start, time the tactics for computing the experts, and agree on the fastest
+    autotune           at the start, time each tactic (way to compute the experts), and agree on the fastest
     cache_dir          folder for tuning results and compiled code. "": tuning results are not saved, and compiled
                        modules go to the user's cache
     gdn_prefill_backend, moe_backend

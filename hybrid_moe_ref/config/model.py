@@ -13,7 +13,7 @@ class ModelConfig(Config):
 
     layer_pattern     one letter per layer; spaces are ignored. G: Gated DeltaNet, A: gated attention, M: Mamba-2
     num_experts       number of routed experts of each layer's MoE; 0: each layer has a dense gated MLP instead
-                      intermediate_size intermediate size of the dense MLP, if there is no MoE
+    intermediate_size intermediate size of the dense MLP, if there is no MoE
     num_mtp_layers    number of layers for multi-token prediction: 0 or 1
 
     The other names are those of Hugging Face's configurations.

@@ -1,7 +1,7 @@
 """The server: its start-up phases in order, then the serve loop.
 
     load        build this rank's part of the model                      no collective
-    page_setup  unify the page size of KV and recurrent state            no collective
+    page_setup  choose one page size for KV and recurrent states         no collective
     prepare     builds and other lazy local work, then one vote          a small all-reduce over all ranks
     profile     one full-size dummy step                                 C1, then those of the layers (C2, C3, tp);
                 before them, those of tuning, if configured
@@ -142,9 +142,10 @@ class Engine:
 
     def _page_setup(self) -> PageLayout:
         layout = cache_layout(self.model.config, self._dtype)
-        if (needed := layout.pages_for(1)) > self.config.engine.num_pages:
-            have = f"{self.config.engine.num_pages} is less than {needed}"
-            raise ConfigError(f"{have}, but a sequence of one token takes that many", "engine.num_pages")
+        num_pages, needed = self.config.engine.num_pages, layout.pages_for(1)
+        if needed > num_pages:
+            problem = f"{num_pages} is less than the {needed} pages of a sequence of one token"
+            raise ConfigError(problem, "engine.num_pages")
         return layout
 
     def _prepare(self) -> PreparedKernels:
@@ -188,7 +189,7 @@ class Engine:
         return StartVote(self.config, self.comm, self._policies.ballot)
 
     def _take_first_uses(self) -> None:
-        """Load modules at first use by this engine's policies, even if another engine is started later."""
+        """Let the policies of this engine, not those of a later one, load each module at its first use."""
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 
     def _build_place(self) -> BuildPlace:

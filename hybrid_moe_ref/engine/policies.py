@@ -69,7 +69,10 @@ class GraphChoice:
 
 
 class Tuning:
-    """How the ranks choose tactics: from their saved choices if every rank has one, else by timing together."""
+    """How the ranks choose a tactic (a way to compute the experts).
+
+    They use their saved choices if every rank has one. Otherwise they time the tactics together.
+    """
 
     def tune(self, tuner: ExpertTuner) -> None:
         """Choose a tactic and use it. Called on every rank at the same point of its start."""
@@ -92,10 +95,10 @@ class Tuning:
 
 
 class Compilation:
-    """Which ranks compile, and when: every rank, before a step in which others would wait for it."""
+    """Which ranks compile, and when: every rank, before the first step in which other ranks would wait for it."""
 
     def prepare(self, compiler: Compiler) -> None:
-        """Called on every rank in the phase `compile`, which ends in a vote."""
+        """Compile. The engine calls this on every rank in the phase `compile`, before a vote."""
         compiler.compile_in_turn()
 
 
@@ -132,7 +135,7 @@ class Preemption:
     """
 
     def before_step(self, make_room: Callable[[], None]) -> None:
-        """Called on a rank with requests before each step is scheduled, and so before its agreement."""
+        """Preempt requests if necessary. Called on a rank with requests, before each step is scheduled and agreed."""
         make_room()
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:

@@ -1,5 +1,6 @@
-"""Gated grouped-query attention: normalised q and k, partial rotary embedding, and an output gate from the query
-projection.
+"""Gated grouped-query attention, with normalised q and k, partial rotary embedding, and a gate on the output.
+
+The query projection also computes the gate.
 
 Shapes: T rows of a part (in a group: new tokens of each of its B sequences), S tokens to attend to, H hidden, Q query
 heads, K KV heads, D head dim, R half of the rotary dim.

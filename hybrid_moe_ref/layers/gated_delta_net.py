@@ -18,7 +18,7 @@ from hybrid_moe_ref.layers.norm import NormThenGate
 
 
 class GatedDeltaNet(Mixer):
-    prefill_rule = staticmethod(gated_delta_rule.prefill)  # an engine may replace this by another backend
+    prefill_rule = staticmethod(gated_delta_rule.prefill)  # an engine may choose another backend
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

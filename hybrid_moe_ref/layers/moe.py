@@ -63,7 +63,8 @@ class Experts(nn.Module):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_local = num_experts if num_local is None else num_local
         if not 0 <= first_expert <= first_expert + self.num_local <= num_experts:
-            raise ValueError(f"experts {first_expert} to {first_expert + self.num_local} of {num_experts}")
+            last = first_expert + self.num_local - 1
+            raise ValueError(f"experts {first_expert} to {last} are not all among the layer's {num_experts} experts")
         shape = (self.num_local, 2 * intermediate_size, hidden_size)
         self.gate_up_proj = nn.Parameter(torch.empty(shape))
         shape = (self.num_local, hidden_size, intermediate_size)

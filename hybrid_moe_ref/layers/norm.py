@@ -36,8 +36,7 @@ class NormThenGate(nn.Module):
 
 
 class GateThenNorm(nn.Module):
-    """weight * y / rms(y) with y = x * silu(gate): Mamba-2's output norm; the mean square is over each
-    group."""
+    """weight * y / rms(y) with y = x * silu(gate): Mamba-2's output norm, over each group."""
 
     def __init__(self, size: int, num_groups: int, eps: float) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {"G": GatedDeltaNet, "A": GatedAttention, "M": 
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer is the attribute that LAYER_KINDS names."""
+    """x += mixer(norm(x)); x += mlp(norm(x)). LAYER_KINDS gives the attribute of the mixer."""
 
     def __init__(self, config: ModelConfig, kind: str, name: str) -> None:
         super().__init__()

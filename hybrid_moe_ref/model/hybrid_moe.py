@@ -36,7 +36,7 @@ from hybrid_moe_ref.slices import Slice
 
 
 class Stack(nn.Module):
-    """The model without its head."""
+    """The model without its head: embedding, blocks and final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -14,6 +14,6 @@
 
 C1 comes first because the sizes of C2 and C3 are its result. A rank without requests takes part with a dummy batch. The
 drafter's passes follow the layers and have their own C2 and C3. Without expert parallelism over dp ranks, the MoE of a
-layer has one all_reduce over tp instead of C2 and C3. The Observer sees the operation that is named here; a backend may
-carry it out by another one, see `comm`.
+layer has one all_reduce over tp instead of C2 and C3. The Observer gets the operation that the table names, even if
+the backend uses another operation for it, see `comm`.
 """

@@ -4,8 +4,8 @@
 waits in the last collective that has an ``enter`` and no ``leave``. Under NCCL a call returns when the collective is
 only queued, and ``leave`` then means queued.
 
-The -v collectives take the *agreed* size vector of the step. Sizes may be uneven, and a rank with zero rows takes part
-like any other.
+The collectives with uneven sizes (all_gather_v, reduce_scatter_v) take the *agreed* size vector of the step. Sizes
+may be uneven, and a rank with zero rows takes part like any other.
 
 Shape suffixes: N rows of this rank, S rows of all ranks (sum of sizes), R ranks, B bytes of a packed row, H hidden.
 """
@@ -102,7 +102,7 @@ class Communicator(RankGroups):
 
     @contextlib.contextmanager
     def patiently(self, patience_s: float) -> Iterator[None]:
-        """Make the members of a collective wait for each other in the store first, then issue it, inside the ``with``.
+        """Within the ``with``, the members of a collective first wait for each other in the store, and then issue it.
 
         So a member may be late by up to `patience_s` without exceeding the collective's own timeout. A rank that waits
         in the store does not see a broken connection, so it checks whether the processes of the others exist.
@@ -254,7 +254,7 @@ class Communicator(RankGroups):
             self._strict.check(event, self.members(event.group))
 
     def _wait(self, pg: dist.ProcessGroup, work: dist.Work) -> None:
-        """Wait for a collective, and check at the same time for a stopped job.
+        """Wait for a collective. Meanwhile check whether another rank has stopped the job.
 
         Under NCCL ``wait`` only orders streams.
         """

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from hybrid_moe_ref.config import ParallelConfig
 
 ON_CPU = ("dp", "world")
-"""The groups that are always on the CPU (gloo): agreements are few integers, and must not wait for a device."""
+"""The groups that are always on the CPU (gloo): their collectives carry only a few integers, and must not wait for a
+device."""
 
 
 def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:

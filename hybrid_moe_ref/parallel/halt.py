@@ -26,7 +26,7 @@ from hybrid_moe_ref.parallel.observer import Collective
 _HALT = "halt"
 
 LOOK_UP_INTERVAL = timedelta(milliseconds=100)
-"""Time between two checks of a waiting rank whether another rank has stopped the job."""
+"""Interval in which a waiting rank checks whether another rank has stopped the job."""
 
 PATIENCE_S = 1.0
 """Seconds that a rank whose connection broke searches for a dead peer before it reports its own failure."""
@@ -105,7 +105,7 @@ class RollCall:
 
 
 class Watchdog:
-    """Decides for one rank whether to stop waiting.
+    """Decides, on one rank, whether the rank should stop to wait for a collective.
 
     roll_call  the processes of the other ranks; None: not checked
     limit_s    seconds that one collective may take; 0: no limit
@@ -183,7 +183,7 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 
 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
-    """End a completed collective. If a rank stopped the job, raise its error, not that of the closed connection."""
+    """End a completed collective. If a rank stopped the job, raise that error, not the one of the closed connection."""
     try:
         work.wait()
     except RuntimeError as failure:

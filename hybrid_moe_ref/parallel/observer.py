@@ -10,13 +10,12 @@ from typing import NamedTuple, Protocol
 
 
 class Collective(NamedTuple):
-    """One collective as one rank issues it. This is a tuple, because making a frozen dataclass takes longer than
-    recording.
+    """One collective as one rank issues it. A tuple, because making a frozen dataclass takes longer than recording.
 
     group      name of the process group: "dp", "ep", "tp", ...
     op         all_reduce, all_gather_v, reduce_scatter_v, broadcast, barrier, ...
     layer      the module to which it belongs ("layers.0.moe"), or "" for the step as a whole
-    sizes      rows per group rank for the -v operations (the *agreed* vector, which may be uneven), else (numel,)
+    sizes      all_gather_v, reduce_scatter_v: the agreed rows of each group rank, which may be uneven; else (numel,)
     dtype      element type of the data, such as "int32"
     reduce_op  sum, min, max, or "" without a reduction
     root       group rank of the root, or -1
@@ -46,13 +45,13 @@ class Observer(Protocol):
     """Receives the events of one rank. Calls come from the rank's main thread and must take about a microsecond."""
 
     def groups(self, members: Mapping[str, Sequence[int]]) -> None:
-        """The process groups to which this rank belongs: name -> global ranks in group order."""
+        """Receive the process groups to which this rank belongs: name -> global ranks in group order."""
 
     def phase(self, name: str) -> None:
-        """The rank enters a life-cycle phase (load, page_setup, prepare, profile, ..., serve)."""
+        """Called when the rank enters a phase of its life (load, page_setup, prepare, profile, ..., serve)."""
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
-        """A step begins. schedule: its planned collectives; num_live: its number of live requests."""
+        """Called when a step begins. schedule: its planned collectives; num_live: its number of live requests."""
 
     def enter(self, collective: Collective) -> None:
         """Called just before the collective is issued."""
@@ -61,17 +60,17 @@ class Observer(Protocol):
         """Called just after the collective completed."""
 
     def local(self, event: str, name: str, holder: int = -1) -> None:
-        """Rank-local work that others may wait for.
+        """Called when the rank does local work that other ranks may wait for.
 
         event is lock_wait, lock_held, lock_freed, build_begin, build_end or heartbeat; name is the lock or the build;
         holder is the pid of the lock's holder, or -1 if it is unknown.
         """
 
     def done(self) -> None:
-        """The rank has finished all its work."""
+        """Called when the rank has finished all its work."""
 
     def failed(self, message: str) -> None:
-        """The rank stops with an error."""
+        """Called when the rank stops with an error."""
 
 
 class AsyncObserver(Observer, Protocol):
@@ -84,10 +83,10 @@ class AsyncObserver(Observer, Protocol):
         """Called just before an asynchronous collective is issued. Returns a ticket that identifies it."""
 
     def wait(self, collective: Collective, ticket: int) -> None:
-        """The rank begins to wait for the collective of ``ticket``. Coalesced collectives are waited for in turn."""
+        """Called when the rank begins to wait for the collective of ``ticket``. Coalesced ones come in turn."""
 
     def finish(self, collective: Collective, ticket: int) -> None:
-        """The rank's wait has returned: the collective of ``ticket`` is complete."""
+        """Called when the rank's wait has returned: the collective of ``ticket`` is complete."""
 
 
 class NullObserver:

@@ -1,6 +1,6 @@
 """Pack the rows of several tensors into one row of bytes each, so that one collective sends them all.
 
-Bytes also let float8 pass through gloo. Shape suffixes: N rows, B bytes of a packed row.
+gloo cannot send float8, but it can send its bytes. Shape suffixes: N rows, B bytes of a packed row.
 """
 
 from __future__ import annotations

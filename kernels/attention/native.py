@@ -9,5 +9,8 @@ __all__ = ["DEVICES", "DTYPES", "decode", "missing"]
 
 
 def decode(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.decode`."""
+    """Attention of one new token of each sequence over a paged KV cache, in C++.
+
+    Same arguments and result as `reference.decode`.
+    """
     return native.library().attention_decode(*args, **options)

@@ -9,10 +9,10 @@ __all__ = ["DEVICES", "DTYPES", "missing", "prefill", "update"]
 
 
 def prefill(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.prefill`."""
+    """Convolve all tokens of several sequences, in C++. Same arguments and result as `reference.prefill`."""
     return native.library().conv_prefill(*args, **options)
 
 
 def update(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.update`."""
+    """Convolve one new token of each sequence, in C++. Same arguments and result as `reference.update`."""
     return native.library().conv_update(*args, **options)

@@ -44,7 +44,7 @@ def prefill(
 
 
 def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Tensor, slots_B: Tensor) -> Tensor:
-    """Do the same as `prefill` for one token of each sequence. Returns y [B, C]."""
+    """Convolve one new token of each sequence, as `prefill` does for many tokens. Returns y [B, C]."""
     inputs_BWC = torch.cat([load(state_JSC, slots_B), x_BC[:, None]], dim=1)
     store(state_JSC, slots_B, inputs_BWC[:, 1:])
     y_BC = (inputs_BWC * weight_CW.mT).sum(1)
@@ -54,8 +54,9 @@ def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Te
 def causal_conv(
     x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, state_BSC: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Do the same as `prefill` for sequences of one length. Returns y [B, T, C] and the state [B, S, C] after the last
-    token.
+    """Convolve sequences of one length, with the states as argument and result instead of in a pool.
+
+    Returns y [B, T, C] and the state [B, S, C] after the last token.
 
     state None: zeros.
     """

@@ -1,7 +1,8 @@
 """The causal convolution in Triton: prompts by tiles of time and channels, and one token of each sequence.
 
 Memory traffic of `prefill`: x is read once from memory (the W shifted reads of a tile hit the cache), y written once,
-the W - 1 inputs of state once each way. `update`: S + 1 numbers read and S + 1 written per channel.
+and the W - 1 inputs of the state are read once and written once. `update` reads S + 1 numbers and writes S + 1
+numbers per channel.
 
 Shapes: T tokens of all sequences, one after another, B sequences, C channels, W filter width, S = W - 1 inputs
 remembered, J slots of the pool of states, X = B + 1.
@@ -31,7 +32,7 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """Same arguments and result as `reference.prefill`."""
+    """Convolve all tokens of several sequences, in Triton. Same arguments and result as `reference.prefill`."""
     (T, C), B, W = x_TC.shape, slots_B.shape[0], weight_CW.shape[1]
     y_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device)
     if y_TC.numel() == 0:
@@ -46,8 +47,11 @@ def prefill(
 
 
 def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Tensor, slots_B: Tensor) -> Tensor:
-    """Same arguments and result as `reference.update`. A slot below zero is padding of a
-    batch of fixed size: its output is zeros."""
+    """Convolve one new token of each sequence, in Triton.
+
+    Same arguments and result as `reference.update`. A sequence with a slot below zero only pads the batch to a fixed
+    size: its output is zeros.
+    """
     B, C = x_BC.shape
     y_BC = torch.empty(B, C, dtype=x_BC.dtype, device=x_BC.device)
     if y_BC.numel() == 0:

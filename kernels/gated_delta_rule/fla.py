@@ -1,8 +1,8 @@
-"""flash-linear-attention with the signatures of these ops, for comparison; choose it with `registry.use("fla")`.
+"""The gated delta rule by flash-linear-attention (fla), to compare with. Choose it with `registry.use("fla")`.
 
-`decode` is the sequence of launches that a model without a fused step makes: the update of the convolution, fla's
-recurrent rule with the gates inside, and fla's gated norm. The update is this project's, because fla keeps W inputs and
-this project W - 1.
+`decode` makes the launches of a model without a fused decode step: the update of the convolution, fla's recurrent
+rule with the gates inside, and fla's gated norm. The update of the convolution is this project's, because fla's state
+keeps W inputs and this project's state keeps W - 1.
 """
 
 import torch
@@ -25,7 +25,10 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """Same arguments and result as `reference.prefill`."""
+    """Apply the gated delta rule to all tokens of several sequences, with flash-linear-attention.
+
+    Same arguments and result as `reference.prefill`.
+    """
     if v_THV.numel() == 0:
         return torch.empty_like(v_THV)
     o_1THV, state_BHKV = chunk_gated_delta_rule(
@@ -55,7 +58,10 @@ def decode(
     num_key_heads: int,
     eps: float,
 ) -> Tensor:
-    """Same arguments and result as `reference.decode`, in several launches."""
+    """Apply Gated DeltaNet to one new token of each sequence, with flash-linear-attention.
+
+    Same arguments and result as `reference.decode`, in several launches.
+    """
     (B, H, V), M, K = z_BHV.shape, num_key_heads, state_JHKV.shape[2]
     if z_BHV.numel() == 0:
         return torch.empty_like(z_BHV)

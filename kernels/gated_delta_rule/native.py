@@ -9,10 +9,16 @@ __all__ = ["DEVICES", "DTYPES", "decode", "missing", "prefill"]
 
 
 def prefill(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.prefill`."""
+    """Apply the gated delta rule to all tokens of several sequences, in C++.
+
+    Same arguments and result as `reference.prefill`.
+    """
     return native.library().rule_prefill(*args, **options)
 
 
 def decode(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.decode`."""
+    """Apply Gated DeltaNet to one new token of each sequence, in C++.
+
+    Same arguments and result as `reference.decode`.
+    """
     return native.library().rule_decode(*args, **options)

@@ -7,8 +7,8 @@ For every head, with a state S [K, V] that starts at `state` (None: zeros), at e
     S = S + k d^T                     write
     o = S^T q                         read
 
-`prefill` and `decode` have the ops' signatures. The functions below them take sequences of one length, with q and k
-already normalised, scaled and repeated for every value head; states are arguments and results.
+`prefill` and `decode` implement the operations, with states in a pool. The functions below them take sequences of one
+length, with q and k already normalised, scaled and repeated for every value head; states are arguments and results.
 
 Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), M key heads, H value heads, K key dim,
 V value dim, Z chunks, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter width, S = W - 1, J slots of
@@ -114,7 +114,7 @@ def recurrent_gated_delta_rule(
     beta_BTH: Tensor,
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the definition, token by token. Return o [B, T, H, V] and the final state [B, H, K, V]."""
+    """Apply the gated delta rule token by token. Return o [B, T, H, V] and the final state [B, H, K, V]."""
     S_BHKV, outputs = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV).contiguous(), []
     inputs = [x.to(S_BHKV.dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)]
     for t in range(v_BTHV.shape[1]):
@@ -133,9 +133,9 @@ def _write_and_read(
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Process one token of each sequence, all arguments of one dtype. Return o [B, H, V] and the new state.
+    """Process one token of each sequence: write to the state, then read. Return o [B, H, V] and the new state.
 
-    in_place: overwrite the given state. All heads are one batch, P = B H.
+    All arguments have one dtype. in_place: overwrite the given state. All heads are one batch, P = B H.
     """
     (B, H, K, V), decay_P11 = S_BHKV.shape, g_BH.exp().view(-1, 1, 1)
     S_PKV, k_P1K, v_P1V = S_BHKV.view(-1, K, V), k_BHK.reshape(-1, 1, K), v_BHV.reshape(-1, 1, V)
@@ -155,7 +155,7 @@ def chunk_gated_delta_rule(
     state_BHKV: Tensor | None = None,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same as `recurrent_gated_delta_rule`, a chunk at a time, see `_by_chunks`."""
+    """Apply the gated delta rule to one chunk of tokens at a time. Same result as `recurrent_gated_delta_rule`."""
     (B, T, _, _), S_BHKV = v_BTHV.shape, _start(v_BTHV, k_BTHK.shape[-1], state_BHKV)
     chunks = Chunks.of(T * torch.arange(B + 1, device=S_BHKV.device), chunk_size)
     q_THK, k_THK, v_THV, g_TH, beta_TH = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
@@ -166,14 +166,14 @@ def chunk_gated_delta_rule(
 def _by_chunks(
     q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, g_TH: Tensor, beta_TH: Tensor, S_BHKV: Tensor, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
-    """Return o [T, H, V] and the last states. First and last states are in the order of the sequences in `chunks`.
+    """Return o [T, H, V] and the last states. First and last states have the order in which `chunks` has the sequences.
 
     Let G be the running sum of g inside a chunk and S the state before it. Unrolling the recurrence gives
 
         d_t = beta_t (v_t - e^{G_t} S^T k_t - sum_{s<t} e^{G_t-G_s} (k_t . k_s) d_s)
 
     which is a unit lower triangular system (I + L) D = beta V - (beta e^G K) S. (I + L)^-1 does not depend on S, so
-    it is computed for all chunks at once; only small products are sequential. Padding neither decays nor writes.
+    it is computed for all chunks at once; only small products are sequential. Rows that pad a chunk change no state.
     """
     inputs = (x.to(S_BHKV.dtype) for x in (q_THK, k_THK, v_THV, g_TH, beta_TH))
     q, k, v, g, beta = (chunks.cut(x).transpose(1, 2).contiguous() for x in inputs)

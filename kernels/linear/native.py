@@ -1,5 +1,7 @@
-"""Projections in C++, for a few rows. For more rows torch's product is as fast, except for bfloat16 on a processor
-without bfloat16 instructions, where it is eight times slower.
+"""Projections in C++, for a few rows.
+
+For more rows the product of torch is as fast, except with bfloat16 on a processor without bfloat16 instructions. There
+it is eight times slower.
 
 Shapes: N rows, H inputs, O outputs of a weight.
 """
@@ -19,7 +21,7 @@ MAX_ROWS = {torch.float32: 8, torch.bfloat16: 8 if torch.ops.mkldnn._is_mkldnn_b
 
 
 def project(x_NH: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Same arguments and result as `reference.project`."""
+    """Multiply a few rows by several weights, in C++. Same arguments and result as `reference.project`."""
     if x_NH.shape[0] > MAX_ROWS[x_NH.dtype]:
         return reference.project(x_NH, weights)
     return native.library().project(x_NH, weights)

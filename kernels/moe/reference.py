@@ -69,7 +69,10 @@ def mixture(
 
 
 def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Return each pick's output [P, H], zero if its expert is not held. Not differentiable: it writes in place."""
+    """Return each pick's output [P, H], zero if its expert is not held; one matrix-vector product for each pick.
+
+    Not differentiable, because it writes in place.
+    """
     E, J, H = gate_up_EJH.shape
     K = ids_NK.shape[1]
     held = [(pick, e) for pick, e in enumerate(ids_NK.flatten().tolist()) if 0 <= e < E]

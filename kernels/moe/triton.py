@@ -4,7 +4,8 @@
 that two of them rarely share an expert, there is no `_plan`, and each pick is a tile; 2. `_gate_up` multiplies the rows
 of each tile, gathered, with its expert's gate and up matrices and applies SiLU; 3. `_down` multiplies with the down
 matrix; 4. `_combine` sums a row's picks with their weights in a fixed order, so that results do not depend on the
-grouping. Grids are sized for the worst split of the picks over the experts; programs without a tile end at once.
+grouping. Grids are large enough for the worst split of the picks over the experts; programs that get no tile end at
+once.
 
 With few rows, memory traffic is the weights of the chosen experts, 6 H I bytes each in bfloat16 (25.2 MB for 4096 x
 1024), read once: a tile is BM picks of one expert, and its BM grows with the picks per expert. B rows choose E (1 - (1
@@ -44,8 +45,10 @@ CONFIGS = {
 
 
 def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Same arguments and result as `reference.route`; of equal logits, the lower
-    id comes first."""
+    """Choose the experts of each row, in Triton.
+
+    Same arguments and result as `reference.route`; of equal logits, the lower id comes first.
+    """
     N, E = logits_NE.shape
     weights_NK = torch.empty(N, top_k, dtype=torch.float32, device=logits_NE.device)
     ids_NK = torch.empty(N, top_k, dtype=torch.int64, device=logits_NE.device)
@@ -59,8 +62,11 @@ def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Same arguments and result as `reference.experts`. For
-    bfloat16, the output of SiLU and each pick's result are rounded to bfloat16."""
+    """Sum the outputs of the chosen experts of each row, in Triton.
+
+    Same arguments and result as `reference.experts`. For bfloat16, the output of SiLU and each pick's result are
+    rounded to bfloat16.
+    """
     (N, K), (E, H, I) = ids_NK.shape, down_EHI.shape
     y_NH = torch.empty(N, H, dtype=x_NH.dtype, device=x_NH.device)
     P, dtype, device = N * K, x_NH.dtype, x_NH.device

@@ -9,15 +9,21 @@ __all__ = ["DEVICES", "DTYPES", "gate_then_norm", "missing", "norm_then_gate", "
 
 
 def rms_norm(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.rms_norm`."""
+    """RMS norm with weight 1 + w, in C++. Same arguments and result as `reference.rms_norm`."""
     return native.library().rms_norm(*args, **options)
 
 
 def norm_then_gate(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.norm_then_gate`."""
+    """RMS norm, then gate: the output norm of Gated DeltaNet, in C++.
+
+    Same arguments and result as `reference.norm_then_gate`.
+    """
     return native.library().norm_then_gate(*args, **options)
 
 
 def gate_then_norm(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.gate_then_norm`."""
+    """Gate, then RMS norm: the output norm of Mamba-2, in C++.
+
+    Same arguments and result as `reference.gate_then_norm`.
+    """
     return native.library().gate_then_norm(*args, **options)

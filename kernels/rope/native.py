@@ -9,5 +9,8 @@ __all__ = ["DEVICES", "DTYPES", "missing", "rotate"]
 
 
 def rotate(*args: Any, **options: Any) -> Any:
-    """Same arguments and result as `reference.rotate`."""
+    """Rotate the first dimensions of each head by the token's angles, in C++.
+
+    Same arguments and result as `reference.rotate`.
+    """
     return native.library().rotate(*args, **options)

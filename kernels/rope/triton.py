@@ -18,7 +18,10 @@ CONFIGS = {"rope.rotate": [{"HEADS": heads, "num_warps": warps} for heads in (4,
 
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Same arguments and result as `reference.rotate`."""
+    """Rotate the first dimensions of each head by the token's angles, in Triton.
+
+    Same arguments and result as `reference.rotate`.
+    """
     (T, H, D), R = x_THD.shape, cos_TR.shape[1]
     y_THD = torch.empty(T, H, D, dtype=x_THD.dtype, device=x_THD.device)
     if y_THD.numel() == 0:

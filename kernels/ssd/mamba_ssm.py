@@ -1,4 +1,4 @@
-"""mamba_ssm with the signatures of these ops, for comparison; choose it with `registry.use("mamba_ssm")`.
+"""The Mamba-2 recurrence by the package mamba_ssm, to compare with. Choose it with `registry.use("mamba_ssm")`.
 
 `prefill` runs sequences of one length together, because mamba_ssm's kernel takes initial states only for a dense batch.
 `decode` launches mamba_ssm's `selective_state_update` and several other kernels. `selective_state_update` also computes
@@ -29,7 +29,10 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """Same arguments and result as `reference.prefill`."""
+    """Apply the Mamba-2 recurrence to all tokens of several sequences, with mamba_ssm.
+
+    Same arguments and result as `reference.prefill`.
+    """
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     for sequences, rows, length in by_length(cu_seqlens_X):
         slots = slots_B[sequences]
@@ -60,7 +63,10 @@ def decode(
     dt_limit: tuple[float, float | None],
     eps: float,
 ) -> Tensor:
-    """Same arguments and result as `reference.decode`, in several launches."""
+    """Apply Mamba-2 to one new token of each sequence, with mamba_ssm.
+
+    Same arguments and result as `reference.decode`, in several launches.
+    """
     (H, P, N), G = state_JHPN.shape[1:], num_groups
     if z_BI.numel() == 0:
         return torch.empty_like(z_BI)

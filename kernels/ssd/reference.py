@@ -5,8 +5,8 @@ For every head, with a state S [P, N] that starts at `state` (None: zeros), at e
     S = exp(dt A) S + dt x b^T
     y = S c + D x
 
-`prefill` and `decode` have the ops' signatures. The functions below them take sequences of one length, with states as
-arguments and results.
+`prefill` and `decode` implement the operations, with states in a pool. The functions below them take sequences of one
+length, with states as arguments and results.
 
 Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), H heads, P head dim, G groups of heads
 that share b and c, N state size, I = H P, Z chunks, C tokens of a chunk (in `decode` the channels I + 2 G N), W filter
@@ -112,7 +112,7 @@ def recurrent_ssd(
     D_H: Tensor,
     state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the definition, token by token. Return y [B, T, H, P] and the final state [B, H, P, N]."""
+    """Apply the Mamba-2 recurrence token by token. Return y [B, T, H, P] and the final state [B, H, P, N]."""
     S_BHPN = _start(x_BTHP, b_BTGN.shape[-1], state_BHPN)
     x, dt, A, b, c, D = (z.to(S_BHPN.dtype) for z in (x_BTHP, dt_BTH, A_H, b_BTGN, c_BTGN, D_H))
     b, c = _per_head(b, x.shape[2]), _per_head(c, x.shape[2])
@@ -135,7 +135,7 @@ def chunk_ssd(
     state_BHPN: Tensor | None = None,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same as `recurrent_ssd`, a chunk at a time, see `_by_chunks`."""
+    """Apply the Mamba-2 recurrence to one chunk of tokens at a time. Same result as `recurrent_ssd`."""
     (B, T, _, _), S_BHPN = x_BTHP.shape, _start(x_BTHP, b_BTGN.shape[-1], state_BHPN)
     chunks = Chunks.of(T * torch.arange(B + 1, device=S_BHPN.device), chunk_size)
     x_THP, dt_TH, b_TGN, c_TGN = (z.flatten(0, 1) for z in (x_BTHP, dt_BTH, b_BTGN, c_BTGN))
@@ -153,9 +153,9 @@ def _by_chunks(
     S_BHPN: Tensor,
     chunks: Chunks,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [T, H, P] and the last states. First and last states are in the order of the sequences in `chunks`.
+    """Return y [T, H, P] and the last states. First and last states have the order in which `chunks` has the sequences.
 
-    Inside a chunk this is masked attention; only chunks are sequential. Padding neither decays nor writes.
+    Inside a chunk this is masked attention; only chunks are sequential. Rows that pad a chunk change no state.
     """
     x, dt, A, b, c, D = (z.to(S_BHPN.dtype) for z in (x_THP, dt_TH, A_H, b_TGN, c_TGN, D_H))
     rows = x * dt[..., None], dt * A, _per_head(b, x.shape[1]), _per_head(c, x.shape[1])

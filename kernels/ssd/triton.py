@@ -2,11 +2,11 @@
 
 Prefill: a program processes the chunks of one sequence and head in order, with the state in registers, so it writes
 only y between chunks. Per token and head of 64 x 128 in bfloat16 it reads x (128 B), b and c (512 B, mostly from L2:
-the heads of a group share them) and dt, and writes y (128 B); the state moves once per prompt.
+the heads of a group share them) and dt, and writes y (128 B); the state is read and written once per prompt.
 
-Decode is bound by its state, read and written once: 2 x 4 x H P N bytes a sequence, 8.39 MB for 128 heads of 64 x 128,
-which at 4.3 TB/s is 1.95 us; an H200 moves 3.6 TB/s of it at 64 sequences and 3.9 at 256, where a kernel that only
-reads and writes in place moves 4.0.
+Decode: the time is that of the memory traffic of the state, which is read and written once: 2 x 4 x H P N bytes a
+sequence. For 128 heads of 64 x 128 this is 8.39 MB, or 1.95 us at 4.3 TB/s. An H200 reaches 3.6 TB/s at 64 sequences
+and 3.9 at 256, where a kernel that only reads and writes in place reaches 4.0.
 
 Shapes: T tokens of all sequences, one after another, B sequences, H heads, P head dim, G groups of heads that share b
 and c, R = H / G, N state size, I = H P, C tokens of a chunk (in `decode` the channels I + 2 G N), W filter width, S = W
@@ -54,7 +54,10 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """Same arguments and result as `reference.prefill`. The state is float32; bfloat16 products keep 16 bits of it."""
+    """Apply the Mamba-2 recurrence to all tokens of several sequences, in Triton.
+
+    Same arguments and result as `reference.prefill`. The state is float32; products with bfloat16 keep 16 bits of it.
+    """
     (_, H, P), (_, G, N), B = x_THP.shape, b_TGN.shape, slots_B.shape[0]
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     if y_THP.numel() == 0:
@@ -91,9 +94,11 @@ def decode(
     dt_limit: tuple[float, float | None],
     eps: float,
 ) -> Tensor:
-    """Same arguments and result as `reference.decode`, in one launch.
+    """Apply Mamba-2 to one new token of each sequence, in Triton.
 
-    A slot below zero is padding of a batch of fixed size: its output is zeros.
+    Same arguments and result as `reference.decode`, in one launch.
+
+    A sequence with a slot below zero only pads the batch to a fixed size: its output is zeros.
     """
     (B, I), (H, P, N), G = z_BI.shape, state_JHPN.shape[1:], num_groups
     y_BI = torch.empty(B, I, dtype=xbc_BC.dtype, device=xbc_BC.device)
@@ -145,7 +150,8 @@ def _scan_chunks(
             c = tl.load(c_ptr + row * c_row + (h // R) * c_group + (t[:, None] * c_row + n[None, :]), is_bc, 0.0)
             dt = tl.load(dt_ptr + row * dt_row + h + t * dt_row, is_row, 0.0).to(tl.float32)
 
-            # Sums between two tokens are added up: a difference of two long sums would lose its last bits.
+            # The sum between two tokens is computed term by term: a difference of two long sums would lose its last
+            # bits.
             gap = tl.cumsum(tl.where(t[:, None] > t[None, :], (dt * a)[:, None], 0.0), 0)
             since, after = tl.cumsum(dt * a, 0), tl.sum(tl.where(t[:, None] == C - 1, gap, 0.0), 0)
             decay = tl.exp(tl.where(t[:, None] >= t[None, :], gap, float("-inf"))) * dt[None, :]
@@ -166,7 +172,7 @@ def _decode(
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Process one token of one sequence for one head; the last head of a group also does the work of the group."""
+    """Process one token of one sequence for one head. The last program of a group also does the work of the group."""
     h, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p, n = tl.arange(0, BP), tl.arange(0, BN)
     is_p, is_n = p < P, n < N

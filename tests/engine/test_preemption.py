@@ -183,7 +183,7 @@ def test_a_cache_too_small_for_any_request_is_refused_at_start_and_one_too_small
             Engine(config, comm)
         return str(small.value)
 
-    words = "engine.num_pages: 2 is less than 3, but a sequence of one token takes that many"
+    words = "engine.num_pages: 2 is less than the 3 pages of a sequence of one token"
     assert run_ranks(2, tmp_path, run) == [words] * 2
 
     def serve(rank, store):

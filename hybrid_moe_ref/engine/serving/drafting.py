@@ -58,7 +58,8 @@ class Drafting:
     ) -> None:
         """Draft the tokens after the last token of each request, for its next step.
 
-        sequences: the requests' sequences in the model's cache; the drafter's own follow their lengths
+        sequences: the requests' sequences in the model's cache; the drafter's own cached sequences are cut to their
+        lengths
         """
         cache = self._cache
         room = [max(0, min(self._engine.num_drafts, request.num_left - 1)) for request in running]

@@ -148,8 +148,7 @@ class Scheduler:
         return self._config.num_pages - sum(running.num_pages for running in self._running)
 
     def make_room(self) -> list[Running]:
-        """Preempt the youngest requests until the others have pages for their next step. Returns the preempted
-        requests.
+        """Preempt the youngest requests until the others have pages for their next step. Returns those preempted.
 
         Preempted requests wait before all others, and run from the beginning again. The oldest request is never
         preempted, so all requests are served in the end.
@@ -214,8 +213,7 @@ class Scheduler:
 
 
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """Return the number of rows of each rank's requests, for each serve step until all ranks are idle; 0 for an idle
-    rank.
+    """Return the number of rows of each rank in each serve step until all ranks are idle; 0 for an idle rank.
 
     Needs no model. The result is exact without drafts and `stop_ids` while no cache is full, because requests then end
     by length alone.

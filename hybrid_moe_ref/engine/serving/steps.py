@@ -52,7 +52,7 @@ class Steps:
         return plan
 
     def declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """Do a step that has this schedule and runs no model."""
+        """Take a step that issues the collectives of this schedule but does not run the model."""
         self._runner.declare(self.plan([], 0), schedule)
 
     @torch.inference_mode()

@@ -33,8 +33,7 @@ class Verification:
 
     @property
     def counts(self) -> list[int]:
-        """Return, for each request, the number of rows after which to sample a token: the last known token and the
-        drafts.
+        """Return, for each request, after how many of its last rows to sample: the last known token and the drafts.
 
         The number is 0 for a request that still has pending tokens.
         """
@@ -45,7 +44,7 @@ class Verification:
 
         Restores the cache of a request with a rejected draft to its state before the step.
 
-        chosen: the model's choices after the rows of each request, as many as `counts`
+        chosen: for each request, the model's choice after each of its last `counts` rows
         """
         new = []
         for running, sequence, before, choices in zip(self.running, self.sequences, self.before, chosen, strict=True):

@@ -1,7 +1,7 @@
-"""Autotuning: time the tactics for computing the experts at start, and use the one that is fastest on average.
+"""Autotuning: at the start, time each tactic (way to compute the experts), and use the one that is fastest on average.
 
 An all-reduce for each tactic and number of rows averages its time over the ranks, so that all ranks choose the same.
-Each rank saves the choice in its own file. A rank that finds its file needs no timing, but the others need this rank in
+Each rank saves the choice in its own file. A rank that finds its file needs no timing, but the other ranks need it in
 the all-reduces. So the ranks first vote on whether to time at all.
 
 Shapes: N rows, K experts that the router chose for a row, P = N K (row, expert) pairs, H hidden, E experts held, I
@@ -31,7 +31,7 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 REPEATS = 3
 MAX_CACHE_BYTES = 1 << 20
 Declare = Callable[[tuple[ScheduleEntry, ...]], None]
-"""A function that announces the collectives that come next."""
+"""A function that announces the collectives that the rank issues next."""
 
 Chosen = dict[int, str]
 """Number of rows -> the tactic for steps of up to that many rows. Larger steps use the last tactic."""

@@ -49,10 +49,9 @@ def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device)
 
 @dataclass(frozen=True)
 class PreparedKernels:
-    """The kernels that one engine has prepared: the registry's choice, and the backend of each operation under this
-    choice.
+    """The kernels that one engine has prepared: the registry's choice, and the backend that it gives each operation.
 
-    The choice is one for the whole process. An engine that serves after another engine made another choice would run
+    There is one choice for the whole process. An engine that serves after another engine made another choice would run
     kernels that its ranks did not prepare.
     """
 

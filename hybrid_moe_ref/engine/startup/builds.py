@@ -56,16 +56,16 @@ class BuildPlace:
 class KernelBuilds:
     """The policy that decides when modules are built: all of them before the first collective.
 
-    `first_use` handles a module that a forward pass needs but `prepare` was not given.
+    `first_use` loads a module that a forward pass needs but that `prepare` did not get.
     """
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
-        """Called on every rank at the same point of its start, before it communicates."""
+        """Build these modules. The engine calls this on every rank, before the rank communicates."""
         for extension in extensions:
             ensure(extension, place)
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Called after `prepare`: run every kernel once, so that kernels that compile at first use compile here."""
+        """Run every kernel once, after `prepare`, so that kernels which compile at their first use compile here."""
         run()
 
     def first_use(self, extension: Extension, place: BuildPlace) -> None:
@@ -157,7 +157,8 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
     """Delete the extension loader's lock file ("baton") if its holder has ended. torch itself never checks for that.
 
-    A live holder is a process that does not use this project's lock. It is waited for, up to the deadline.
+    If the holder lives, it is a process that does not use this project's lock. This function then waits for it, up to
+    the deadline.
     """
     baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():

@@ -50,7 +50,7 @@ class Compiler:
 
     @property
     def done(self) -> Path:
-        """Return the marker file that exists once all parts of such a model are compiled in this folder."""
+        """Return the marker file that exists once all parts of a model with these sizes are compiled in this folder."""
         kinds = set()
         for part in row_wise(self._model):
             weights = [(name, tuple(x.shape), x.dtype, x.device.type) for name, x in part.named_parameters()]
@@ -58,7 +58,7 @@ class Compiler:
         return self.folder / f"done-{hashlib.sha256(repr(sorted(kinds)).encode()).hexdigest()[:12]}"
 
     def install(self) -> None:
-        """Replace the parts' forward by one that compiles at its first call."""
+        """Replace the forward of each part by a function that compiles at its first call."""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder)
         import torch._inductor.config as inductor  # takes seconds, so only ranks that compile import it

@@ -1,8 +1,8 @@
 """Refuse, before a server starts, a configuration whose ranks could deadlock.
 
-    check_start(config)                 raises Refused with one line, which names the flag to change check_start(config,
-                                        policies)       also tries the policies: on a rank with requests, on an idle
-                                        rank, on a rank with a tuning cache and on a rank without one
+    check_start(config)             raises Refused with one line, which names the flag to change
+    check_start(config, policies)   also tries the policies: as on a rank with requests, on an idle rank, on a rank with
+                                    a tuning cache and on a rank without one
 
 A policy must lead every rank to the same collectives, whatever the state of that rank is. The trial calls the policy
 with a substitute for the communicator that only counts collectives. An error of the policy ends the start. This finds

@@ -1,7 +1,7 @@
 """The vote that ends a phase of local work: all ranks continue, or all stop with the same error.
 
-The vote is the first collective of a server. Without it, the others would wait in a step for a rank that could not do
-its work, and a rank with another configuration would run other collectives.
+The vote is the first collective of a server. Without the vote, the other ranks would wait in a step for a rank that
+failed in its local work, and a rank with another configuration would issue other collectives.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ class StartVote:
         return bytes(self._over_all_ranks(letters, "sum", "first error")).rstrip(b"\0").decode(errors="replace")
 
     def _shared_text(self) -> str:
-        """Return everything that must be equal on all ranks, as one line of JSON: settings, and each operation's
-        backend.
+        """Return what must be equal on all ranks, as one line of JSON: settings, and the backend of each operation.
 
         Two hosts with the same settings may have different kernels: one has a GPU, a compiler or a package that the
         other lacks.

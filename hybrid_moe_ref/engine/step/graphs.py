@@ -3,8 +3,8 @@
 A captured step has a fixed number of rows and fixed collectives. A step with fewer rows is padded to a captured size.
 All ranks must replay the same size, so mode and size are part of the step agreement (C1). Collectives are not captured:
 on a GPU, the graphs contain the row-wise modules between them. A CPU cannot capture, but runs the same passes with the
-same padding. On both, the collectives of the captured step are listed, and a replay that departs from this list is
-refused before it issues another collective.
+same padding. On both, the rank keeps a list of the collectives of the captured step. If a replay departs from this
+list, it is refused before it issues the wrong collective.
 
 Shapes: N rows of a step, H hidden.
 """
@@ -44,8 +44,7 @@ class Graphs:
 
     @contextlib.contextmanager
     def running(self, mode: int, size: int) -> Iterator[None]:
-        """Run the layers of a step inside this ``with``. The first step of a mode and size is captured; later steps
-        replay it.
+        """Run the layers of a step inside this ``with``. Capture the first step of a mode and size; replay later ones.
 
         Raises ScheduleMismatch before a replay issues a collective that was not captured.
         """

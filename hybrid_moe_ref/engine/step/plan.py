@@ -1,6 +1,6 @@
 """The plan of one step: this rank's proposal, the step agreement of the ranks, and the resulting collectives.
 
-Pure arithmetic on integers, without torch or communication.
+This file only computes with integers; it uses neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class AgreedStep:
     microbatch     whether the step is split in two
     same_schedule  whether all ranks that agreed are about to run the same schedule
     same_feed      whether the ranks of each tp group run the same tokens of the same requests
-    draft_sizes    rows of each dp rank in the drafter's first pass, which is never padded, and in the later passes
+    draft_sizes    rows of each dp rank in the drafter's first pass, which is never padded, and in its later passes
     """
 
     sizes: tuple[int, ...]

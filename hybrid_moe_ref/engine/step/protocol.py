@@ -1,4 +1,4 @@
-"""The integers that the ranks exchange before a step so that all act alike, as two versions of vLLM do.
+"""The integers that the ranks exchange so that all act alike, as in one of two versions of vLLM.
 
 The step agreement (C1) is an int32 matrix with one column for each rank, which one all-reduce (sum) fills. The question
 "is anyone unfinished?" is an all-reduce at the end of some steps of a wave. A wave is one call of `Engine.serve`; its
@@ -29,7 +29,7 @@ from hybrid_moe_ref.engine.step.plan import EAGER, AgreedStep, StepPlan, padded_
 
 @dataclass(frozen=True)
 class Protocol:
-    """The exchange of one vLLM version, for the settings of an engine.
+    """What the ranks exchange in one vLLM version, for the settings of an engine.
 
     rows      the names of the version's rows of C1, in order
     interval  number of steps between two questions, unless `engine.unfinished_interval` names another

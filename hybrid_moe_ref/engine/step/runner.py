@@ -97,7 +97,7 @@ class ModelRunner:
             return self._model.step(padded_N, padded, cache)[: batch.num_tokens]
 
     def declare(self, plan: StepPlan, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """Begin a step with this schedule: report it to the observer, and let the guard enforce it."""
+        """Begin a step with this schedule: report the schedule to the observer, and let the guard enforce it."""
         self._comm.observer.begin_step(plan.step, schedule, plan.num_live)
         if self._agree_on_schedules:
             self._comm.guard.begin(plan.step, schedule)
@@ -125,7 +125,7 @@ class ModelRunner:
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
     def leave(self) -> None:
-        """Raise ScheduleMismatch if the guard is active: then a rank would end its serve loop while others continue."""
+        """Raise ScheduleMismatch if the guard is active: this rank would stop to serve while the others go on."""
         if self._agree_on_schedules:
             self._comm.guard.leave()
 
@@ -148,7 +148,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run one layer of each kind without hooks, so that first uses compile, or fail, before any rank communicates.
+        """Run one layer of each kind without hooks, so that kernels compile, or fail to, before any rank communicates.
 
         Runs one token and two, because decode and prefill are different kernels.
         """

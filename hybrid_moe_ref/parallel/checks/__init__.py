@@ -1,4 +1,4 @@
-"""How a collective that does not fit the other ranks is found before it is issued.
+"""Checks that find a collective which does not match those of the other ranks, before it is issued.
 
 schedule       the schedule of a step: format, hash, comparison
 guard          refuse a collective that is not the next entry of the step's schedule

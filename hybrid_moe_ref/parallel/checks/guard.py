@@ -13,7 +13,7 @@ from hybrid_moe_ref.parallel.halt import Halt, ScheduleMismatch, Stopped
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 
 NUM_SHARED = len(ScheduleEntry._fields)
-"""A schedule entry has the first fields of a collective. This is their number."""
+"""Number of fields of a schedule entry. A collective begins with the same fields."""
 
 
 class ScheduleGuard:
@@ -45,7 +45,7 @@ class ScheduleGuard:
         self._schedule = (*(self._schedule or ()), *schedule)
 
     def agree(self, group: str, sizes: Sequence[int]) -> None:
-        """Set the sizes that the -v collectives of ``group`` must have in this step, from now on."""
+        """Set the sizes that each all_gather_v and reduce_scatter_v of ``group`` must have in this step."""
         self._sizes[group] = tuple(sizes)
 
     def stop_others(self, error: Exception) -> None:
@@ -98,8 +98,8 @@ class ScheduleGuard:
                 f"agreed sizes are {list(agreed)}"
             )
 
-    def _refuse(self, what: str) -> None:
-        raise self._halt.publish(ScheduleMismatch(f"rank {self._rank} {what}"))
+    def _refuse(self, mistake: str) -> None:
+        raise self._halt.publish(ScheduleMismatch(f"rank {self._rank} {mistake}"))
 
 
 def collective_words(collective: Collective) -> str:

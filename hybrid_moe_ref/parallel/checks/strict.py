@@ -26,7 +26,7 @@ KEPT = 2
 class StrictComparison:
     """The strict check on one rank.
 
-    patience_s  seconds to wait for a member, as long as the collective itself may take
+    patience_s  seconds to wait for a member that has not arrived
     lost        returns the reason why waiting is useless, for example that a peer has died, or None
     """
 

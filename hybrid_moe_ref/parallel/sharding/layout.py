@@ -35,7 +35,8 @@ def apply_layout(
 ) -> ForwardContext:
     """Reduce `model` to this rank's part, and return the context of its layers. The model should be on the meta device.
 
-    The context holds the schedule of a forward pass. Raises ConfigError for a size that does not divide over the ranks.
+    The context holds the schedule of a forward pass. Raises ConfigError for a size that cannot be divided over the
+    ranks.
     """
     if parallel.tp_size > 1:
         return apply_tensor_parallel(model, comm, expert_sharing(parallel), backend, adder)
@@ -63,8 +64,7 @@ def load_part(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[HybridMoE, ForwardContext]:
-    """Load this rank's part of a checkpoint, as :meth:`HybridMoE.from_pretrained` does. Returns the model and its
-    context.
+    """Load this rank's part of a checkpoint folder. Returns the model and the context of its layers.
 
     Only this rank's part is read from the files.
     """

@@ -1,7 +1,8 @@
 """Compute one tensor-parallel rank's part of the model: its sizes, and its part of each parameter.
 
 Heads are distributed in order, each with everything that belongs to it. If there are fewer KV heads, Gated DeltaNet key
-heads or Mamba-2 groups than ranks, several ranks hold the same one. Arithmetic on a configuration, without torch.
+heads or Mamba-2 groups than ranks, several ranks hold the same one. This file only computes with the sizes of a
+configuration, and does not import torch.
 
     gated attention  query heads, with the KV heads that they read
     Gated DeltaNet   value heads, with the key heads that they read and the convolution channels of both; with fewer
@@ -52,7 +53,7 @@ class Place:
     def share(self, count: int) -> Range:
         """Return this rank's range of `count` items.
 
-        With fewer items than ranks, return the item that the rank shares.
+        If there are fewer items than ranks, several ranks share an item; return the one that this rank shares.
         """
         each = max(1, count // self.size)
         first = self.rank * count // self.size
@@ -60,7 +61,7 @@ class Place:
 
 
 def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "intermediate") -> ModelConfig:
-    """Return the configuration of one rank's part. The rank's cache is the cache of a model of these sizes.
+    """Return the configuration of one rank's part, with the sizes of this part. The rank's cache is made for it.
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """
@@ -87,10 +88,11 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
         divide_or_share("linear_num_value_heads")
         ranks_per_head = max(1, tp_size // config.linear_num_value_heads)
         if config.linear_value_head_dim % ranks_per_head:
-            what = (
-                f"is not divisible by {ranks_per_head}, the number of ranks that share a value head (tp_size {tp_size})"
+            raise ConfigError(
+                f"{config.linear_value_head_dim} is not divisible by {ranks_per_head}, the number of ranks that share "
+                f"a value head (tp_size {tp_size})",
+                "linear_value_head_dim",
             )
-            raise ConfigError(f"{config.linear_value_head_dim} {what}", "linear_value_head_dim")
         local["linear_value_head_dim"] = config.linear_value_head_dim // ranks_per_head
     if "M" in config.layer_pattern:
         divide("mamba_num_heads")

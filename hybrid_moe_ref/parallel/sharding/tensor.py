@@ -4,7 +4,7 @@ Every rank of a tp group runs the same tokens through its share of each layer's 
 `shares`), so the output of a mixer or an MLP on one rank is one summand:
 
     mixer   all-reduce on tp
-    MoE     all-reduce on tp                            routed experts shared by intermediate size, or one by one
+    MoE     all-reduce on tp                            routed experts split by intermediate size, or distributed whole
             take a chunk, C2, experts, C3,              routed experts over all ranks: each tp rank sends its chunk of
             all-gather-v on tp                          the rows, as its peers have the same rows ("sequence")
 
@@ -13,7 +13,7 @@ several ranks, its norm needs a mean square over all of them. The same all-reduc
 
 Every rank holds the whole embedding and head. So logits need no collective, and a rank with requests has the same
 schedule as an idle one. This costs 2 x vocab x hidden x (1 - 1/tp) parameters per rank (3.6 GB for the 397B in bf16 at
-tp 8, of about 100 GB). Norms, routers and the shared expert's gate are whole too.
+tp 8, of about 100 GB). Every rank also holds norms, routers and the shared expert's gate as a whole.
 
 Shape suffixes: N tokens, H hidden, G groups of a norm, X = H + 1.
 """
@@ -146,7 +146,7 @@ def apply_tensor_parallel(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """Replace the modules of every layer that tp ranks share by this rank's share. Returns the layers' context.
+    """In every layer, replace the modules that the tp ranks share by this rank's part. Returns the layers' context.
 
     The model may be on the meta device, so that no rank ever holds the whole model; a model with weights is cut.
     `model.config` becomes the configuration of the rank's part, so that a cache made from it has only the rank's heads.
@@ -169,7 +169,7 @@ def apply_tensor_parallel(
 
 @dataclass(frozen=True)
 class _Sharding:
-    """Replaces modules of the model by one rank's parts. `whole` has the sizes of the model before this.
+    """Replaces modules of the model by one rank's parts. `whole` has the sizes of the unsharded model.
 
     Each method returns the collectives that a forward pass through the replaced modules issues, in order.
     """
@@ -184,7 +184,7 @@ class _Sharding:
     context: ForwardContext
 
     def share(self, blocks: Iterable[tuple[str, Any]]) -> tuple[ScheduleEntry, ...]:
-        """Share layers. blocks: (path, layer)"""
+        """Replace the modules of these layers by this rank's parts. blocks: (path, layer)"""
         schedule: list[ScheduleEntry] = []
         for path, block in blocks:
             share_mlp = self.share_moe if isinstance(block.mlp, MoE) else self.share_dense

@@ -1,10 +1,10 @@
 """The gated delta rule over prompts of any lengths, in Triton.
 
 There are two launches. The first processes all chunks at once and computes the values that do not depend on the
-state. The second goes through the chunks of each sequence in order, with the state in registers. Per token and value
-head of 128 x 128 in bfloat16, the second reads v (256 B), q and k of length 1 (512 B, mostly from L2: value heads share
-them) and two rows of the first's tiles (256 B), and writes o (256 B); q, k and tiles once for each of the V / BV
-programs of a head. The state moves once per prompt.
+state. The second goes through the chunks of each sequence in order, with the state in registers. In the second
+launch, a token of a value head of 128 x 128 in bfloat16 reads v (256 B), normalised q and k (512 B, mostly from L2,
+because value heads share them) and two rows that the first launch computed (256 B), and writes o (256 B). Each of the
+V / BV programs of a head reads q, k and these rows. The state is read and written once per prompt.
 
 Shapes: T tokens of all sequences, one after another, B sequences, H value heads, M key heads, R = H / M, K key dim, V
 value dim, C tokens of a chunk, J slots, X = B + 1.
@@ -33,12 +33,14 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """Same arguments and result as `reference.prefill`. The state is float32.
+    """Apply the gated delta rule to all tokens of several sequences, in Triton.
 
-    For bfloat16 inputs, the operands of products are float16. Their 11 bits are too few if heads are small and the
-    state consists of corrections, for example because all keys are equal. So heads of K <= 16 compute in float32, and
-    heads of K <= 64 split what is read from the state and written to it into two float16 parts. Heads of 128, those of
-    large models, need neither: splitting only the reads would cost 6 % of the time.
+    Same arguments and result as `reference.prefill`. The state is float32.
+
+    For bfloat16 inputs, the operands of products are float16. The 11 bits of float16 are too few if heads are small
+    and the state consists of corrections, for example because all keys are equal. So heads of K <= 16 compute in
+    float32. Heads of K <= 64 split each number that is read from the state or written to it into two float16 parts.
+    Heads of 128, as in large models, need neither; to split only the reads would cost 6 % of the time.
     """
     (T, M, K), (_, H, V), B = q_TMK.shape, v_THV.shape, slots_B.shape[0]
     o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
@@ -74,7 +76,7 @@ def _prepare_chunks(
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOG_HALF: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """Compute the values of a chunk of one head that do not depend on the state.
+    """Compute those values of one chunk of one head that do not depend on the state.
 
     Writes q and k normalised to length 1; solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C],
     the masked and decayed products of q with k; and three rows of decay factors: from the state before the chunk to a
@@ -93,7 +95,8 @@ def _prepare_chunks(
         g_at, beta_at = g_ptr + row * g_row + h, beta_ptr + row * beta_row + h
         g_a, beta_a = _numbers(g_at + c * g_row, is_a), _numbers(beta_at + c * beta_row, is_a)
         g_b, beta_b = _numbers(g_at + (c + HALF) * g_row, is_b), _numbers(beta_at + (c + HALF) * beta_row, is_b)
-        # Sums of g between two tokens are added up: a difference of two long sums would lose its last bits.
+        # The sum of g between two tokens is computed term by term: a difference of two long sums would lose its last
+        # bits.
         decay_a, after_a = _decay(g_a, c, HALF)
         decay_b, after_b = _decay(g_b, c, HALF)
         since_a, since_b, sum_a, sum_b = tl.cumsum(g_a, 0), tl.cumsum(g_b, 0), tl.sum(g_a, 0), tl.sum(g_b, 0)
@@ -141,7 +144,7 @@ def _prepare_chunks(
 
 @triton.jit
 def _unit(at, row, c, d, is_row, K: tl.constexpr, dtype: tl.constexpr):
-    """Return the rows of c normalised to length 1."""
+    """Load the rows with these indices c, and normalise each to length 1."""
     x = _numbers(at + (c[:, None] * row + d[None, :]), is_row[:, None] & (d < K)[None, :])
     return cast(x * tl.rsqrt(tl.sum(x * x, 1) + 1e-6)[:, None], dtype)
 
@@ -153,7 +156,10 @@ def _numbers(at, is_in):
 
 @triton.jit
 def _decay(g, c, SIZE: tl.constexpr):
-    """Return the decay from a write at j to a read at i [SIZE, SIZE], zero for i < j; and the sum of g after j."""
+    """Return the decays within a chunk: from a write at j to a read at i [SIZE, SIZE], and the sum of g after each j.
+
+    The decay is zero for i < j.
+    """
     gap = tl.cumsum(tl.where(c[:, None] > c[None, :], g[:, None], 0.0), 0)
     after = tl.sum(tl.where(c[:, None] == SIZE - 1, gap, 0.0), 0)
     return tl.exp(tl.where(c[:, None] >= c[None, :], gap, float("-inf"))), after

@@ -1,10 +1,11 @@
-"""One token of each sequence through the whole of Gated DeltaNet between its projections, in one Triton launch.
+"""A decode step of Gated DeltaNet in one Triton launch: all between the projections, for one token of each sequence.
 
-It is bound by its state, read and written once: 2 x 4 x H K V bytes a sequence, 8.39 MB for 64 heads of 128 x 128,
-which at 4.3 TB/s is 1.95 us; its other operands are less than 2 % of that. A program has a whole head in registers
-(64 KB; 128 threads hold 128 numbers each), so that two on a multiprocessor keep 128 KB of loads in flight: 3.8 TB/s on
-an H200 from 128 sequences on, where a kernel that only reads and writes in place moves 4.0. Parts of a head, several
-heads one after the other with the next one's state on its way, more threads, and hints to the caches were slower.
+The time is that of the memory traffic of the state, which is read and written once: 2 x 4 x H K V bytes a sequence.
+For 64 heads of 128 x 128 this is 8.39 MB, or 1.95 us at 4.3 TB/s; the other operands are less than 2 % of that. A
+program keeps the state of a whole head in registers (64 KB; 128 threads hold 128 numbers each). Two programs on a
+multiprocessor then have 128 KB of loads in flight. From 128 sequences on, this reaches 3.8 TB/s on an H200, where a
+kernel that only reads and writes in place reaches 4.0. Four variants were slower: a program for a part of a head; a
+program for several heads that prefetches the next state; more threads; and cache hints.
 
 Shapes: B sequences, H value heads, M key heads, R = H / M, K key dim, V value dim, C channels 2 M K + H V, W filter
 width, S = W - 1, J slots.
@@ -35,9 +36,11 @@ def decode(
     num_key_heads: int,
     eps: float,
 ) -> Tensor:
-    """Same arguments and result as `reference.decode`, in one launch.
+    """Apply Gated DeltaNet to one new token of each sequence, in Triton.
 
-    A slot below zero is padding of a batch of fixed size: its output is zeros.
+    Same arguments and result as `reference.decode`, in one launch.
+
+    A sequence with a slot below zero only pads the batch to a fixed size: its output is zeros.
     """
     (B, H, V), M, K = z_BHV.shape, num_key_heads, state_JHKV.shape[2]
     y_BHV = torch.empty(B, H, V, dtype=qkv_BC.dtype, device=qkv_BC.device)
@@ -95,7 +98,7 @@ def _decode(
         lacks = beta * (v - decay * tl.sum(k[:, None] * S, 0))
         y = (
             decay * tl.sum(q[:, None] * S, 0) + qk * lacks
-        )  # the output of reading with q after the write, computed without waiting for the write
+        )  # this is the result of a read with q after the write, computed without waiting for the write
         S = decay * S + k[:, None] * lacks[None, :]
 
         # The R programs of a key head all read its past inputs of q and k. The last program that has read them stores
