@@ -76,9 +76,21 @@ def hook(c10d: Any) -> None:
             replace(owner, name, functools.partial(_hook, name, method))
         replace(owner, "_start_coalescing", _recorded_start)
         replace(owner, "_end_coalescing", _recorded_end)
+    if _library is not None:
+        for options in vars(c10d).values():
+            if isinstance(options, type) and options.__name__.endswith("Options"):
+                _hook_options(options, c10d.ReduceOp.RedOpType)
     for kind in (c10d.Work, *c10d.Work.__subclasses__()):
         if "wait" in vars(kind):
             replace(kind, "wait", _recorded_wait if _library is None else _compiled_wait)
+
+
+def _hook_options(options: Any, reductions: Any) -> None:
+    """Replace the properties that the compiled hooks read: they then need not read what the program has set."""
+    for name, original in list(vars(options).items()):
+        if name in ("asyncOp", "rootRank", "reduceOp") and isinstance(original, property) and original.fset:
+            constants = tuple(reductions.__members__.values()) if name == "reduceOp" else ()
+            setattr(options, name, _library.Option(original, name, constants))
 
 
 def inside() -> bool:
@@ -258,6 +270,8 @@ def issued(rank: Rank, collective: Collective) -> int:
 
 def note_completions(rank: Rank) -> None:
     """Record the completion of works for which no Python code waits."""
+    if _library is not None:
+        _library.spill()
     for key, (get_work, calls, _, asked) in list(_pending.items()):
         work = get_work()
         if work is None:

@@ -57,6 +57,10 @@ def calls() -> None:
     works = [dist.all_reduce(x, async_op=True), dist.broadcast(y, 0, async_op=True), dist.isend(x, 2)]
     for work in reversed(works):
         work.wait()
+    works = [dist.all_reduce(x, async_op=True) for _ in range(200)]
+    for work in (*works, works[0]):
+        work.wait()
+    dist.all_reduce(x, async_op=True)  # nobody waits for it
     dist.recv(x, 0)
     with dist._coalescing_manager(async_ops=True) as manager:
         dist.all_reduce(x)
@@ -68,10 +72,64 @@ def calls() -> None:
     dist.all_reduce(torch.zeros(3, dtype=torch.bfloat16))
 
 
+class MyOptions(dist.AllreduceOptions):
+    asyncOp = property(lambda _: True, lambda self, value: dist.AllreduceOptions.asyncOp.__set__(self, value))
+
+
+def options() -> None:
+    """Options that are set early, late, twice, elsewhere or not at all."""
+    group, op = dist.group.WORLD, dist.ReduceOp
+    opts, own = dist.AllreduceOptions(), MyOptions()
+
+    def changed(options: dist.AllreduceOptions, **values: object) -> None:
+        for name, value in values.items():
+            setattr(options, name, value)
+        if options is opts:
+            group.allreduce([x], opts).wait()
+
+    def rejected(**values: object) -> None:
+        try:
+            changed(opts, **values)
+        except TypeError:
+            changed(opts)
+
+    for reduction in (op.SUM, op.MAX, op.MIN, op.PRODUCT):
+        for asynchronous in (True, False):
+            changed(opts, reduceOp=reduction, asyncOp=asynchronous)
+    changed(opts)
+    for name, value in (("asyncOp", True), ("reduceOp", op.SUM)):
+        changed(opts, **{name: value})
+    opts.reduceOp = op.MAX
+    opts.reduceOp.op = op.MIN
+    changed(opts)
+    changed(opts, reduceOp=op(op.PRODUCT))
+    opts.reduceOp = op.SUM
+    in_thread(lambda: setattr(opts, "reduceOp", op.MAX))
+    changed(opts)
+    opts.reduceOp = op.MIN
+    changed(own, reduceOp=op.MAX, asyncOp=False)
+    changed(opts)
+    changed(own, reduceOp=op.MAX, asyncOp=False)
+    group.allreduce([x], own).wait()
+    for _ in range(2):
+        opts.reduceOp = op.MAX
+        rejected(reduceOp=None)
+        rejected(asyncOp="yes")
+        rejected(reduceOp=op.PREMUL_SUM)
+    rooted = dist.BroadcastOptions()
+    for rooted.rootRank in (1, 3, 1):
+        group.broadcast([x], rooted).wait()
+
+
+def in_thread(call) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+options()
 calls()
-thread = threading.Thread(target=calls)
-thread.start()
-thread.join()
+in_thread(calls)
 native = torch._C._distributed_c10d
 hooks = [vars(native.ProcessGroup)[name] for name in ("allreduce", "_allgather_base", "barrier")]
 print(*[type(hook).__name__ for hook in (*hooks, vars(native.Work)["wait"])])

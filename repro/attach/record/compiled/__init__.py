@@ -5,7 +5,9 @@ seconds. A rank only loads what is there. Without it the rank records in Python,
 more a collective. HMR_RECORD_PURE=1 makes a rank record in Python.
 
     tape.h         the writer of the witness
+    options.h      the options of a call
     read.h         which call it is
+    works.h        the works that may be incomplete
     fast.c         the hooks
     recorder.py    the recorder of a rank on top of the writer
 """
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "hmr_record"
-SOURCES = ("tape.h", "read.h", "fast.c")
+SOURCES = ("tape.h", "options.h", "read.h", "works.h", "fast.c")
 FLAGS = ("-O2", "-fPIC", "-shared", "-std=gnu11")
 BUILD_LIMIT_S = 60.0
 

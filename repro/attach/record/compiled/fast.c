@@ -5,50 +5,18 @@
  * coalescing block, an option that is missing. Everything that may run Python code comes before the event is written.
  */
 
-#include "read.h"
+#include "works.h"
 
 /* -- the hooks ------------------------------------------------------------------------------------------------- */
-
-/* Whether the object is of a class of the program. pybind11 takes a method that is no function of C for an override of
- * the program, and calls it where the original calls itself, without end. It does not in a frame of the method's name,
- * which the hooks of collectives.py have. */
-static int is_of_subclass(PyObject *object) {
-    return Py_TYPE(object)->tp_dealloc == subclass;
-}
-
-/* Remember a work until it is waited for: pending[id(work)] = (weak reference, ((call, seq),), blocking, pollable). */
-static void remember(PyObject *work, Call *call, uint64_t seq, int blocking, int pollable) {
-    PyObject *key = PyLong_FromVoidPtr(work), *reference = PyWeakref_NewRef(work, NULL);
-    PyObject *number = PyLong_FromUnsignedLongLong(seq), *pair = NULL, *calls = NULL, *value = NULL;
-    if (number) pair = PyTuple_Pack(2, call, number);
-    if (pair) calls = PyTuple_Pack(1, pair);
-    if (calls && reference)
-        value = PyTuple_Pack(4, reference, calls, blocking ? Py_True : Py_False, pollable ? Py_True : Py_False);
-    if (!key || !value || PyDict_SetItem(pending, key, value) < 0) PyErr_Clear();
-    Py_XDECREF(key);
-    Py_XDECREF(reference);
-    Py_XDECREF(number);
-    Py_XDECREF(pair);
-    Py_XDECREF(calls);
-    Py_XDECREF(value);
-}
-
-/* Take the work of the blocking call that this thread issued last. The caller owns the references. */
-static PyObject *take_last(State *mine, Call **call, uint64_t *seq) {
-    PyObject *work = mine->work;
-    *call = mine->call;
-    *seq = mine->seq;
-    mine->work = NULL;
-    mine->call = NULL;
-    return work;
-}
 
 static PyObject *issue_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *keywords) {
     Issue *self = (Issue *)callable;
     Py_ssize_t count = PyVectorcall_NARGS(nargsf);
     State *mine = &state;
+    /* pybind11 takes a method that is no function of C for an override of the program, and calls it where the original
+     * calls itself, without end. It does not in a frame of the method's name, which the hooks of collectives.py have. */
     if (count && is_of_subclass(args[0])) return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
-    if (!is_recording || mine->inside || !count) return PyObject_Vectorcall(self->original, args, nargsf, keywords);
+    if (!is_recording || mine->inside || !count) return PyObject_Vectorcall(self->function, args, nargsf, keywords);
     Key key = {.method = self, .group = args[0], .layer = mine->layer ? mine->layer : str_empty, .root = -1};
     uint64_t size = UINT64_MAX; /* repro.trace.witness.format.NO_VECTOR */
     Entry *entry = NULL;
@@ -68,47 +36,24 @@ static PyObject *issue_call(PyObject *callable, PyObject *const *args, size_t na
     uint64_t seq = tape_enter(file, call, (int)key.asynchronous, size);
     PyErr_Clear();
     mine->inside = 1;
-    PyObject *work = PyObject_Vectorcall(self->original, args, nargsf, keywords);
+    PyObject *work = PyObject_Vectorcall(self->function, args, nargsf, keywords);
     mine->inside = 0;
     if (work == Py_None) {
         if (tape_leave(file, call, seq) < 0) PyErr_Clear();
     } else if (work && !key.asynchronous) {
-        Call *older;
-        uint64_t older_seq;
-        PyObject *older_work = take_last(mine, &older, &older_seq);
-        mine->work = Py_NewRef(work);
-        mine->call = (Call *)Py_NewRef((PyObject *)call);
-        mine->seq = seq;
-        if (older_work) { /* nobody has waited for it yet */
-            remember(older_work, older, older_seq, 1, 0);
-            Py_DECREF(older_work);
-            Py_DECREF(older);
-        }
+        remember_blocking(mine, work, call, seq);
     } else if (work) {
-        remember(work, call, seq, 0, pollable);
+        remember(work, call, seq, pollable);
     }
     Py_DECREF(file);
     Py_DECREF(call);
     return work;
 }
 
-/* Write the waits (kind WAIT) or the completions (LEAVE) of the calls of a pending work. */
-static void write_each(Tape *mine, PyObject *calls, int kind) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(calls); i++) {
-        PyObject *pair = PyTuple_GET_ITEM(calls, i);
-        Call *call = (Call *)PyTuple_GET_ITEM(pair, 0);
-        uint64_t seq = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(pair, 1));
-        int failed = !Py_IS_TYPE(call, &CallType);
-        if (!failed && kind == WAIT) failed = tape_append(mine, call->fixed[WAIT], call->check[WAIT], seq);
-        if (!failed && kind == LEAVE) failed = tape_leave(mine, call, seq);
-        if (failed) PyErr_Clear();
-    }
-}
-
 typedef struct {
     PyObject_HEAD
     vectorcallfunc vectorcall;
-    PyObject *original, *slow;
+    PyObject *original, *function, *slow;
 } Wait;
 
 static PyObject *wait_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *keywords) {
@@ -117,30 +62,20 @@ static PyObject *wait_call(PyObject *callable, PyObject *const *args, size_t nar
     PyObject *work = PyVectorcall_NARGS(nargsf) ? args[0] : NULL, *done;
     if ((is_recording && !tape) || (work && is_of_subclass(work)))
         return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
-    if (!work || (work != mine->work && !PyDict_GET_SIZE(pending)))
-        return PyObject_Vectorcall(self->original, args, nargsf, keywords);
-    if (work == mine->work) {
-        Call *call;
-        uint64_t seq;
-        Py_DECREF(take_last(mine, &call, &seq)); /* the caller holds it too */
-        done = PyObject_Vectorcall(self->original, args, nargsf, keywords);
-        if (done && tape && tape_leave(tape, call, seq) < 0) PyErr_Clear();
-        Py_DECREF(call);
+    Issued one = work ? take(mine, work) : (Issued){NULL};
+    if (one.call) {
+        if (!one.blocking && tape && tape_append(tape, one.call->fixed[WAIT], one.call->check[WAIT], one.seq) < 0)
+            PyErr_Clear();
+        done = PyObject_Vectorcall(self->function, args, nargsf, keywords);
+        if (done && tape && tape_leave(tape, one.call, one.seq) < 0) PyErr_Clear();
+        Py_DECREF(one.call);
         return done;
     }
-    PyObject *key = PyLong_FromVoidPtr(work);
-    PyObject *entry = key ? Py_XNewRef(PyDict_GetItemWithError(pending, key)) : NULL;
-    if (entry) PyDict_DelItem(pending, key);
-    Py_XDECREF(key);
-    PyErr_Clear();
-    if (!entry || !tape || alive(PyTuple_GET_ITEM(entry, 0)) != work) {
-        Py_XDECREF(entry);
-        return PyObject_Vectorcall(self->original, args, nargsf, keywords);
-    }
-    if (PyTuple_GET_ITEM(entry, 2) != Py_True) write_each(tape, PyTuple_GET_ITEM(entry, 1), WAIT);
-    done = PyObject_Vectorcall(self->original, args, nargsf, keywords);
-    if (done && tape) write_each(tape, PyTuple_GET_ITEM(entry, 1), LEAVE);
-    Py_DECREF(entry);
+    PyObject *entry = work && PyDict_GET_SIZE(pending) ? take_pending(work) : NULL;
+    if (entry && tape && PyTuple_GET_ITEM(entry, 2) != Py_True) write_each(tape, PyTuple_GET_ITEM(entry, 1), WAIT);
+    done = PyObject_Vectorcall(self->function, args, nargsf, keywords);
+    if (entry && tape && done) write_each(tape, PyTuple_GET_ITEM(entry, 1), LEAVE);
+    Py_XDECREF(entry);
     return done;
 }
 
@@ -164,6 +99,7 @@ static int issue_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(opti
                                             &self->one_sided))
         return -1;
     Py_INCREF(self->original); /* the hooks live as long as the process */
+    self->function = Py_NewRef(function_of(self->original));
     Py_INCREF(self->slow);
     Py_INCREF(self->resolve);
     for (int i = 0; i < NUM_DEPTHS; i++) self->depths[i] = -1;
@@ -175,6 +111,7 @@ static int wait_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(optio
     Wait *self = (Wait *)object;
     if (self->original || !PyArg_ParseTuple(args, "OO", &self->original, &self->slow)) return -1;
     Py_INCREF(self->original);
+    self->function = Py_NewRef(function_of(self->original));
     Py_INCREF(self->slow);
     self->vectorcall = wait_call;
     return 0;
@@ -206,6 +143,18 @@ static PyTypeObject WaitType = {
     .tp_getattro = attribute_of,
 };
 
+static PyTypeObject OptionType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "hmr_record.Option",
+    .tp_basicsize = sizeof(Option),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = option_init,
+    .tp_descr_get = option_get,
+    .tp_descr_set = option_set,
+    .tp_getattro = attribute_of,
+};
+
 /* -- the module ------------------------------------------------------------------------------------------------ */
 
 static PyObject *record(PyObject *Py_UNUSED(module), PyObject *args) {
@@ -223,9 +172,15 @@ static PyObject *forget(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args)) 
     Py_RETURN_NONE;
 }
 
+static PyObject *spill_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args)) {
+    for (int i = 0; i < NUM_RECENT; i++) spill(&recent[i]);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"record", record, METH_VARARGS, "record(whether this process is a recorded rank, its tape or None)"},
     {"forget", forget, METH_NOARGS, "Forget all known calls."},
+    {"spill", spill_all, METH_NOARGS, "Move each asynchronous work that is not waited for yet to pending."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -237,9 +192,10 @@ PyMODINIT_FUNC PyInit_hmr_record(void) {
     struct {
         PyObject **place;
         const char *text;
-    } names[] = {{&str_dtype, "dtype"}, {&str_numel, "numel"},        {&str_opts, "opts"}, {&str_async, "asyncOp"},
-                 {&str_root, "rootRank"}, {&str_reduce, "reduceOp"}, {&str_empty, ""}};
-    PyTypeObject *types[] = {&GroupType, &CallType, &TapeType, &ThreadType, &IssueType, &WaitType};
+    } names[] = {{&str_dtype, "dtype"}, {&str_numel, "numel"}, {&str_opts, "opts"}, {&str_empty, ""},
+                 {&option_names[ASYNCHRONOUS], "asyncOp"}, {&option_names[ROOT], "rootRank"},
+                 {&option_names[REDUCTION], "reduceOp"}};
+    PyTypeObject *types[] = {&GroupType, &CallType, &TapeType, &ThreadType, &IssueType, &WaitType, &OptionType};
     crc_prepare();
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i].place = PyUnicode_InternFromString(names[i].text))) return NULL;

@@ -4,18 +4,15 @@
  * reduction, and whether it is asynchronous. `resolve` in collectives.py is asked about each such call once.
  */
 
-#include "tape.h"
+#include "options.h"
 
 enum { NOT_SIZED, FIRST_SIZED, SECOND_SIZED };
 enum { MEMO_SIZE = 1024, NUM_DEPTHS = 4 };
 
 static Tape *tape;          /* of the recorded rank; NULL: use the hooks of collectives.py */
-static int is_recording;    /* whether this process is a recorded rank */
 static unsigned generation; /* another one with each tape and each phase: what the memo has is of the past then */
-static PyObject *pending;   /* collectives._pending */
-static destructor subclass; /* how CPython ends the objects of every class that a class statement made */
 static PyObject *get_frame; /* sys._getframe */
-static PyObject *str_dtype, *str_numel, *str_opts, *str_async, *str_root, *str_reduce, *str_empty;
+static PyObject *str_dtype, *str_numel, *str_opts, *str_empty;
 
 /* -- the state of a thread ------------------------------------------------------------------------------------- */
 
@@ -88,7 +85,7 @@ static PyTypeObject ThreadType = {
 typedef struct {
     PyObject_HEAD
     vectorcallfunc vectorcall;
-    PyObject *original, *slow, *resolve;
+    PyObject *original, *function, *slow, *resolve; /* function: what the original calls */
     int sized, has_tensor, rooted, reduces, one_sided;
     long depths[NUM_DEPTHS]; /* from the caller of the method to the call site, the depth found last first */
 } Issue;
@@ -155,13 +152,6 @@ static PyObject *first_of(PyObject *tensors) { /* borrowed; NULL for an empty li
     return tensors;
 }
 
-static int read_long(PyObject *owner, PyObject *name, long *value) {
-    PyObject *attribute = PyObject_GetAttr(owner, name);
-    *value = attribute ? PyLong_AsLong(attribute) : -1;
-    Py_XDECREF(attribute);
-    return PyErr_Occurred() ? -1 : 0;
-}
-
 /* Read everything but the call site. Returns -1, also with an exception, for a call of a shape that is not known. */
 static int read_call(const Issue *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords, Key *key,
                      uint64_t *size) {
@@ -178,17 +168,11 @@ static int read_call(const Issue *self, PyObject *const *args, Py_ssize_t count,
         key->asynchronous = 1;
     } else {
         if (!options) return -1;
-        PyObject *asynchronous = PyObject_GetAttr(options, str_async);
-        Py_XDECREF(asynchronous); /* True and False live on */
-        if (!asynchronous || !PyBool_Check(asynchronous)) return -1;
-        key->asynchronous = asynchronous == Py_True;
-        if (self->rooted && read_long(options, str_root, &key->root) < 0) return -1;
-        if (self->reduces) {
-            PyObject *reduction = PyObject_GetAttr(options, str_reduce);
-            if (!reduction) return -1;
-            key->reduction = PyObject_Hash(reduction);
-            Py_DECREF(reduction);
-        }
+        if (option_read(options, ASYNCHRONOUS, &key->asynchronous) < 0 ||
+            (self->rooted && option_read(options, ROOT, &key->root) < 0) ||
+            (self->reduces && option_read(options, REDUCTION, &key->reduction) < 0))
+            return -1;
+        if (options == newest.owner) Py_CLEAR(newest.owner); /* the caller still holds it */
     }
     if (!self->has_tensor) return PyErr_Occurred() ? -1 : 0;
     PyObject *tensor = Py_XNewRef(first_of(first)); /* a tensor of a mode or a subclass runs Python code */
