@@ -118,12 +118,13 @@ def read_config(path: Path | None) -> Mapping[str, Any]:
 
 
 def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Iterator[tuple[Flag, Any]]:
-    """Yield the flags and values that turn ``plain`` into ``settings``, as far as flags can.
+    """Yield the flags, with their values, that change ``plain`` into ``settings``. Differences that no flag can set are
+    left out.
 
-    without: fields whose flags are left out
+    without: fields whose flags are left out, too
     """
     for flag in FLAGS:
         value = flag.value(settings)
-        can_say = value is not False and value != ""  # no flag can set a value back to its default
+        can_say = value is not False and value != ""  # no flag sets one of these two values
         if can_say and flag.field not in without and value != flag.value(plain):
             yield flag, value

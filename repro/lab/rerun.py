@@ -49,7 +49,7 @@ def _torchrun(settings: RunSettings) -> tuple[str, ...]:
 
 
 def _plain(settings: RunSettings) -> RunSettings:
-    """Return the settings of a run of this scenario and variant without any flags."""
+    """Return the settings that a run of this scenario and variant has if the user gives no flags."""
     names: dict[str, Any] = {"scenario": settings.scenario, "variant": settings.variant}
     try:
         return scenarios.settings_of(names)

@@ -19,7 +19,8 @@ from repro.trace.witness.format import Geometry
 BACKENDS = ("gloo", "nccl")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WORK = 100_000
-"""Largest number of tokens and idle steps of a workload, over all ranks. Each verdict draws the workload again."""
+"""Largest number of tokens and idle steps of a workload, over all ranks. It is limited because every command that
+judges a run generates the workload again."""
 
 MAX_RING_RECORDS = 1 << 20  # 72 MiB for each rank
 KERNEL_CACHES = ("cold", "warm", "split")
@@ -54,8 +55,9 @@ class RunSettings(Config):
     kernel_cache     what the run's own cache of compiled kernels contains at the start: "cold" nothing, "warm" all;
                      "split": every rank has its own cache, and only rank 0's is cold
     ring_records     how many events a rank's witness keeps; each group's last collective is kept in any case
-    drawn_for        the number of dp ranks for which the requests are drawn; the run's dp ranks share the requests. 0:
-                     the run's own number
+    drawn_for        the number of dp ranks for which requests are drawn. If the run has fewer dp ranks, they share
+    these
+                     requests, so that it serves the same ones as a larger run. 0: the run's own number of dp ranks
     group_timeout_s  seconds after which a collective gives up; 0: long after the deadline
     """
 

@@ -25,7 +25,7 @@ def watch_options(settings: RunSettings) -> WatchOptions:
 def document_of(settings: RunSettings, verdict: Verdict, **more: Any) -> Document:
     """Make the verdict.json of a lab run.
 
-    ``more`` sets fields that follow neither from the settings nor from the verdict.
+    more: other fields of the document, which the settings and the verdict do not determine
     """
     expected = scenarios.load(settings.scenario).expected(settings)
     return describe(

@@ -16,7 +16,11 @@ MAX_LINES, MAX_NAME = 1000, 120
 def compare_tokens(
     run_dir: RunDir, num_ranks: int, tp_size: int, reference_alive: Callable[[], bool], final: bool
 ) -> Comparison | None:
-    """Compare all ranks' outputs with reference.json. None while that file may still appear, unless ``final``."""
+    """Compare all ranks' outputs with reference.json. Returns None if that file does not exist yet.
+
+    reference_alive  whether the process that writes reference.json still runs
+    final            do not wait for the file: if it does not exist, the result says that it is missing
+    """
     if not run_dir.reference.exists():
         if reference_alive() and not final:
             return None

@@ -28,7 +28,7 @@ class Expected:
     error          the type of the exception that every living rank raises
     planned        the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"
     suspects       the ranks that differ from the others, if no culprit can be proven
-    or_else        another verdict that is accepted too, because a race in the backend decides
+    or_else        another verdict that is accepted, because a race in the backend decides between the two
     """
 
     verdict: str
@@ -113,7 +113,7 @@ class Scenario:
 
 
 def struck_rank(settings: RunSettings) -> int:
-    """Return the faulty rank of a scenario with one such rank; drawn from the seed."""
+    """Return the rank that has the fault, for scenarios in which only one rank has it. The seed decides which one."""
     return random.Random(settings.seed).randrange(settings.num_ranks)
 
 

@@ -1,9 +1,10 @@
 """A rank that finds its tuning result in a cache skips the all-reduces of tuning: the second start hangs.
 
-Upstream: vLLM issues 57423, 54618 and pull request 57579. Tuning averages the time of each tactic over the ranks, with
-one all-reduce per tactic. Only rank 0 saves the result, and every rank reads that file at the next start. The file's
-entries name the experts that a rank holds, so only rank 0 finds its entry. Rank 0 skips all timings and goes on to the
-next collective, while the others wait for it in the first timing. The first start, with an empty cache, does not hang.
+Upstream: vLLM issues 57423, 54618 and pull request 57579. Tuning measures several tactics (ways to run a kernel) and
+averages the time of each over the ranks, with one all-reduce per tactic. Only rank 0 saves the result, and every rank
+reads that file at the next start. The file's entries name the experts that a rank holds, so only rank 0 finds its
+entry. Rank 0 skips all timings and goes on to the next collective, while the others wait for it in the first timing.
+The first start, with an empty cache, does not hang.
 
 The run starts the server twice in the same ranks, with one cache folder.
 
@@ -25,7 +26,7 @@ SAVER = 0
 
 
 class SavedByOne(Tuning):
-    """The trigger: one rank saves the result for all ranks, under a key that matches only itself."""
+    """The trigger: one rank saves the tuning result for all ranks, under a key that only this rank looks for."""
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
         return tuner.load("experts.json", _key(tuner))
@@ -61,10 +62,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the second start: the saving rank waits in the agreement of step 1, the profile run.
-
-    Step 0 is the tuning.
-    """
+    """Predict a deadlock in the second start. The rank that saved the result waits in the agreement of step 1, the
+    others in step 0, which is the tuning."""
     return Expected("deadlock", "skipped", (SAVER,), 1, "step")
 
 

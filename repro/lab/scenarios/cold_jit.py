@@ -66,10 +66,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict slow, in the step that first uses the kernels, and no hang.
-
-    With a long quiet window the run may be clean.
-    """
+    """Predict the verdict `slow`, in the step that first uses the kernels. With a long quiet window the run may also be
+    `clean`."""
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN
     if settings.effective_kernel_cache == "split" and settings.group_timeout_s:

@@ -53,7 +53,8 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict slow, with the compiling rank as culprit. With a shorter group timeout: a crash of any waiting rank."""
+    """Predict the verdict `slow`, with the compiling rank as culprit. If the group timeout is shorter than the
+    compilation, predict a crash of any waiting rank."""
     if 0 < settings.group_timeout_s <= LIKELY_S:
         return Expected("crash", "error")
     may_be_quick = CLEAN if settings.quiet_window_s > 1 else None

@@ -1,4 +1,4 @@
-"""A rank whose requests are about to end skips the drafter, which has experts of its own.
+"""A rank whose requests are about to end skips the drafter (the MTP layer that drafts tokens), which contains experts.
 
 Upstream: vLLM issues 44185 and 49027, and pull requests 29422, 40589 and 44954. Near the maximum length no draft fits
 any more, so the rank skips the drafter. The other ranks run it, and idle ranks run a dummy batch through it. The MTP

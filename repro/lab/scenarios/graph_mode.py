@@ -1,5 +1,5 @@
-"""Each rank decides by itself whether to replay a graph, and of which size, instead of using the lowest mode of all
-ranks.
+"""Each rank decides by itself whether to replay a CUDA graph or to run eagerly, and with which size, although all ranks
+must do the same.
 
 Upstream: vLLM pull request 25906 (a dummy run selected the graph for its own, unpadded number of tokens) and
 vllm-ascend pull request 13827 (the ranks' modes were not synchronised, which hung when some ranks were idle and others
@@ -64,6 +64,8 @@ def hang(settings: RunSettings) -> Expected:
 
 def _provable(stated: list[tuple[int, ...]]) -> tuple[int, ...]:
     """Return the ranks that are provably wrong: each states a size for another rank that all other ranks contradict.
+
+    stated: for each rank, the sizes that it passes to the dispatch, one for each rank
 
     If several ranks replay graphs of different sizes, nothing is proven: their sizes differ, but do not show which rank
     departed from the agreement.

@@ -1,4 +1,4 @@
-"""A Gated DeltaNet launch fails on a rank without tokens, the program ignores the error, and the rank skips the MoE.
+"""The launch of a GDN kernel fails on a rank without tokens, the program ignores the error, and the rank skips the MoE.
 
 Upstream: SGLang issue 31594 (fixed by 31794). An idle rank runs a step of zero tokens. The linear-attention kernel
 cannot be launched without sequences, and the loop for idle batches treats the exception as the end of the batch. So the
@@ -34,7 +34,7 @@ class IdleWithZeroTokens(IdlePolicy):
 
 
 class SwallowIdleErrors(IdleWithZeroTokens):
-    """The second half of the fault: an error in an idle batch is only logged, because no request depends on it."""
+    """The second half of the fault: an error in a batch without requests is only logged."""
 
     def run(self, execute: Callable[[], None]) -> None:
         try:
@@ -44,7 +44,7 @@ class SwallowIdleErrors(IdleWithZeroTokens):
 
 
 class LaunchOverSequences(StateBinding):
-    """The launch of the chunked kernel, with a grid computed from the longest sequence of the step."""
+    """The launch of the GDN kernel, with a grid computed from the longest sequence of the step."""
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         self.grid(plan)

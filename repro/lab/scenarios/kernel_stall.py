@@ -58,7 +58,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def server(settings: RunSettings, rank: int) -> ServerConfig:
     """Return the configuration with the fix: a time limit for one collective, here just below the quiet window.
 
-    The limit is one of the checks, so a run with checks "observe", as a fault has, does not have it.
+    Only runs with checks "agree" or "strict" apply the limit. A fault runs with checks "observe".
     """
     config = settings.server()
     if settings.variant == "control" or settings.effective_checks == "observe":

@@ -51,7 +51,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def pressed(settings: RunSettings) -> EngineConfig:
-    """The trigger: a cache for only two new requests. A request that outgrows a page of tokens needs more pages."""
+    """The trigger: a cache with pages for only two new requests. A request with more tokens than fit into a page needs
+    one more page."""
     pages = settings.page_layout()
     return dataclasses.replace(settings.engine, num_pages=2 * pages.pages_for(pages.tokens))
 
@@ -63,7 +64,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a deadlock in the first step for which some ranks, but not all, lack pages."""
+    """Predict a deadlock in the first step in which some ranks, but not all, have no free page."""
     engine = pressed(settings)
     pages_for = settings.page_layout().pages_for
     schedulers = [Scheduler(requests, engine, pages_for) for requests in settings.requests()]

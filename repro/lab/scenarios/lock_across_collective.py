@@ -30,7 +30,8 @@ LOCK = "experts.lock"
 
 
 def tune(extension: Extension, place: BuildPlace) -> None:
-    """The trigger: all ranks must run the experts in the same way, so an all-reduce finds the fastest on average."""
+    """The trigger: all ranks must run the experts in the same way. So an all-reduce averages the time of each way, and
+    all ranks choose the fastest."""
     from hybrid_moe_kernels.lab import moe_experts
 
     times = place.sum_up(moe_experts.time_blocks(), extension.name)

@@ -28,7 +28,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 class OmitDigest(Ballot):
-    """The fault: the vote asks only whether a rank could prepare, and not with which configuration."""
+    """The fault: in the vote before the start, the ranks do not compare the digests of their configurations."""
 
     def digest(self, shared: str) -> int:
         return 0
@@ -45,7 +45,7 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def refused_at_start(settings: RunSettings) -> Expected:
-    """Predict a crash: no rank starts."""
+    """Predict a crash: every rank refuses to start."""
     return Expected("crash", "error", error="PrepareFailed")
 
 

@@ -38,15 +38,13 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a crash with the dead rank as culprit.
-
-    The waits and broken connections of the others are consequences.
-    """
+    """Predict a crash with the dead rank as culprit. The other ranks wait, or fail with a broken connection, only
+    because it died."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP)
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """Predict the same crash. Every living rank raises the same error, which names the dead rank."""
+    """Predict a crash with the dead rank as culprit. Every living rank raises the same error, which names it."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP, error="PeerLost")
 
 

@@ -42,7 +42,7 @@ class FallBack(SumOverRanks):
         return self.fall_back(partial_NH)
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
-        """The fix: the fused path declines before it sends anything, and the plain path sums."""
+        """Sum a single row, which the fused path does not support. This is the fix: only the plain path sums."""
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict corrupt: wrong numbers from the first single row on.
+    """Predict the verdict `corrupt`: the numbers are wrong from the first batch of a single row on.
 
-    At the end the culprit waits in the last all-reduce of the run, which the others have completed.
+    At the end, the culprit waits in the last all-reduce of the run, which the others have completed.
     """
     num_steps = protocol_of(settings.engine).last_step(len(step_rows(settings.requests(), settings.engine)))
     layer = f"layers.{settings.model.num_layers - 1}.moe"

@@ -1,12 +1,12 @@
 """A lock file outlives the process that created it, and every later start waits for a process that no longer exists.
 
-Mirrors InferenceX issue 1360 and PyTorch issue 189245. Before torch 2.14, its extension loader excludes other
+Upstream: InferenceX issue 1360 and PyTorch issue 189245. Before torch 2.14, its extension loader excludes other
 processes by a lock file ("baton"), which it creates with O_EXCL and removes at the end. A builder that is killed in
 between, by the out-of-memory killer or an orchestrator's timeout, leaves the file in a cache that outlives containers.
 From then on all ranks of every start wait for the file to disappear, without a time limit or a log line. The file is
 empty and names no process. But its creator keeps it open, so a file that no process has open is stale.
 
-Here a real builder is killed while it holds the lock, before the ranks start. The cure: a lock that the operating
+Here a real builder is killed while it holds the lock, before the ranks start. The fix: a lock that the operating
 system releases when its holder ends. A rank that holds it can recognise a stale lock file and remove it.
 """
 
@@ -65,7 +65,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def missing(settings: RunSettings) -> str:
-    """Why the scenario cannot run here; "" if it can."""
+    """Return why the scenario cannot run on this machine; "" if it can."""
     if lack := missing_compiler(settings):
         return lack
     from hybrid_moe_kernels.extension import has_baton

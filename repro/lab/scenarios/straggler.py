@@ -55,7 +55,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict slow, with the straggler as culprit, whatever the quiet window is. The guard has nothing to refuse."""
+    """Predict the verdict `slow`, with the straggler as culprit, for any quiet window. The guard refuses nothing."""
     return Expected("slow", None, (struck_rank(settings),), STEP)
 
 

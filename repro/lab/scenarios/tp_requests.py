@@ -42,7 +42,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict corrupt: wrong tokens, and no difference in the collectives that could name a rank."""
+    """Predict the verdict `corrupt` without a culprit: the tokens are wrong, but all ranks issue equal collectives."""
     return Expected("corrupt", culprits=())
 
 

@@ -1,4 +1,4 @@
-"""Find which part of the report's commands makes a start slow: run every combination of layout, backends and cache.
+"""Find which part of the commands of vllm#41862 makes a start slow: run all combinations of layout, backends and cache.
 
     python -m repro matrix             run them, print one table and the phases of every rank
 
@@ -31,7 +31,7 @@ from repro.watch.document import Document
 
 SHORT_TIMEOUT_S = 3.0
 PHASES = ("load", "prepare", "profile", "capture", "serve")
-"""The phases in the table, which are those that take time. The JSON has all phases."""
+"""The phases that the table shows, because they take the most time. The JSON has all phases."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All cells. They run on a CPU, because the compiled experts are C++."""
+    """Return all cells. They run on a CPU, because the compiled experts are C++."""
     layouts, caches = ("tp8", "config2"), ("cold", "warm")
     combined = [Cell(*parts) for parts in itertools.product(layouts, ("torch", "jit"), ("auto", "jit"), caches)]
     return [*combined, Cell("config2", "jit", "jit", "split"), Cell("config2", "jit", "jit", "split", SHORT_TIMEOUT_S)]

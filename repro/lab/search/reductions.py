@@ -54,7 +54,10 @@ def _ranks(settings: RunSettings) -> Iterator[RunSettings]:
 
 
 def _layers(settings: RunSettings) -> Iterator[RunSettings]:
-    """Shorter layer patterns first: every subsequence of up to 3 layers, then the prefix of each greater length."""
+    """Yield settings with other layer patterns, shorter ones first.
+
+    These are all subsequences of up to 3 layers, and one pattern of each greater length: the model's first layers.
+    """
     pattern = settings.model.layer_pattern
     tried: set[str] = set()
     for length in range(1, len(pattern)):
@@ -74,7 +77,7 @@ def _experts(settings: RunSettings) -> Iterator[RunSettings]:
 
 
 def _tokens(settings: RunSettings) -> Iterator[RunSettings]:
-    """Fewer prompt tokens and new tokens, which decide the number of steps."""
+    """Yield settings with fewer prompt tokens or new tokens. Then a run has fewer steps."""
     work = settings.workload
     for prompt in sorted({1, 2, 4, work.max_prompt_tokens}):
         for short in sorted({1, 2, work.short_new_tokens}):

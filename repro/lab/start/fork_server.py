@@ -2,7 +2,7 @@
 
 The launcher starts ``python -m repro.lab.start.fork_server`` in place of torchrun, once for all runs of a command. The
 server reads one JSON line for each run, forks a job, and prints the job's pid. The job forks the ranks. Each rank is
-the same worker that torchrun would start, and writes the same files. A process that forks never has a second thread.
+the same worker that torchrun would start, and writes the same files. A process forks only while it has a single thread.
 The ranks end with their job, the job ends with this process, and this process ends with the launcher.
 """
 

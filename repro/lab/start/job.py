@@ -37,9 +37,9 @@ Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
 
 @contextlib.contextmanager
 def launcher(name: str) -> Iterator[Start]:
-    """Yield the function that starts the ranks of a run.
+    """Yield the function that starts the ranks of a run. A fork server, if it uses one, ends with the ``with`` block.
 
-    A server that it needs ends with the block. name: one of LAUNCHERS.
+    name: one of LAUNCHERS
     """
     if name == "torchrun":
         yield _start_torchrun

@@ -66,7 +66,7 @@ def run(
 
 
 def skipped(settings: RunSettings, why: str) -> Document:
-    """Return the entry, in a list of verdicts, for a run that is not possible on this machine. why: what is missing."""
+    """Return a document for a run that is not possible on this machine, for a list of verdicts. why: what is missing"""
     verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
     return document_of(settings, verdict, matches_expected=False, skipped=why)
 
@@ -171,7 +171,7 @@ def _attend(
 def _living(ranks: Callable[[], list[processes.Process]], notice: Callable[[str], None]) -> list[processes.Process]:
     """Return the ranks that still run.
 
-    If they cannot be listed: [] and a notice; this process still ends its own children.
+    If they cannot be listed, print a notice and return []. This process still ends the ranks that it started.
     """
     try:
         return ranks()

@@ -43,12 +43,11 @@ class Series:
     ) -> tuple[RunDir | None, Document]:
         """Run one variant; return its directory and the content of verdict.json.
 
-        shown      where the run shows its progress; entered when the run is possible
+        shown      gives the display of the run's progress; entered only if the run is possible
         reference  a file to use in place of the single-process reference
 
-        For a run that is not possible on this machine: None, and a document whose ``skipped`` says what is missing.
-        Returns the same for a run whose files cannot be written. Raises OutputError or OSError only
-        if no run before this one ended.
+        If the run is not possible on this machine, returns None, and a document whose ``skipped`` says what is missing.
+        If its files cannot be written, returns the same; but before any run has ended, raises OutputError or OSError.
         """
         missing = scenarios.load(settings.scenario).missing(settings)
         if not missing:
