@@ -28,7 +28,7 @@ from repro.bundle.redact.recognise import Recogniser, distinct, this_machine
 from repro.bundle.redact.search import Search, literals_of
 from repro.bundle.redact.witnesses import redact_witness
 from repro.bundle.scratch import scratch_folder
-from repro.report.gather import Facts, gather, siblings
+from repro.report.gather import RunData, gather, siblings
 from repro.store.description import VARIANTS, read_description
 from repro.store.run_dir import SUFFIX, RunDir, write_json
 from repro.store.text import escape_control_characters
@@ -83,19 +83,22 @@ Judge = Callable[[RunDir], Verdict]
 
 
 def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict:
-    """Judge a run from its files. comparison: that of its results; without one, the results count as not compared."""
+    """Judge a run from its files.
+
+    comparison: the result of the comparison of its tokens with the reference; None counts as not compared
+    """
     comparison = comparison or Comparison(missing="the results in the bundle were not compared")
     return judge_files(run_dir, options_of(read_description(run_dir.description)), comparison).verdict
 
 
 def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: Judge = judge_copy) -> Made:
-    """Write the bundle of a run and of the other variants of its family. The default ``path`` is beside the runs.
+    """Write the bundle of a run and of its other variants. The default ``path`` is beside the runs.
 
     judge: judges each copy, so that the bundle's verdict follows from the bundle's files
     with_logs: keep text that no rule recognises, if a search finds nothing suspicious in it
 
-    If the family has a fault, the fault is the main run of the bundle. Raises ConfigError if there is no run, LeakError
-    if a private name was found, OSError if the zip cannot be written.
+    If one of the variants is the fault, it is the main run of the bundle. Raises ConfigError if there is no run,
+    LeakError if a private name was found, OSError if the zip cannot be written.
     """
     root = root.resolve()
     family = _family(root)
@@ -114,23 +117,23 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: J
             _copy_run(run, copy, recogniser, notes)
             _judge(copy, run, judge, recogniser, notes)
         beside = [folder / variant for variant, run in family.items() if run != main]
-        facts = report.write(folder, beside, UNPACKED)
+        data = report.write(folder, beside, UNPACKED)
         for other in beside:
             report.write(other, [folder, *(run for run in beside if run != other)], f"{UNPACKED}/{other.name}")
         others = [gather(run, with_lanes=False) for run in beside]
         (folder / "env.txt").write_text(_environment(recogniser))
         try:
-            (folder / "repro.py").write_text(_reproducer(facts, others, notes))
+            (folder / "repro.py").write_text(_reproducer(data, others, notes))
         except replay.ReplayError as error:
             notes.append(f"no repro.py: {str(error).replace(f'{folder}/', '')}")
-        (folder / "ISSUE.md").write_text(issue(facts, others, recogniser.left_out.total()))
-        (folder / "COMMANDS.sh").write_text(commands_script(facts))
+        (folder / "ISSUE.md").write_text(issue(data, others, recogniser.left_out.total()))
+        (folder / "COMMANDS.sh").write_text(commands_script(data))
         refuse_leaks(folder, private | {str(scratch)})
         manifest = {
             "schema_version": SCHEMA_VERSION,
-            "scenario": facts.verdict.scenario,
-            "verdict": facts.verdict.verdict,
-            "cause": facts.verdict.cause or "",
+            "scenario": data.verdict.scenario,
+            "verdict": data.verdict.verdict,
+            "cause": data.verdict.cause or "",
             "left_out": dict(sorted(recogniser.left_out.items())),
             "with_logs": with_logs,
         }
@@ -139,9 +142,9 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: J
 
 
 def _family(root: Path) -> dict[str, Path]:
-    facts = gather(root, with_lanes=False)
-    variant = facts.verdict.variant
-    runs = {gather(path, with_lanes=False).verdict.variant: path for path in siblings(root, facts)}
+    data = gather(root, with_lanes=False)
+    variant = data.verdict.variant
+    runs = {gather(path, with_lanes=False).verdict.variant: path for path in siblings(root, data)}
     runs[variant if variant in VARIANTS else "fault"] = root
     return {name: runs[name] for name in VARIANTS if name in runs}
 
@@ -269,17 +272,17 @@ def _environment(recogniser: Recogniser) -> str:
     return intro + lines.machine(answer.stdout, environment.collected_line, recogniser)
 
 
-def _reproducer(facts: Facts, others: list[Facts], notes: list[str]) -> str:
+def _reproducer(data: RunData, others: list[RunData], notes: list[str]) -> str:
     """Return the hang as one runnable file.
 
     It includes the fix, if a run of the fix ended normally and can be replayed.
     """
-    if replay.is_that_of_ep_deadlock(facts.verdict):
+    if replay.is_that_of_ep_deadlock(data.verdict):
         return replay.EP_DEADLOCK.read_text()
-    hang = replay.of_runs(facts, None)
+    hang = replay.of_runs(data, None)
     for fix in (run for run in others if (run.verdict.variant, run.verdict.verdict) == ("fix", "clean")):
         try:
-            return replay.of_runs(facts, fix.root)
+            return replay.of_runs(data, fix.root)
         except replay.ReplayError as error:
-            notes.append(f"repro.py has no --fix: {str(error).replace(f'{facts.root}/', '')}")
+            notes.append(f"repro.py has no --fix: {str(error).replace(f'{data.root}/', '')}")
     return hang

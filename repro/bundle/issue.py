@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from repro.bundle.replay import is_that_of_ep_deadlock
 from repro.report.commands import commands
-from repro.report.gather import Facts, headline
+from repro.report.gather import RunData, headline
 from repro.store.run_dir import read_text
 from repro.store.text import escape_control_characters, short_site, shorten_rank_lists
 from repro.verdict.result import list_ranks, name_ranks
@@ -16,20 +16,20 @@ UNPACKED = "bundle"
 """The folder in which the commands expect the unpacked bundle."""
 
 
-def _one_file(facts: Facts) -> str:
-    most = 8 if is_that_of_ep_deadlock(facts.verdict) else facts.num_ranks
-    return f"torchrun --standalone --nproc-per-node {min(facts.num_ranks, most)} {UNPACKED}/repro.py"
+def _one_file(data: RunData) -> str:
+    most = 8 if is_that_of_ep_deadlock(data.verdict) else data.num_ranks
+    return f"torchrun --standalone --nproc-per-node {min(data.num_ranks, most)} {UNPACKED}/repro.py"
 
 
-def commands_script(facts: Facts) -> str:
+def commands_script(data: RunData) -> str:
     """Return COMMANDS.sh: each command that can be repeated, with its purpose.
 
     A failing command does not stop the script.
     """
-    *again, (_, judge) = commands(facts)
+    *again, (_, judge) = commands(data)
     found = [("judge the evidence in this bundle again", judge), *again]
-    if (facts.root / "repro.py").exists():
-        found.append(("the same hang in one file", _one_file(facts)))
+    if (data.root / "repro.py").exists():
+        found.append(("the same hang in one file", _one_file(data)))
     lines = [
         "#!/bin/sh",
         f"# Run in a clone of the repository after `make setup`, with this bundle unpacked in the folder `{UNPACKED}`.",
@@ -42,23 +42,23 @@ def commands_script(facts: Facts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
+def issue(data: RunData, others: list[RunData], left_out: int = 0) -> str:
     """Return ISSUE.md: what a maintainer needs to see first, in at most MAX_ISSUE_LINES lines.
 
     left_out: how many strings, lines and fields of the run the bundle leaves out or replaces
     """
-    verdict = facts.verdict
-    again = commands(facts)[:-1]
-    source = read_text(facts.root / "repro.py")
+    verdict = data.verdict
+    again = commands(data)[:-1]
+    source = read_text(data.root / "repro.py")
     cure = "; --fix shows the cure" if '"--fix"' in source else ""
-    one_file = [f"{_one_file(facts)}    # the same hang in one file{cure}"] if source else []
-    attached = ["report.html (timeline, schedules, stacks)", *(it for it in ATTACHED if (facts.root / it).exists())]
+    one_file = [f"{_one_file(data)}    # the same hang in one file{cure}"] if source else []
+    attached = ["report.html (timeline, schedules, stacks)", *(it for it in ATTACHED if (data.root / it).exists())]
     lines = [
         "# "
         + _line(f"{verdict.verdict or 'no verdict'} in {verdict.scenario}")
         + (f": {_line(verdict.cause)}" if verdict.cause else ""),
         "",
-        f"**Claim.** {_line(headline(verdict))} {_mechanism(facts)}",
+        f"**Claim.** {_line(headline(verdict))} {_mechanism(data)}",
         "",
         f"**Command**, in a clone of the repository after `make setup`, with the attached zip unpacked in `{UNPACKED}`",
         "```",
@@ -66,7 +66,7 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         *one_file,
         "```",
         "",
-        *_issue_table(facts),
+        *_issue_table(data),
         "",
         "**Which ranks wait for which**",
         *[f"- {_line(wait.words())}" for wait in verdict.waits[:6] if wait.awaited],
@@ -88,7 +88,7 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         "",
         "**Versions**, as loaded by the ranks",
         "```",
-        *_versions(facts),
+        *_versions(data),
         "```",
         "",
         f"Attached: {', '.join(attached)}. `python -m repro bundle --verify ZIP` checks this zip. {left_out} names, "
@@ -98,9 +98,9 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
     return "\n".join(lines[:MAX_ISSUE_LINES]) + "\n"
 
 
-def _issue_table(facts: Facts) -> list[str]:
+def _issue_table(data: RunData) -> list[str]:
     rows: dict[tuple[str, ...], list[int]] = {}
-    for p in facts.verdict.ranks:
+    for p in data.verdict.ranks:
         call = f"{p.group} {p.op} #{p.seq}" if p.op else p.detail
         step = str(p.step) if p.step >= 0 else p.phase
         rows.setdefault((p.state, step, call, p.layer, short_site(p.site)), []).append(p.rank)
@@ -109,18 +109,18 @@ def _issue_table(facts: Facts) -> list[str]:
         table.append(f"| {shorten_rank_lists(list_ranks(ranks))} | " + " | ".join(_line(cell) for cell in cells) + " |")
     if len(rows) > MAX_PLACES:
         table.append(f"| {len(rows) - MAX_PLACES} more places | | | | | |")
-    culprits = facts.verdict.culprits
+    culprits = data.verdict.culprits
     named = (
         f"Culprits: {shorten_rank_lists(name_ranks(culprits))}." if culprits else "No rank is proven to be the culprit."
     )
-    return [*table, "", f"{named} Confidence: {facts.verdict.confidence or 'unknown'}."]
+    return [*table, "", f"{named} Confidence: {data.verdict.confidence or 'unknown'}."]
 
 
-def _versions(facts: Facts) -> list[str]:
+def _versions(data: RunData) -> list[str]:
     """Return the software versions that the ranks loaded; equal ranks share an entry. At most MAX_VERSIONS lines."""
     together: dict[str, list[int]] = {}
-    for rank in range(facts.num_ranks):
-        text = read_text(facts.run_dir.environment(rank))
+    for rank in range(data.num_ranks):
+        text = read_text(data.run_dir.environment(rank))
         together.setdefault(text.strip() or "(not recorded)", []).append(rank)
     lines: list[str] = []
     room = MAX_VERSIONS // max(1, min(len(together), 3)) - 1
@@ -133,8 +133,8 @@ def _versions(facts: Facts) -> list[str]:
     return lines or ["(not recorded)"]
 
 
-def _mechanism(facts: Facts) -> str:
-    described = facts.description
+def _mechanism(data: RunData) -> str:
+    described = data.description
     if described is None or not described.mechanism:
         return ""
     mirrors = f" (mirrors {described.source})" if described.source else ""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from repro.report.gather import Facts, headline
+from repro.report.gather import RunData, headline
 from repro.store.text import escape_control_characters
 from repro.trace.witness.file import Witness, read_dir
 from repro.trace.witness.format import Kind
@@ -53,7 +53,7 @@ def is_that_of_ep_deadlock(verdict: Document) -> bool:
     return parts == ("metadata_rebuild", "fault", "deadlock", "extra")
 
 
-def of_runs(fault: Facts, fix: Path | None) -> str:
+def of_runs(fault: RunData, fix: Path | None) -> str:
     """Return the source of a reproducer of the faulty run. With --fix it replays the fixed run, up to the same step.
 
     Raises ReplayError if a run is not a hang that a replay can repeat, or if witnesses are incomplete.
@@ -109,7 +109,7 @@ def _refuse_what_would_not_hang(verdict: Document) -> None:
 
 
 def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict[str, tuple[int, ...]]]:
-    """Return what every rank did, and the groups. What ranks did from step ``steps`` on is left out."""
+    """Return rank -> its actions before step ``steps`` (None: all actions), and group -> its members."""
     witnesses, refused = read_dir(root / "events")
     if refused or not witnesses:
         raise ReplayError(refused[0] if refused else f"{root}: no witness")
@@ -168,7 +168,7 @@ def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
 
 
 def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[Act, int]) -> str:
-    """Write the programs of the ranks; ranks with equal programs share one."""
+    """Return the ranks' programs as Python source. Ranks with equal programs share one. number: action -> its number"""
     together: dict[tuple[int, ...], list[int]] = {}
     for rank, program in programs.items():
         together.setdefault(tuple(number[act] for act in program), []).append(rank)

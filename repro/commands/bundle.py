@@ -108,6 +108,6 @@ def _judge(run_dir: RunDir) -> Verdict:
 def _is_of_this_program(root: Path) -> bool:
     """Whether a path is bundled as a run of this program, and not as evidence for `diagnose`."""
     if root == Path(root.anchor) or not root.exists():
-        return True  # not a run directory either, and reading it as a run gives an error that says so
+        return True  # the path is not a run directory either, and the error of reading it as one says so
     is_run = (root / "events").is_dir() or any((root / name).is_file() for name in ("run.json", "verdict.json"))
     return not saved.is_saved(root) and (is_run or is_own_run(root))

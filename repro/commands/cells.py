@@ -31,19 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("--model", default=grid.REPORT_MODEL, help=f"name or folder; default: {grid.REPORT_MODEL}")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="GPUs, or ranks on a CPU; default: 8")
-    parser.add_argument("--eager", action="store_true", help="also the layout of the report's second command")
+    parser.add_argument("--eager", action="store_true", help="also the report's second command")
     parser.add_argument(
         "--only", default="", metavar="WORDS", help='only cells with all these words: "DP8+EP8 jit cold"'
     )
     parser.add_argument(
-        "--to", type=Path, metavar="DIR", help="a new folder, or one to go on with; default: runs/<utc>-cells"
-    )
-    parser.add_argument("--silence", type=float, default=WINDOW_S, metavar="S", help="look after; default: 120 seconds")
-    parser.add_argument(
-        "--limit", type=float, default=LIMIT_S, metavar="S", help="give a start up after; default: 3600"
+        "--to", type=Path, metavar="DIR", help="a new folder, or that of an earlier call; default: runs/<utc>-cells"
     )
     parser.add_argument(
-        "--needs", type=float, default=NEEDED_GB, metavar="GB", help="free disk for a start; default: 20"
+        "--silence", type=float, default=WINDOW_S, metavar="S", help="run collect after S silent seconds; default: 120"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, metavar="S", help="end a start after S seconds; default: 3600"
+    )
+    parser.add_argument(
+        "--needs", type=float, default=NEEDED_GB, metavar="GB", help="free disk space for a start; default: 20"
     )
     parser.add_argument("--vllm", default="vllm serve", metavar="COMMAND", help='default: "vllm serve"')
     parser.add_argument("--list", action="store_true", help="print the cells and what cannot start here, and exit")

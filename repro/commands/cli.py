@@ -17,7 +17,7 @@ from repro.exit_codes import CANNOT_TELL, INTERRUPTED, USAGE
 from repro.hosts.interrupt import Interrupt
 
 COMMANDS = {
-    "collect": "look at a job that hangs now, from outside, and diagnose it",
+    "collect": "examine a job that hangs now, from outside, and diagnose it",
     "diagnose": "judge the dumps, stacks and logs that any torch.distributed job left",
     "record": "run a torch.distributed program, record its collectives, and explain it if it hangs",
     "watch": "print the verdict on a run directory, live or finished, or on a bundle",

@@ -1,4 +1,4 @@
-"""Judge runs and bundles of this program for `diagnose`, by a second judgement of their witnesses."""
+"""Judge a run of the lab, or a bundle of one, that the user gave to `diagnose`: judge its witnesses again."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_a_run(root: Path) -> tuple[list[str], str, list[str]]:
     """Write the report of a run. Returns (written files, the verdict as a sentence, the missing evidence)."""
-    facts = report.write(root.resolve())
-    return [str(facts.root / name) for name in report.FILES], headline(facts.verdict), facts.missing
+    data = report.write(root.resolve())
+    return [str(data.root / name) for name in report.FILES], headline(data.verdict), data.missing
 
 
 def _of_a_diagnosis(root: Path) -> tuple[list[str], str, list[str]]:

@@ -97,7 +97,7 @@ def plan(args: argparse.Namespace) -> list[Planned]:
 
 
 def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSettings:
-    """The settings of one run, from the command line and --config. Raises ConfigError or DamagedFile."""
+    """Return the settings of one run, from the command line and --config. Raises ConfigError or DamagedFile."""
     return flags.settings_of(scenario, variant, flags.given(args), args.config)
 
 

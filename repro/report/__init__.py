@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from repro.report.gather import Facts, gather, siblings
+from repro.report.gather import RunData, gather, siblings
 from repro.report.page.page import render
 from repro.report.pictures.timeline import timeline
 from repro.report.trace import trace
@@ -17,24 +17,24 @@ from repro.store.run_dir import write_atomically
 FILES = ("report.html", "timeline.svg", "trace.json")
 
 
-def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> Facts:
-    """Write the three files of the report into a run directory. Returns the facts from which they were made.
+def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> RunData:
+    """Write the three files of the report into a run directory. Returns the data from which they were made.
 
     beside: runs to show next to this one; by default the newest runs of its folder that differ only in their variant.
     place: the path of the directory in the commands that the report shows, if it differs from ``root``.
 
     Raises ConfigError if the folder contains nothing of a run, OSError if it cannot be written to.
     """
-    facts = gather(root)
-    facts.place = place
-    others = [gather(path) for path in (siblings(root, facts) if beside is None else beside)]
-    picture = timeline(facts)
+    data = gather(root)
+    data.place = place
+    others = [gather(path) for path in (siblings(root, data) if beside is None else beside)]
+    picture = timeline(data)
     write_atomically(root / "timeline.svg", picture)
-    write_atomically(root / "trace.json", trace(facts))
-    write_atomically(root / "report.html", render(facts, others, picture))
-    return facts
+    write_atomically(root / "trace.json", trace(data))
+    write_atomically(root / "report.html", render(data, others, picture))
+    return data
 
 
-def write_all(roots: Iterable[Path]) -> list[Facts]:
+def write_all(roots: Iterable[Path]) -> list[RunData]:
     """Write the report of each run, as :func:`write` does."""
     return [write(root) for root in roots]

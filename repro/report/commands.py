@@ -6,19 +6,19 @@ import os
 import shlex
 from pathlib import Path
 
-from repro.report.gather import Facts
+from repro.report.gather import RunData
 
 
-def commands(facts: Facts) -> list[tuple[str, str]]:
+def commands(data: RunData) -> list[tuple[str, str]]:
     """Return (purpose, shell command) of the commands in run.json, and of the one that judges the files again."""
-    listed = facts.description.commands if facts.description else ()
-    repeats = [(command.purpose, shlex.join(command.filled(place(facts)))) for command in listed]
-    return [*repeats, ("judge these files again", shlex.join(["python", "-m", "repro", "watch", place(facts)]))]
+    listed = data.description.commands if data.description else ()
+    repeats = [(command.purpose, shlex.join(command.filled(place(data)))) for command in listed]
+    return [*repeats, ("judge these files again", shlex.join(["python", "-m", "repro", "watch", place(data)]))]
 
 
-def place(facts: Facts) -> str:
+def place(data: RunData) -> str:
     """Return the path of the run directory, relative to the working folder if it is inside it."""
-    if facts.place:
-        return facts.place
-    relative = os.path.relpath(facts.root)
-    return str(facts.root.resolve()) if relative.startswith("..") else Path(relative).as_posix()
+    if data.place:
+        return data.place
+    relative = os.path.relpath(data.root)
+    return str(data.root.resolve()) if relative.startswith("..") else Path(relative).as_posix()

@@ -43,7 +43,7 @@ class Named(msgspec.Struct, frozen=True):
 
 
 @dataclass
-class Facts:
+class RunData:
     """One run as the report sees it.
 
     description  run.json; None if it is missing or damaged
@@ -93,46 +93,46 @@ class Facts:
         return min(starts), max(last_ns + quiet_ns, min(starts) + 1)
 
 
-def gather(root: Path, with_lanes: bool = True) -> Facts:
+def gather(root: Path, with_lanes: bool = True) -> RunData:
     """Read a run directory. Raises ConfigError if it contains nothing of a run."""
-    facts = Facts(root)
+    data = RunData(root)
     if not root.is_dir():
         raise ConfigError("no such folder", str(root))
     if not any((root / part).exists() for part in ("run.json", "config.json", "verdict.json", "events")):
         parts = "no run.json, no config.json, no verdict.json and no events"
         raise ConfigError(f"not a run directory: it has {parts}", str(root))
-    _read_description(facts)
-    if facts.run_dir.config.exists():
-        _read_config(facts)
-    _read_verdict(facts)
+    _read_description(data)
+    if data.run_dir.config.exists():
+        _read_config(data)
+    _read_verdict(data)
     if with_lanes:
-        _read_lanes(facts)
-        _look_for_rank_files(facts)
-    return facts
+        _read_lanes(data)
+        _look_for_rank_files(data)
+    return data
 
 
-def _read_description(facts: Facts) -> None:
+def _read_description(data: RunData) -> None:
     loss = "the report cannot show what the run rebuilds, the runs beside it and the commands that repeat it"
-    facts.description = _read(facts, facts.run_dir.description, read_description, loss)
+    data.description = _read(data, data.run_dir.description, read_description, loss)
 
 
-def _read_config(facts: Facts) -> None:
-    named = _read(facts, facts.run_dir.config, _read_named, "the report cannot show the settings of the run")
-    facts.named = named or facts.named
+def _read_config(data: RunData) -> None:
+    named = _read(data, data.run_dir.config, _read_named, "the report cannot show the settings of the run")
+    data.named = named or data.named
 
 
 def _read_named(path: Path) -> Named:
     return read_typed(path, Named)
 
 
-def _read_verdict(facts: Facts) -> None:
+def _read_verdict(data: RunData) -> None:
     loss = "no verdict is shown: `python -m repro watch RUN` judges the run"
-    verdict = _read(facts, facts.run_dir.verdict, read_document, loss) or undecided(seed=facts.named.seed)
-    named, described = facts.named, facts.description
+    verdict = _read(data, data.run_dir.verdict, read_document, loss) or undecided(seed=data.named.seed)
+    named, described = data.named, data.description
     title, variant, num_ranks = (
         ("", "", 0) if described is None else (described.title, described.variant, described.num_ranks)
     )
-    facts.verdict = msgspec.structs.replace(
+    data.verdict = msgspec.structs.replace(
         verdict,
         scenario=verdict.scenario or title or named.scenario or "unknown",
         variant=verdict.variant or variant or named.variant or "unknown",
@@ -142,65 +142,65 @@ def _read_verdict(facts: Facts) -> None:
     )
 
 
-def _read(facts: Facts, path: Path, reader: Callable[[Path], T], loss: str) -> T | None:
+def _read(data: RunData, path: Path, reader: Callable[[Path], T], loss: str) -> T | None:
     """Read a file of the run. If that fails, return None and add to ``missing`` a sentence that says what is lost."""
     try:
         return reader(path)
     except FileNotFoundError:
-        facts.missing.append(f"{path.name} is missing: {loss}")
+        data.missing.append(f"{path.name} is missing: {loss}")
     except (OSError, ValueError) as error:
-        facts.missing.append(f"{path.name} is damaged ({facts.run_dir.describe(error)}): {loss}")
+        data.missing.append(f"{path.name} is damaged ({data.run_dir.describe(error)}): {loss}")
     return None
 
 
-def _read_lanes(facts: Facts) -> None:
+def _read_lanes(data: RunData) -> None:
     clock = SharedClock()
-    files = sorted((facts.root / "events").glob(f"*{SUFFIX}"))[:MAX_RANKS]
+    files = sorted((data.root / "events").glob(f"*{SUFFIX}"))[:MAX_RANKS]
     for path in files:
         try:
             witness = read(path)
         except (OSError, WitnessError) as error:
-            facts.missing.append(f"{facts.run_dir.describe(error)}: this rank's events are not shown")
+            data.missing.append(f"{data.run_dir.describe(error)}: this rank's events are not shown")
             continue
-        if witness.rank in facts.lanes:
-            facts.missing.append(
+        if witness.rank in data.lanes:
+            data.missing.append(
                 f"events/{path.name}: not used, because another file is already the witness of rank {witness.rank}"
             )
             continue
         if witness.num_events == 0 and not witness.writer.pid:
             continue  # the launcher created the file, but the rank never opened it
-        facts.lanes[witness.rank] = lane = read_lane(witness, facts.labels, clock)
-        facts.missing += map(facts.run_dir.describe, lane.problems)
+        data.lanes[witness.rank] = lane = read_lane(witness, data.labels, clock)
+        data.missing += map(data.run_dir.describe, lane.problems)
         if lane.first_event > 1:
-            facts.missing.append(f"events/{path.name}: the {lane.first_event - 1} oldest events were overwritten")
-    facts.lanes = dict(sorted(facts.lanes.items()))
+            data.missing.append(f"events/{path.name}: the {lane.first_event - 1} oldest events were overwritten")
+    data.lanes = dict(sorted(data.lanes.items()))
 
 
-def _look_for_rank_files(facts: Facts) -> None:
+def _look_for_rank_files(data: RunData) -> None:
     """List the ranks whose files are missing. Only unfinished runs have stacks and Flight Recorder dumps."""
-    ranks, run_dir = range(min(facts.num_ranks, MAX_RANKS)), facts.run_dir
+    ranks, run_dir = range(min(data.num_ranks, MAX_RANKS)), data.run_dir
     kinds: list[tuple[str, Callable[[int], Path], Callable[[Path], object]]] = [("logs", run_dir.log, _check_log)]
-    if facts.stuck:
+    if data.stuck:
         kinds += [("stacks", run_dir.stack, _check_stack), ("fr", run_dir.flight_recorder, _check_dump)]
-    absent = [rank for rank in ranks if rank not in facts.lanes]
+    absent = [rank for rank in ranks if rank not in data.lanes]
     if absent:
-        facts.missing.append(f"events: {name_ranks(absent)} left no readable witness")
+        data.missing.append(f"events: {name_ranks(absent)} left no readable witness")
     for what, path, check in kinds:
-        absent = [rank for rank in ranks if not _is_there(facts, path(rank), check)]
+        absent = [rank for rank in ranks if not _is_there(data, path(rank), check)]
         if absent:
-            facts.missing.append(f"{what}: no file of {name_ranks(absent)}")
+            data.missing.append(f"{what}: no file of {name_ranks(absent)}")
     for file in (run_dir.reference, *map(run_dir.output, ranks)):  # only finished runs of the lab have these files
-        _is_there(facts, file, read_tokens)
+        _is_there(data, file, read_tokens)
 
 
-def _is_there(facts: Facts, path: Path, check: Callable[[Path], object]) -> bool:
+def _is_there(data: RunData, path: Path, check: Callable[[Path], object]) -> bool:
     """Whether the file exists. If ``check`` raises an error, the error is listed."""
     try:
         check(path)
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        facts.missing.append(facts.run_dir.describe(error))
+        data.missing.append(data.run_dir.describe(error))
     return True
 
 
@@ -244,13 +244,13 @@ def headline(verdict: Document) -> str:
     return shorten_rank_lists(f"{name.capitalize()}:{finding}{';' if finding else ''} {where}.")
 
 
-def siblings(root: Path, facts: Facts) -> list[Path]:
-    """Return the newest runs in the folder of ``root`` that have the same family and another variant."""
-    described = facts.description
+def siblings(root: Path, data: RunData) -> list[Path]:
+    """Return the newest runs beside ``root`` with another variant and otherwise the same settings (the same family)."""
+    described = data.description
     if described is None or not described.family:
         return []
     newest: dict[str, Path] = {}
-    names = f"*-{glob.escape(described.title)}-*-{facts.verdict.seed}"
+    names = f"*-{glob.escape(described.title)}-*-{data.verdict.seed}"
     for path in sorted(root.resolve().parent.glob(names)):
         if path.is_symlink() or path == root.resolve() or not (path / "verdict.json").is_file():
             continue

@@ -1,7 +1,7 @@
 """Convert a rank's witness to time spans: phases, steps, collectives, locks and builds, on a clock shared by all ranks.
 
-Reading takes time linear in the number of events. A lane keeps five numbers for each span, so that hundreds of ranks
-fit into memory.
+A lane is the row of one rank in the timeline. It keeps five numbers for each span, so that hundreds of ranks fit into
+memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _MOST_SIZES = 16
 
 
 class Label(NamedTuple):
-    """The text of a span. kind: phase, step, call, async, lock (waited for), held, build or failed."""
+    """The text of a span.
+
+    kind: phase, step, call, async (an asynchronous call), lock (the rank waits for it), held (a lock), build or failed
+    """
 
     kind: str
     name: str
@@ -33,7 +36,12 @@ class Label(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One span. Times are in ns of the shared clock; ``end_ns`` is OPEN if the span has no end."""
+    """One span. Times are in ns of the shared clock; ``end_ns`` is OPEN if the span has no end.
+
+    label  number of its text in Labels
+    seq    number of the collective in its group; 0 for other spans
+    step   number of the step to which it belongs; -1 if there is none
+    """
 
     start_ns: int
     end_ns: int

@@ -68,7 +68,7 @@ class LiveTable:
 
 
 def row_of(tail: Tail, now_ns: int) -> Row:
-    """Locate a rank. now_ns: the monotonic clock of its host."""
+    """Return the row of a rank. now_ns: the monotonic clock of its host"""
     rank = tail.writer().rank
     try:
         witness = tail.witness()
@@ -105,7 +105,7 @@ def where(state: RankState) -> str:
 
 
 def _phase_began_ns(witness: Witness) -> int:
-    """When the rank entered its phase, as far as the ring still shows."""
+    """Return when the rank entered its phase; if that event was overwritten, when the oldest event in it happened."""
     phases, times = witness.column("phase"), witness.column("t_ns")
     index = len(phases) - 1
     while index > 0 and phases[index - 1] == phases[-1]:
@@ -114,7 +114,7 @@ def _phase_began_ns(witness: Witness) -> int:
 
 
 def _folded(rows: list[Row]) -> list[tuple[list[int], Row]]:
-    """Put ranks that are in one place into one row, with the longest times, if the table would be too long."""
+    """If the table would be too long, put ranks that are in the same place into one row, with their longest times."""
     if len(rows) <= MOST_ROWS:
         return [([row.rank], row) for row in rows]
     together: dict[tuple[str, str, str], list[Row]] = {}

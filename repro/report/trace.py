@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from repro.report.gather import Facts, describe
+from repro.report.gather import RunData, describe
 from repro.report.lanes import OPEN, Label, Lane
 
 MAX_SPANS = 250_000
@@ -19,18 +19,18 @@ _OWN_TRACKS = {"phase": "phases", "step": "steps", "lock": "locks", "held": "loc
 _MAY_OVERLAP = ("async", "held", "build")
 
 
-def trace(facts: Facts) -> str:
+def trace(data: RunData) -> str:
     """Return the content of trace.json."""
-    start_ns, end_ns = facts.span_ns()
-    per_rank = max(1, MAX_SPANS // max(1, len(facts.lanes)))
+    start_ns, end_ns = data.span_ns()
+    per_rank = max(1, MAX_SPANS // max(1, len(data.lanes)))
     events: list[dict[str, Any]] = []
     dropped = 0
-    for lane in facts.lanes.values():
-        events += _metadata(facts, lane)
+    for lane in data.lanes.values():
+        events += _metadata(data, lane)
         dropped += max(0, len(lane) - per_rank)
-        events += _spans(facts, lane, start_ns, end_ns, len(lane) - per_rank)
-    events += _waiting_flows(facts, start_ns, end_ns)
-    verdict = facts.verdict
+        events += _spans(data, lane, start_ns, end_ns, len(lane) - per_rank)
+    events += _waiting_flows(data, start_ns, end_ns)
+    verdict = data.verdict
     run: dict[str, Any] = {
         "scenario": verdict.scenario, "variant": verdict.variant, "backend": verdict.backend,
         "num_ranks": verdict.num_ranks, "seed": verdict.seed, "verdict": verdict.verdict, "cause": verdict.cause or "",
@@ -45,15 +45,15 @@ def _track(label: Label) -> str:
     return _OWN_TRACKS.get(label.kind) or (f"{label.group} (async)" if label.kind == "async" else label.group) or "rank"
 
 
-def _tracks(facts: Facts, lane: Lane) -> dict[str, int]:
+def _tracks(data: RunData, lane: Lane) -> dict[str, int]:
     """Return track -> thread id; phases and steps first, then the groups."""
-    names = {_track(facts.labels.table[number]) for number in set(lane.labels)}
+    names = {_track(data.labels.table[number]) for number in set(lane.labels)}
     order = [*_OWN_TRACKS.values()]
     ordered = sorted(names, key=lambda name: (0, order.index(name)) if name in order[:2] else (1, 0))
     return {name: number for number, name in enumerate(ordered, start=1)}
 
 
-def _metadata(facts: Facts, lane: Lane) -> list[dict[str, Any]]:
+def _metadata(data: RunData, lane: Lane) -> list[dict[str, Any]]:
     def row(what: str, tid: int, args: dict[str, Any]) -> dict[str, Any]:
         return {"ph": "M", "name": what, "pid": lane.rank + 1, "tid": tid, "args": args}
 
@@ -61,17 +61,17 @@ def _metadata(facts: Facts, lane: Lane) -> list[dict[str, Any]]:
         row("process_name", 0, {"name": f"rank {lane.rank}"}),
         row("process_sort_index", 0, {"sort_index": lane.rank}),
     ]
-    for track, tid in _tracks(facts, lane).items():
+    for track, tid in _tracks(data, lane).items():
         rows += [row("thread_name", tid, {"name": track}), row("thread_sort_index", tid, {"sort_index": tid})]
     return rows
 
 
-def _spans(facts: Facts, lane: Lane, start_ns: int, end_ns: int, skip: int) -> Iterator[dict[str, Any]]:
-    tracks = _tracks(facts, lane)
+def _spans(data: RunData, lane: Lane, start_ns: int, end_ns: int, skip: int) -> Iterator[dict[str, Any]]:
+    tracks = _tracks(data, lane)
     for place, span in enumerate(lane.spans()):
         if place < skip:
             continue
-        label = facts.labels.table[span.label]
+        label = data.labels.table[span.label]
         never = span.end_ns == OPEN and label.kind in ("call", "lock")
         args: dict[str, Any] = {"step": span.step}
         if span.seq:
@@ -96,37 +96,40 @@ def _spans(facts: Facts, lane: Lane, start_ns: int, end_ns: int, skip: int) -> I
 
 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
-    """Write a span as a begin and an end event: complete events of one track must not partly overlap."""
+    """Write a span as two events, its begin and its end.
+
+    One event with a duration is not possible, because such events of one track must not overlap partly.
+    """
     dur = event.pop("dur")
     yield {**event, "ph": "b", "id": identity}
     yield {**event, "ph": "e", "id": identity, "ts": event["ts"] + dur, "args": {}}
 
 
-def _waiting_flows(facts: Facts, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
+def _waiting_flows(data: RunData, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
     """Draw the verdict's wait-for graph: an arrow from one rank of each place to one of the ranks that it waits for.
 
     A viewer draws arrows between spans, so a rank without an open call or lock has no arrow.
     """
-    stuck = _stuck_spans(facts)
-    for number, wait in enumerate(facts.verdict.waits, start=1):
+    stuck = _stuck_spans(data)
+    for number, wait in enumerate(data.verdict.waits, start=1):
         source, target = (next((rank for rank in ranks if rank in stuck), None) for ranks in (wait.ranks, wait.awaited))
         if source is None or target is None:
             continue
         for phase, rank in (("s", source), ("f", target)):
-            lane, place = facts.lanes[rank], stuck[rank]
+            lane, place = data.lanes[rank], stuck[rank]
             yield {
                 "ph": phase, "bp": "e", "id": number, "name": "waits for", "cat": "waits",
-                "pid": rank + 1, "tid": _tracks(facts, lane)[_track(facts.labels.table[lane.labels[place]])],
+                "pid": rank + 1, "tid": _tracks(data, lane)[_track(data.labels.table[lane.labels[place]])],
                 "ts": ((lane.starts[place] + end_ns) / 2 - start_ns) / 1e3 + (phase == "f"),
             }  # fmt: skip
 
 
-def _stuck_spans(facts: Facts) -> dict[int, int]:
+def _stuck_spans(data: RunData) -> dict[int, int]:
     """Return rank -> the index of its last span without an end, which is a call or a wait for a lock."""
-    kinds = [label.kind for label in facts.labels.table]
+    kinds = [label.kind for label in data.labels.table]
     return {
         lane.rank: place
-        for lane in facts.lanes.values()
+        for lane in data.lanes.values()
         for place, end_ns in enumerate(lane.ends)
         if end_ns == OPEN and kinds[lane.labels[place]] in ("call", "lock")
     }

@@ -19,7 +19,8 @@ RECORDER = frozenset(KNOWN["fields"]["recorder"])
 """Fields of a Flight Recorder dump that are kept."""
 
 CONFIG = frozenset(KNOWN["fields"]["config"]) | {f.name for kind in (ModelConfig, EngineConfig) for f in fields(kind)}
-"""Fields of config.json. All settings of a model and an engine are kept: what is no number is redacted by its words."""
+"""Fields of config.json that are kept. All settings of a model and an engine are kept: numbers as they are, texts if
+their words are known."""
 
 RUN = frozenset(KNOWN["fields"]["run"])
 """Fields of run.json that are kept."""

@@ -73,7 +73,7 @@ def lines(root: Node) -> list[Line]:
 
 
 def _ordered(node: Node) -> list[Node]:
-    """Return the children with the largest last, so that a stack of nodes yields the largest first."""
+    """Return the children, the largest last: `lines` takes nodes from the end of a list, so the largest come first."""
     return sorted(node.children.values(), key=lambda child: (len(child.names), child.frame))
 
 

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
-from repro.report.gather import Facts
+from repro.report.gather import RunData
 from repro.report.lanes import OPEN, Label, Lane
 from repro.report.pictures.chart import group_names
 from repro.report.pictures.timeline import interesting_ns
@@ -22,19 +22,19 @@ _NEVER = 0xFFFFFFFF
 """The length of a span that never ended. script/state.js has the same number."""
 
 
-def script_data(facts: Facts) -> dict[str, Any]:
+def script_data(data: RunData) -> dict[str, Any]:
     """Return the data as JSON values. Times are counted in units of ``unit`` ns since the first event."""
-    start_ns, end_ns = facts.span_ns()
-    unit_ns = _unit_ns(facts)
-    verdict = facts.verdict
+    start_ns, end_ns = data.span_ns()
+    unit_ns = _unit_ns(data)
+    verdict = data.verdict
     return {
         "unit": unit_ns,
         "end": (end_ns - start_ns) // unit_ns,
-        "window": [(t_ns - start_ns) // unit_ns for t_ns in interesting_ns(facts)],
-        "stuck": facts.stuck,
-        "groups": [visible(name, 60) for name in group_names(facts)],
-        "labels": [_label(label) for label in facts.labels.table],
-        "ranks": list(facts.lanes),
+        "window": [(t_ns - start_ns) // unit_ns for t_ns in interesting_ns(data)],
+        "stuck": data.stuck,
+        "groups": [visible(name, 60) for name in group_names(data)],
+        "labels": [_label(label) for label in data.labels.table],
+        "ranks": list(data.lanes),
         "places": {position.rank: visible(_place(position), 160) for position in verdict.ranks},
         "culprits": verdict.culprits,
         "marks": [[rank, visible(side.group, 60), side.seq] for side in verdict.sides for rank in side.ranks],
@@ -42,13 +42,13 @@ def script_data(facts: Facts) -> dict[str, Any]:
     }
 
 
-def pack_lanes(facts: Facts) -> Iterator[tuple[int, str]]:
+def pack_lanes(data: RunData) -> Iterator[tuple[int, str]]:
     """Return (rank, base64 of deflated columns): five columns of 32-bit integers, one of each per span.
 
     The columns: start (as differences), length, label, sequence number, step + 1.
     """
-    start_ns, unit_ns = facts.span_ns()[0], _unit_ns(facts)
-    for lane in facts.lanes.values():
+    start_ns, unit_ns = data.span_ns()[0], _unit_ns(data)
+    for lane in data.lanes.values():
         packed = zlib.compress(_columns(lane, start_ns, unit_ns).tobytes(), 6)
         yield lane.rank, base64.b64encode(packed).decode()
 
@@ -68,9 +68,9 @@ def _columns(lane: Lane, start_ns: int, unit_ns: int) -> array[int]:
     return packed
 
 
-def _unit_ns(facts: Facts) -> int:
+def _unit_ns(data: RunData) -> int:
     """Return the unit of time in ns: a microsecond, or longer if the run would not fit into 32 bits."""
-    start_ns, end_ns = facts.span_ns()
+    start_ns, end_ns = data.span_ns()
     return max(1000, -(-(end_ns - start_ns) // (_NEVER - 1)))
 
 

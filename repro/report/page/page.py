@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from repro.report import templates
 from repro.report.commands import commands
-from repro.report.gather import Facts, headline
+from repro.report.gather import RunData, headline
 from repro.report.page import rank_files
 from repro.report.page.lane_data import pack_lanes, script_data
 from repro.report.page.sides import side_by_side
@@ -45,13 +45,13 @@ class Card:
     link: str
 
 
-def render(facts: Facts, others: Sequence[Facts] = (), timeline_svg: str = "") -> str:
+def render(data: RunData, others: Sequence[RunData] = (), timeline_svg: str = "") -> str:
     """Render the page.
 
     others: the control and fix (or fault) runs to show beside this run
     timeline_svg: the result of :func:`timeline` for this run, if it has been called already
     """
-    verdict = facts.verdict
+    verdict = data.verdict
     return templates.render(
         "page/page.html",
         verdict=verdict,
@@ -61,24 +61,24 @@ def render(facts: Facts, others: Sequence[Facts] = (), timeline_svg: str = "") -
         script=script(),
         script_hash=base64.b64encode(hashlib.sha256(script().encode()).digest()).decode(),
         headline=headline(verdict),
-        strip=_strip(facts),
-        missing=facts.missing,
-        timeline=Markup(timeline_svg or timeline(facts)),
-        waits_picture=Markup(draw_waits(facts)),
-        cards=_cards(facts, others),
-        sides=side_by_side(facts),
+        strip=_strip(data),
+        missing=data.missing,
+        timeline=Markup(timeline_svg or timeline(data)),
+        waits_picture=Markup(draw_waits(data)),
+        cards=_cards(data, others),
+        sides=side_by_side(data),
         evidence=[text.replace(f"{ROOT}/", "") for text in verdict.evidence],
-        stacks=rank_files.stacks(facts),
-        logs=rank_files.logs(facts),
-        launcher_log=rank_files.launcher_log(facts),
-        commands=commands(facts),
-        hosts=sorted({lane.host for lane in facts.lanes.values() if lane.host}),
-        environments=rank_files.environments(facts),
-        config=rank_files.config(facts),
-        limits=list(_limits(facts)),
-        run_name=facts.root.name,
-        data=script_data(facts),
-        lanes=pack_lanes(facts),
+        stacks=rank_files.stacks(data),
+        logs=rank_files.logs(data),
+        launcher_log=rank_files.launcher_log(data),
+        commands=commands(data),
+        hosts=sorted({lane.host for lane in data.lanes.values() if lane.host}),
+        environments=rank_files.environments(data),
+        config=rank_files.config(data),
+        limits=list(_limits(data)),
+        run_name=data.root.name,
+        data=script_data(data),
+        lanes=pack_lanes(data),
     )
 
 
@@ -93,35 +93,35 @@ def script() -> Markup:
     return Markup('"use strict";\n(() => {{\n{}}})();\n').format(parts)
 
 
-def _strip(facts: Facts) -> list[tuple[str, str]]:
-    """Return (name, value) pairs for the line of facts under the headline."""
-    verdict = facts.verdict
+def _strip(data: RunData) -> list[tuple[str, str]]:
+    """Return (name, value) pairs for the line of data under the headline."""
+    verdict = data.verdict
     stall_s, total_s = verdict.seconds.stall_to_verdict, verdict.seconds.total
     expected = verdict.matches_expected
     rows = [
-        ("ranks", str(facts.num_ranks)),
+        ("ranks", str(data.num_ranks)),
         ("backend", verdict.backend),
         ("seed", str(verdict.seed)),
-        ("culprits", shorten_rank_lists(list_ranks(verdict.culprits)) or "none proven" * facts.stuck),
+        ("culprits", shorten_rank_lists(list_ranks(verdict.culprits)) or "none proven" * data.stuck),
         ("suspects", shorten_rank_lists(list_ranks(verdict.suspects))),
-        ("confidence", verdict.confidence if facts.stuck else ""),
-        ("stall to verdict", f"{stall_s:.2f} s" if facts.stuck and stall_s else ""),
+        ("confidence", verdict.confidence if data.stuck else ""),
+        ("stall to verdict", f"{stall_s:.2f} s" if data.stuck and stall_s else ""),
         ("run", f"{total_s:.1f} s" if total_s else ""),
         ("as expected", "" if expected is None else "yes" if expected else "no"),
     ]
     return [(name, value) for name, value in rows if value]
 
 
-def _cards(facts: Facts, others: Sequence[Facts]) -> list[Card]:
+def _cards(data: RunData, others: Sequence[RunData]) -> list[Card]:
     """Return cards for this run and the others, in the order control, fault, fix; empty if there are no others."""
-    runs = sorted([facts, *others], key=lambda run: _VARIANT_ORDER.get(run.verdict.variant, len(_VARIANT_ORDER)))
+    runs = sorted([data, *others], key=lambda run: _VARIANT_ORDER.get(run.verdict.variant, len(_VARIANT_ORDER)))
     return [
         Card(
             verdict=run.verdict,
             kind=class_of(run.verdict.verdict).colour,
             picture=Markup(strip(run)),
             headline=headline(run.verdict),
-            link="" if run is facts else _link(facts.root, run.root),
+            link="" if run is data else _link(data.root, run.root),
         )
         for run in (runs if others else ())
     ]
@@ -131,10 +131,10 @@ def _link(root: Path, other: Path) -> str:
     return "/".join(quote(part) for part in Path(os.path.relpath(other / "report.html", root)).parts)
 
 
-def _limits(facts: Facts) -> Iterator[str]:
+def _limits(data: RunData) -> Iterator[str]:
     yield "The hang of a real server may have another cause: this run rebuilds one mechanism on a small model."
     yield "Nothing here is a measurement of speed."
-    if facts.verdict.backend == "gloo":
+    if data.verdict.backend == "gloo":
         yield "The backend was gloo on CPUs; the behaviour of NCCL and GPUs is not shown."
-    if facts.stuck and not facts.verdict.culprits:
+    if data.stuck and not data.verdict.culprits:
         yield "The evidence does not prove which rank is the cause."

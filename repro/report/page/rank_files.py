@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro.report.gather import Facts
+from repro.report.gather import RunData
 from repro.store.run_dir import read_text
 from repro.store.text import short_site
 
@@ -32,26 +32,26 @@ class RankText:
         return next((line for line in lines if line.startswith("File")), "")
 
 
-def stacks(facts: Facts) -> list[RankText]:
+def stacks(data: RunData) -> list[RankText]:
     """Return the Python stack of each rank's main thread."""
-    return _merge(facts, lambda rank: main_stack(read_text(facts.run_dir.stack(rank))))
+    return _merge(data, lambda rank: main_stack(read_text(data.run_dir.stack(rank))))
 
 
-def logs(facts: Facts) -> list[RankText]:
-    return _merge(facts, lambda rank: _read(facts.run_dir.log(rank)))
+def logs(data: RunData) -> list[RankText]:
+    return _merge(data, lambda rank: _read(data.run_dir.log(rank)))
 
 
-def launcher_log(facts: Facts) -> str:
-    return _read(facts.run_dir.launcher_log)
+def launcher_log(data: RunData) -> str:
+    return _read(data.run_dir.launcher_log)
 
 
-def environments(facts: Facts) -> list[RankText]:
+def environments(data: RunData) -> list[RankText]:
     """Return what each rank loaded: versions and paths."""
-    return _merge(facts, lambda rank: read_text(facts.run_dir.environment(rank)))
+    return _merge(data, lambda rank: read_text(data.run_dir.environment(rank)))
 
 
-def config(facts: Facts) -> str:
-    return _read(facts.run_dir.config)
+def config(data: RunData) -> str:
+    return _read(data.run_dir.config)
 
 
 def main_stack(text: str) -> str:
@@ -65,9 +65,9 @@ def _read(path: Path) -> str:
     return read_text(path, _MOST_BYTES)
 
 
-def _merge(facts: Facts, text_of: Callable[[int], str]) -> list[RankText]:
+def _merge(data: RunData, text_of: Callable[[int], str]) -> list[RankText]:
     ranks_of: dict[str, list[int]] = {}
-    for rank in range(facts.num_ranks):
+    for rank in range(data.num_ranks):
         text = text_of(rank)
         if text.strip():
             ranks_of.setdefault(text, []).append(rank)

@@ -1,4 +1,7 @@
-"""Show the schedules at the divergence side by side: the declared entries, and the entries that each side issued."""
+"""Show, in columns, what ranks issued around the divergence: the declared schedule, and a column for each side.
+
+A side is a group of ranks that issued the same entries there.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from repro.report.gather import Facts
+from repro.report.gather import RunData
 from repro.store.text import shorten_rank_lists
 from repro.trace.witness.file import read
 from repro.trace.witness.parse import WitnessError
@@ -35,10 +38,10 @@ class Row:
 class SideBySide:
     """The part of the schedule around the divergence.
 
-    heads    a heading for each side
-    step     the step in which the sides are
+    heads    a heading for each side: "ranks 0,6 issued"
+    step     the number of the step that is shown
     planned  the schedule's entry at the divergence; "" after the end of the schedule
-    cut      the number of earlier rows that are left out
+    cut      how many earlier rows of the step are left out
     """
 
     heads: tuple[str, ...]
@@ -57,10 +60,10 @@ class SideBySide:
         return next((k for k, row in enumerate(self.rows) if any(row.diverges)), None)
 
 
-def side_by_side(facts: Facts) -> SideBySide | None:
+def side_by_side(data: RunData) -> SideBySide | None:
     """Compare the schedules at the divergence; None if the verdict names no divergence or its steps cannot be read."""
-    sides = [side for side in facts.verdict.sides if side.ranks][:MAX_SIDES]
-    steps = [_read_step(facts, side.ranks[0], side.step) for side in sides]
+    sides = [side for side in data.verdict.sides if side.ranks][:MAX_SIDES]
+    steps = [_read_step(data, side.ranks[0], side.step) for side in sides]
     known = [step for step in steps if step is not None]
     if not known:
         return None
@@ -71,7 +74,7 @@ def side_by_side(facts: Facts) -> SideBySide | None:
     return SideBySide(
         heads=tuple(shorten_rank_lists(f"{name_ranks(side.ranks)} issued") for side in sides),
         step=known[0].number,
-        planned=next((side.planned for side in facts.verdict.sides if side.planned), ""),
+        planned=next((side.planned for side in data.verdict.sides if side.planned), ""),
         rows=tuple(rows[begin : divergent + _AFTER + 1]),
         cut=begin,
     )
@@ -92,7 +95,7 @@ def _rows(plan: Sequence[Entry], issued: Sequence[Sequence[Entry]]) -> Iterator[
 
 
 def _divergent(rows: Sequence[Row]) -> int:
-    """Return the index of the first row that diverges; else of the first that only some sides have issued."""
+    """Return the index of the first row that diverges; if none does, of the first that only some sides have issued."""
     diverging = (k for k, row in enumerate(rows) if any(row.diverges))
     uneven = (k for k, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1)
     return next(diverging, next(uneven, 0))
@@ -103,10 +106,10 @@ def name_entry(entry: Entry) -> str:
     return f"{group} {op}" + (f" · {layer}" if layer else "")
 
 
-def _read_step(facts: Facts, rank: int, number: int) -> Step | None:
-    """Return the step with this number, else the rank's last step; None if its witness cannot be read."""
+def _read_step(data: RunData, rank: int, number: int) -> Step | None:
+    """Return the rank's step with this number; if there is none, its last step; None if its witness cannot be read."""
     try:
-        witness = read(facts.run_dir.witness(rank))
+        witness = read(data.run_dir.witness(rank))
     except (OSError, WitnessError):
         return None
     steps = steps_of(witness)
@@ -114,7 +117,10 @@ def _read_step(facts: Facts, rank: int, number: int) -> Step | None:
 
 
 def _align(plan: Sequence[Entry], issued: Sequence[Entry]) -> tuple[dict[int, list[Entry]], set[int]]:
-    """Align what was issued with the plan. Returns index -> the extra entries before it, and the indices that match."""
+    """Align the entries that a side issued with the declared schedule (``plan``).
+
+    Returns (index in the plan -> extra entries that were issued before it, indices of the plan that were issued).
+    """
     extras: dict[int, list[Entry]] = {}
     matched: set[int] = set()
     for tag, i1, i2, k1, k2 in SequenceMatcher(None, plan, issued, autojunk=False).get_opcodes():

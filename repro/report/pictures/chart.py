@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from repro.report.gather import Facts, describe
+from repro.report.gather import RunData, describe
 from repro.report.lanes import OPEN, Label, Lane, Span
 from repro.report.pictures.svg import NUM_GROUP_COLOURS, Svg, add_tooltip
 
@@ -28,10 +28,10 @@ class Frame:
 class Chart:
     """Draws lanes into an Svg. merged: whether narrow bars were drawn as one."""
 
-    def __init__(self, svg: Svg, facts: Facts, window_ns: tuple[int, int], frame: Frame, ranks: Sequence[int]) -> None:
-        self._svg, self._facts, self._frame, self._ranks = svg, facts, frame, ranks
+    def __init__(self, svg: Svg, data: RunData, window_ns: tuple[int, int], frame: Frame, ranks: Sequence[int]) -> None:
+        self._svg, self._data, self._frame, self._ranks = svg, data, frame, ranks
         self._start_ns, self._end_ns = window_ns
-        self._colours = {name: k % NUM_GROUP_COLOURS for k, name in enumerate(group_names(facts))}
+        self._colours = {name: k % NUM_GROUP_COLOURS for k, name in enumerate(group_names(data))}
         self._bar_px = frame.row_px - (4 if frame.labels else 1)
         self.merged = False
 
@@ -41,7 +41,7 @@ class Chart:
 
     def draw_axis(self) -> None:
         """Draw grid lines at round times since the first event of the run."""
-        origin_ns = self._facts.span_ns()[0]
+        origin_ns = self._data.span_ns()[0]
         step_ns = _round_step((self._end_ns - self._start_ns) / 8)
         first = -(-(self._start_ns - origin_ns) // step_ns)
         top = self._frame.top
@@ -60,17 +60,17 @@ class Chart:
             self._svg.rect("lane", frame.left, y, frame.right - frame.left, self._bar_px)
             if frame.labels:
                 self._draw_name(rank, y)
-            self._draw_spans(self._facts.lanes[rank], y)
+            self._draw_spans(self._data.lanes[rank], y)
 
     def draw_divergence(self) -> None:
         """Mark the first divergent entry of each side."""
         top = self._frame.top
-        for k, side in enumerate(self._facts.verdict.sides[:2]):
+        for k, side in enumerate(self._data.verdict.sides[:2]):
             for rank in side.ranks:
-                place = find_call(self._facts, rank, side.group, side.seq)
+                place = find_call(self._data, rank, side.group, side.seq)
                 if rank not in self._ranks or place is None:
                     continue
-                x = self._x(self._facts.lanes[rank].starts[place])
+                x = self._x(self._data.lanes[rank].starts[place])
                 y = top + self._ranks.index(rank) * self._frame.row_px
                 self._svg.path("mark", f"M{x - 5:.1f},{y - 3:.1f} h10 l-5,8z")
                 if k == 0 and rank == side.ranks[0]:
@@ -83,7 +83,7 @@ class Chart:
         return self._frame.left + min(max(share, 0.0), 1.0) * (self._frame.right - self._frame.left)
 
     def _draw_name(self, rank: int, y: float) -> None:
-        culprit = rank in self._facts.verdict.culprits
+        culprit = rank in self._data.verdict.culprits
         middle = y + self._bar_px / 2
         if culprit:
             self._svg.circle("culprit", 12, middle, 3.5)
@@ -97,7 +97,7 @@ class Chart:
                 if self._frame.labels:
                     self._svg.rect("phase", x1, y, x2 - x1, 2.5)
                 continue
-            if span.end_ns == OPEN and label.kind in ("call", "lock") and self._facts.stuck:
+            if span.end_ns == OPEN and label.kind in ("call", "lock") and self._data.stuck:
                 self._draw_stall(label, span.seq, x1, x2, y)
                 continue
             css = self._css(label)
@@ -114,7 +114,7 @@ class Chart:
         self._draw_run(run, y)
 
     def _in_sight(self, lane: Lane) -> Iterator[tuple[Span, Label]]:
-        table = self._facts.labels.table
+        table = self._data.labels.table
         for span in lane.spans():
             label = table[span.label]
             ends_before = span.end_ns != OPEN and span.end_ns < self._start_ns
@@ -147,18 +147,18 @@ class Chart:
             self._svg.text("onstall small", x1 + 9, y + height / 2 + 4, words, most_characters=fits)
 
 
-def group_names(facts: Facts) -> list[str]:
+def group_names(data: RunData) -> list[str]:
     """Return the groups in the order of their colours."""
-    return list(dict.fromkeys(label.group for label in facts.labels.table if label.group))
+    return list(dict.fromkeys(label.group for label in data.labels.table if label.group))
 
 
-def find_call(facts: Facts, rank: int, group: str, seq: int) -> int | None:
+def find_call(data: RunData, rank: int, group: str, seq: int) -> int | None:
     """Return the index in the rank's lane of call ``seq`` of a group, searched from the end; None if it is missing."""
-    lane = facts.lanes.get(rank)
+    lane = data.lanes.get(rank)
     if lane is None:
         return None
     for place in range(len(lane) - 1, -1, -1):
-        label = facts.labels.table[lane.labels[place]]
+        label = data.labels.table[lane.labels[place]]
         if lane.seqs[place] == seq and label.group == group and label.kind in ("call", "async"):
             return place
     return None
@@ -172,7 +172,7 @@ def _round_step(about_ns: float) -> int:
 
 
 def name_time(t_ns: int, step_ns: int) -> str:
-    """Format a time in the unit in which steps of ``step_ns`` are readable."""
+    """Format a time for the axis, in s, ms, µs or ns. step_ns: the distance between two grid lines, which decides it"""
     for unit_ns, unit in ((1_000_000_000, "s"), (1_000_000, "ms"), (1_000, "µs")):
         if step_ns >= unit_ns / 10:
             return f"{t_ns / unit_ns:.{0 if step_ns >= unit_ns else 1}f} {unit}"

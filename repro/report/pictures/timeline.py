@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from repro.report.gather import Facts
+from repro.report.gather import RunData
 from repro.report.pictures.chart import Chart, Frame, group_names
 from repro.report.pictures.svg import NUM_GROUP_COLOURS, NUM_PLACE_COLOURS, Svg
 from repro.store.text import shorten_rank_lists
@@ -19,59 +19,59 @@ MAX_WAITS = 6
 _RAIL_PX = 46
 
 
-def timeline(facts: Facts, width: int = 1200) -> str:
+def timeline(data: RunData, width: int = 1200) -> str:
     """Draw timeline.svg: the lanes around the stall, the first divergent entry, and which ranks wait for which."""
-    ranks = choose_ranks(facts, MAX_ROWS)
-    waits = [wait for wait in facts.verdict.waits if wait.ranks][:MAX_WAITS]
+    ranks = choose_ranks(data, MAX_ROWS)
+    waits = [wait for wait in data.verdict.waits if wait.ranks][:MAX_WAITS]
     row_px = 24 if len(ranks) <= 16 else 14
     gutter = 30 + _RAIL_PX * len(waits) if waits else 16
     frame = Frame(left=92, right=width - gutter, top=64, row_px=row_px)
-    svg = Svg("timeline", _title(facts))
-    chart = Chart(svg, facts, interesting_ns(facts), frame, ranks)
-    svg.text("bold title", 14, 24, _title(facts), most_characters=140)
+    svg = Svg("timeline", _title(data))
+    chart = Chart(svg, data, interesting_ns(data), frame, ranks)
+    svg.text("bold title", 14, 24, _title(data), most_characters=140)
     chart.draw_axis()
     chart.draw_lanes()
     chart.draw_divergence()
     _draw_rails(svg, waits, ranks, frame)
-    _draw_legend(svg, facts, 14, chart.bottom + 36)
+    _draw_legend(svg, data, 14, chart.bottom + 36)
     for k, wait in enumerate(waits):
         y = chart.bottom + 56 + 17 * k
         svg.circle(f"n{k % NUM_PLACE_COLOURS}", 20, y - 4, 5)
         svg.text("", 32, y, shorten_rank_lists(wait.words()))
-    notes = [f"{len(ranks)} of {len(facts.lanes)} ranks"] if len(ranks) < len(facts.lanes) else []
+    notes = [f"{len(ranks)} of {len(data.lanes)} ranks"] if len(ranks) < len(data.lanes) else []
     notes += ["spans narrower than a pixel are merged"] if chart.merged else []
     svg.text("dim small", width - 14, 24, "; ".join(notes), anchor="end")
     return svg.markup(width, chart.bottom + 52 + 17 * len(waits))
 
 
-def strip(facts: Facts, width: int = 560) -> str:
+def strip(data: RunData, width: int = 560) -> str:
     """Draw a small picture of the most interesting part of the run, for several runs side by side."""
-    ranks = choose_ranks(facts, 16)
+    ranks = choose_ranks(data, 16)
     row_px = 9 if len(ranks) <= 8 else 6
-    svg = Svg(f"strip-{re.sub('[^a-z]', '', facts.verdict.variant)}", f"lanes of {_title(facts)}")
+    svg = Svg(f"strip-{re.sub('[^a-z]', '', data.verdict.variant)}", f"lanes of {_title(data)}")
     frame = Frame(left=4, right=width - 4, top=4, row_px=row_px, labels=False)
-    Chart(svg, facts, interesting_ns(facts), frame, ranks).draw_lanes()
+    Chart(svg, data, interesting_ns(data), frame, ranks).draw_lanes()
     return svg.markup(width, 8 + row_px * max(1, len(ranks)))
 
 
-def interesting_ns(facts: Facts) -> tuple[int, int]:
+def interesting_ns(data: RunData) -> tuple[int, int]:
     """Return the most interesting time window: the stall, and an equally long time before it."""
-    start_ns, end_ns = facts.span_ns()
-    if not facts.stuck:
-        spans = (span for lane in facts.lanes.values() for span in lane.spans())
-        steps = (span.start_ns for span in spans if facts.labels.table[span.label].kind == "step")
+    start_ns, end_ns = data.span_ns()
+    if not data.stuck:
+        spans = (span for lane in data.lanes.values() for span in lane.spans())
+        steps = (span.start_ns for span in spans if data.labels.table[span.label].kind == "step")
         return min(steps, default=start_ns), end_ns
-    quiet_ns = max(int(facts.verdict.quiet_s * 1e9), (end_ns - start_ns) // 200, 1)
+    quiet_ns = max(int(data.verdict.quiet_s * 1e9), (end_ns - start_ns) // 200, 1)
     return max(start_ns, end_ns - int(2.4 * quiet_ns)), end_ns
 
 
-def choose_ranks(facts: Facts, most: int) -> list[int]:
+def choose_ranks(data: RunData, most: int) -> list[int]:
     """Choose at most ``most`` ranks, some from every place at which ranks wait. The smallest places come first."""
-    if len(facts.lanes) <= most:
-        return list(facts.lanes)
+    if len(data.lanes) <= most:
+        return list(data.lanes)
     places: dict[object, list[int]] = {}
-    place_of = {p.rank: (p.state, p.group, p.seq) for p in facts.verdict.ranks}
-    for rank in facts.lanes:
+    place_of = {p.rank: (p.state, p.group, p.seq) for p in data.verdict.ranks}
+    for rank in data.lanes:
         places.setdefault(place_of.get(rank), []).append(rank)
     chosen: list[int] = []
     for left, ranks in zip(range(len(places), 0, -1), sorted(places.values(), key=len), strict=True):
@@ -79,11 +79,11 @@ def choose_ranks(facts: Facts, most: int) -> list[int]:
     return sorted(chosen[:most])
 
 
-def _title(facts: Facts) -> str:
-    verdict = facts.verdict
+def _title(data: RunData) -> str:
+    verdict = data.verdict
     cause = f" ({verdict.cause})" if verdict.cause else ""
     outcome = f"{verdict.verdict}{cause}" if verdict.verdict else "no verdict"
-    return f"{verdict.scenario} {verdict.variant}: {outcome}, {facts.num_ranks} ranks, {verdict.backend}"
+    return f"{verdict.scenario} {verdict.variant}: {outcome}, {data.num_ranks} ranks, {verdict.backend}"
 
 
 def _draw_rails(svg: Svg, waits: Sequence[Wait], ranks: Sequence[int], frame: Frame) -> None:
@@ -106,19 +106,19 @@ def _draw_rails(svg: Svg, waits: Sequence[Wait], ranks: Sequence[int], frame: Fr
                 svg.arrow(k % NUM_PLACE_COLOURS, f"M{x1:.1f},{y1 + shift:.1f} L{x2 + head:.1f},{y2 + shift:.1f}")
 
 
-def _draw_legend(svg: Svg, facts: Facts, x: float, y: float) -> None:
-    entries = [(f"g{k % NUM_GROUP_COLOURS}", f"group {name}") for k, name in enumerate(group_names(facts)[:8])]
-    kinds = {label.kind for label in facts.labels.table}
+def _draw_legend(svg: Svg, data: RunData, x: float, y: float) -> None:
+    entries = [(f"g{k % NUM_GROUP_COLOURS}", f"group {name}") for k, name in enumerate(group_names(data)[:8])]
+    kinds = {label.kind for label in data.labels.table}
     entries += [("lock", "lock")] * bool(kinds & {"lock", "held"}) + [("build", "build")] * ("build" in kinds)
     entries += [("phase", "life-cycle phase")]
     for css, name in entries:
         svg.rect(css, x, y - 10, 12, 11, rounded=2)
         svg.text("small", x + 17, y, name, most_characters=30)
         x += 34 + 6.2 * min(len(name), 30)
-    if facts.stuck:
+    if data.stuck:
         svg.hatched(x, y - 10, 12, 11)
         svg.text("small", x + 17, y, "never returns")
         x += 105
-    if facts.verdict.culprits:
+    if data.verdict.culprits:
         svg.circle("culprit", x, y - 4, 3.5)
         svg.text("small", x + 8, y, "culprit")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from repro.report.gather import Facts
+from repro.report.gather import RunData
 from repro.report.pictures.svg import NUM_PLACE_COLOURS, Svg
 from repro.report.pictures.timeline import MAX_WAITS
 from repro.store.text import shorten_rank_lists
@@ -15,12 +15,12 @@ _MOST_CHARACTERS = {"bold": 34, "mono": 31, "dim small": 40}
 """Style of a line in a box -> number of characters that fit."""
 
 
-def draw_waits(facts: Facts) -> str:
+def draw_waits(data: RunData) -> str:
     """Draw a box for each place at which ranks wait, and arrows to the ranks they wait for; "" without arrows."""
-    waits = [wait for wait in facts.verdict.waits if wait.ranks][:MAX_WAITS]
+    waits = [wait for wait in data.verdict.waits if wait.ranks][:MAX_WAITS]
     if not any(wait.awaited for wait in waits):
         return ""
-    positions = {position.rank: position for position in facts.verdict.ranks}
+    positions = {position.rank: position for position in data.verdict.ranks}
     waiting = {rank for wait in waits for rank in wait.ranks}
     elsewhere = sorted({rank for wait in waits for rank in wait.awaited} - waiting)
     svg = Svg("waits", "which ranks wait for which")
