@@ -24,7 +24,7 @@ REPEAT_S = 30.0
 
 
 class Notices:
-    """Decides which lines a watcher prints, so that it prints nothing twice.
+    """Decides which lines a watcher prints, so that it does not repeat itself.
 
     notice          prints a line
     remark          returns a line about a verdict that is not final, or "". The same line is printed once

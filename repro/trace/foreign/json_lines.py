@@ -26,7 +26,7 @@ MAX_LINE = 64 << 20
 
 
 class Header(msgspec.Struct):
-    """The first line of the file.
+    """The first line of a file of records.
 
     files           the files that were read
     not_understood  "file:offset: why" for each file that was not understood
@@ -123,7 +123,7 @@ def encode(records: Iterable[Observation], files: Sequence[str], not_understood:
 
 
 def _written(value: Any) -> Any:
-    """Convert a value that JSON does not have: aspects to a number, an array to a list, `Calls` to lists."""
+    """Convert a value that JSON cannot represent: aspects to a number, an array to a list, `Calls` to lists."""
     if isinstance(value, Knows):
         return value.value
     if isinstance(value, array):

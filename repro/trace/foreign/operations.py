@@ -101,7 +101,7 @@ class Form(NamedTuple):
 class Calls(Sequence[Call]):
     """The operations of one rank in one group, oldest first. A sequence of `Call` that is stored in columns.
 
-    forms    each different form once
+    forms    each different `Form` once
     form     for each operation: its index into `forms`; array of type "I"
     seqs     for each operation: its sequence number, or NO_NUMBER; array of type "q"
     done     for each operation: one byte, 1 if the operation is complete

@@ -94,7 +94,7 @@ class Ring:
 
     @property
     def first(self) -> int:
-        """Return the number of the oldest event; 0 if there is none. If it is above 1, older events are lost."""
+        """Return the number of the oldest event that can be read; 0 if there is none. The rank's first event has 1."""
         return self.event(0).n if self.records else 0
 
     @property

@@ -116,7 +116,7 @@ class Witness:
         return self.strings[string] if string < len(self.strings) else "?"
 
     def signature(self, sig: int) -> Signature:
-        """Return the signature of a collective. sig: the field ``sig`` of a record of it."""
+        """Return the signature of a collective. sig: the field ``sig`` of an event of this collective."""
         signature = self._signatures.get(sig)
         if signature is None:
             signature = self._signatures[sig] = _signature(self.text(sig))

@@ -94,9 +94,9 @@ class Ledger:
         return merged
 
     def _rows(self, key: GroupKey, seq: int) -> list[tuple[int, Row, Call]]:
-        """Return (rank, site and time, call) for each member's first call under a number.
+        """Return (rank, site and time, call) for each member's first call under a sequence number.
 
-        The calls under all numbers in `diverged` are read in one pass over the events and kept.
+        If members differ under several numbers, all these calls are read in one pass over the events, and kept.
         """
         members = [rank for rank in key[1] if rank in self._witnesses]
         numbers = self.diverged.get(key, set())

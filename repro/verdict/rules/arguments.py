@@ -79,10 +79,11 @@ def _call(call: Call) -> str:
 
 
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Find the ranks that passed a wrong size for another rank: this rank and all remaining members passed another one.
+    """Find the ranks that passed a wrong size for another rank.
 
-    The remaining members know the size only from the step agreement, so the culprit did not use the agreed size. But a
-    rank that differs from all others in its own size is not returned: it may be right.
+    The proof: the other rank and all remaining members agree on a different size. The remaining members know the size
+    only from the step agreement, so the culprit did not use the agreed size. A rank that differs from all others in its
+    own size is not returned: it may be right.
     """
     members = key[1]
     vector = {rank: side.call.sizes for side in sides for rank in side.ranks}

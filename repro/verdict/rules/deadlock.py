@@ -42,7 +42,7 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
 
 
 def _ended_before(case: Case, culprits: Sequence[int]) -> list[int]:
-    """Find the ranks that died or failed, perhaps before the culprits stopped: then this may be the real cause."""
+    """Find the ranks that may have died or failed before the culprits stopped: their end may be the real cause."""
     stopped_s = min(case.rank_states[rank].position.since_s for rank in culprits)
     ended = []
     for rank in case.ranks("dead", "failed"):

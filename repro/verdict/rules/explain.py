@@ -127,7 +127,8 @@ def _until(
 ) -> list[Deviation]:
     """Keep the deviations that a rank made before it issued the collective ``meeting``, (group, sequence number).
 
-    Only times of the same rank are compared. Ranks that did not issue this collective are left out. None: keep all.
+    Only times of the same rank are compared. Ranks that did not issue this collective are left out. If ``meeting`` is
+    None, keep all deviations.
     """
     if meeting is None:
         return deviations

@@ -107,7 +107,7 @@ def _seen_waiting(job: JobRecords) -> set[int]:
 def _first(roots: Sequence[Failure]) -> Failure | None:
     """Return the earliest error by time stamp; None if the time stamps may be of different time zones.
 
-    If a line has no time stamp, return the most severe error, or None if several ranks have one of this severity.
+    If a line has no time stamp, return the most severe error, or None if several ranks have an error as severe.
     """
     stamped = [record for record in roots if record.at_s is not None]
     if stamped and len(stamped) == len(roots):

@@ -35,7 +35,7 @@ def judge_hosts(job: JobRecords) -> Diagnosis | None:
 
 
 def judge_places_of_ranks(job: JobRecords) -> Diagnosis | None:
-    """Say where each rank is. This is the last rule, used if no other rule finds out which ranks wait for which."""
+    """Say where each rank is. This rule is used if no rule before it finds out which ranks wait for which."""
     looks = [look for look in rank_looks(job).values() if look.stack is not None]
     if not looks:
         return None

@@ -65,7 +65,7 @@ class RankLook:
 
     @property
     def cores(self) -> float:
-        """How many processors the rank and its child processes kept busy between the looks, on average."""
+        """How many processors the rank and its child processes kept busy, on average, between first and last look."""
         if self.apart_s < SHORTEST_S:
             return 0.0
         before = {child.pid: child.cpu_s for child in self.first.children}
@@ -74,7 +74,7 @@ class RankLook:
 
     @property
     def first_thread_cores(self) -> float:
-        """Which share of a processor the main thread used between the looks: 0 to 1."""
+        """Which share of a processor the main thread used between the first and the last look: 0 to 1."""
         if self.apart_s < SHORTEST_S:
             return 0.0
         return max(0.0, self.last.first_thread_cpu_s - self.first.first_thread_cpu_s) / self.apart_s
