@@ -228,9 +228,9 @@ class RasAnswer:
 class Note:
     """A line of a log that proves nothing by itself: a heartbeat, a warning, a version, a world size.
 
-    kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun, local rank,
-                deepep, network, ras, repeated, engine size (number of workers of a vLLM engine), process (a pid and its
-                rank), sizes (NCCL received a message of another size), unreadable (a tool could not read a process)
+    kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun, deepep,
+                network, ras, repeated, local rank, engine size (number of workers of a vLLM engine), process (a pid and
+                its rank), sizes (NCCL received a message of another size), unreadable (a tool could not read a process)
     """
 
     kind: str
