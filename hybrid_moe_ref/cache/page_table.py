@@ -36,7 +36,8 @@ class PageTable:
         return row
 
     def extend(self, row: int, start: int, pages: list[list[int]]) -> None:
-        """Write new pages into a row, from index `start` on. pages: the same number for each attention group."""
+        """Write new pages into a row, from index `start` on. pages: for each attention group, equally many page
+        numbers."""
         new_GW = torch.tensor(pages, dtype=torch.long, device=self._page_GRW.device)
         end = start + new_GW.shape[1]
         while end > self._page_GRW.shape[2]:

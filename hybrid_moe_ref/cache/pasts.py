@@ -43,7 +43,8 @@ class KVPast:
 
 @dataclass(frozen=True, eq=False)
 class KVRun:
-    """One attention layer's view of a single sequence with consecutive pages. It reads them without a gather."""
+    """One attention layer's view of a single sequence with consecutive pages. The layer reads them as one slice,
+    without a gather."""
 
     kv_PL2KD: Tensor
     start: int

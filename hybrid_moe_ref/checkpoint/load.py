@@ -108,7 +108,8 @@ def _warn_without_mtp(folder: Path, num_layers: int) -> None:
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
-    """List the tensors that `model` needs, by the names and shapes that these shards have."""
+    """List the tensors that `model` needs from these files. Their names and shapes depend on the format of the
+    files."""
     needed: list[Piece] = []
     slices: dict[str, Slice] = getattr(model, "slices", {})
     multimodal = any(name.startswith("model.language_model.") for name in shards.names)
@@ -272,7 +273,7 @@ def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
 
 
 def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
-    """Describe the folder that `model` was loaded from, for the command `check`."""
+    """Return what the command `check` prints about the folder that `model` was loaded from."""
     shards = Shards(Path(folder))
     needed = {piece.name for piece in pieces(model, shards)}
     quantised = [name for name in needed if shards[name].dtype == FLOAT8]

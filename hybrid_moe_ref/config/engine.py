@@ -20,7 +20,7 @@ class EngineConfig(Config):
                        largest number of tokens of a step. Running requests come first; new prompts get the rest
     num_pages          pages of a rank's cache; if they are too few for all requests, the youngest requests wait
     protocol           a version of vLLM: the ranks exchange the same numbers, in the same steps, as this version does.
-                       One of PROTOCOLS below
+                       "0.20" or "0.33"
     unfinished_interval
                        number of steps between two "anyone unfinished?" all-reduces; the ranks can stop only after
                        one of them. 0: the number that `protocol` gives

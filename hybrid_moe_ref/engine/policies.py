@@ -53,7 +53,7 @@ class StateBinding:
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """Return the metadata with which to run: ``agreed``. Calling ``rebuild`` would repeat the step agreement."""
+        """Return the metadata with which this rank runs the step: ``agreed``, so that no collective is needed."""
         return agreed
 
 

@@ -1,6 +1,6 @@
-"""Call `nn.Linear` modules, several as one operation if all are plain.
+"""Call `nn.Linear` modules: several of them as one operation if all are plain.
 
-A linear that is replaced, wrapped, parametrized, quantised or has a hook is called as a module.
+A linear that is replaced, wrapped, parametrized, quantised or has a hook is not plain, and is called as a module.
 
 Shapes: N rows, H inputs, O outputs.
 """

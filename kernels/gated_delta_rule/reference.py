@@ -38,7 +38,9 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """Return o [T, H, V]. Sequence b starts from state[slots[b]] and stores its last state there.
+    """Process all tokens of several sequences. Return o [T, H, V].
+
+    Sequence b starts from state[slots[b]] and stores its last state there.
 
     q, k     outputs of the convolution; they are normalised to length 1 (over K, eps 1e-6), and q is scaled by K^-0.5
     g        logarithm of the decay

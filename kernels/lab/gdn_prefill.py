@@ -3,7 +3,7 @@
 Serving libraries compile one function for each pair of head sizes when it is first needed. This module shows what that
 does to the start of a server. It is not fast.
 
-Shapes: as in `hybrid_moe_kernels.gated_delta_rule`.
+Shapes: T tokens of all sequences, M key heads, H value heads, K key dim, V value dim, J slots, B sequences, X = B + 1.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As `gated_delta_rule.reference.prefill`: return o [T, H, V].
+    """Process all tokens of several sequences. Return o [T, H, V], as `gated_delta_rule.reference.prefill` does.
 
     Sequence b starts from state[slots[b]] and stores its last state there.
 

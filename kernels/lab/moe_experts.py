@@ -1,6 +1,6 @@
 """The experts of a mixture-of-experts layer, compiled as C++ at first use; for CPUs.
 
-Under expert parallelism its first use, and so its build, comes after the dispatch of the first layer.
+Under expert parallelism the first use of this module, and so its build, comes after the dispatch of the first layer.
 
 Shapes: N rows, K picks (chosen experts) of a row, H hidden, E experts held, I intermediate, J = 2 I (gate, then up).
 """
@@ -25,9 +25,9 @@ _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Do the same as `moe.reference.experts`.
+    """Sum the outputs of the chosen experts of each row. Same arguments and result as `moe.reference.experts`.
 
-    Ids outside 0 to E - 1 are experts held elsewhere and contribute nothing.
+    Ids outside 0 to E - 1 are experts that other ranks hold; they contribute nothing.
     """
     dtype = gate_up_EJH.dtype
     x, weights = x_NH.to(dtype).contiguous(), weights_NK.to(dtype).contiguous()

@@ -37,7 +37,10 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """Return y [T, H, P]. Sequence s starts from state[slots[s]] and stores its last state there."""
+    """Process all tokens of several sequences. Return y [T, H, P].
+
+    Sequence s starts from state[slots[s]] and stores its last state there.
+    """
     chunks = Chunks.of(cu_seqlens_X, CHUNK)
     slots = slots_B[chunks.order]
     copy = differentiable(x_THP, dt_TH, A_H, b_TGN, c_TGN)

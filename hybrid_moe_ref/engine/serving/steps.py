@@ -28,10 +28,12 @@ class Steps:
     ) -> StepPlan:
         """Return this rank's proposal for the next step.
 
-        It proposes a graph if a captured size is large enough, and two halves if there are enough tokens.
+        It proposes to replay a graph if a captured size is large enough, and to split the step if there are enough
+        tokens.
 
         num_live         number of live requests; 0 for a dummy batch
         asks_unfinished  whether the step ends with the question "is anyone unfinished?"
+        may_replay       whether a graph may be proposed
         """
         engine, lengths = self._config.engine, tuple(len(feed.tokens) for feed in feeds)
         num_tokens = sum(lengths)

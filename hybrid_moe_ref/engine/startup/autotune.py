@@ -60,7 +60,7 @@ class ChosenExperts:
 
 
 class ExpertTuner:
-    """The operations of tuning on one rank: time, average, vote, load, save and use.
+    """Tunes the experts on one rank. It has the operations of tuning: time, vote, load, save and use.
 
     rows       the numbers of rows to tune for
     cache_dir  the folder for saved choices; "": choices are not saved

@@ -67,7 +67,7 @@ class StartVote:
             raise _stopped(message)
 
     def _vote(self, error: str) -> None:
-        """Raise PrepareFailed on every rank if one has an error, or has another configuration."""
+        """Vote: raise PrepareFailed on every rank if a rank has an error, or if the configurations differ."""
         shared = self._shared_text()
         digest = self._ballot.digest(shared)
         ballot = torch.tensor([self._comm.rank if error else NO_RANK, digest, -digest])
