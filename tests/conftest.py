@@ -17,15 +17,24 @@ HOME, BUILD = pytest.StashKey[str](), pytest.StashKey[Any]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before any test module, and so torch, is imported."""
-    config.stash[HOME] = tempfile.mkdtemp(prefix="home-of-tests-")
-    environment.settle(config.stash[HOME])
+    """Before any test module, and so torch, is imported. Workers share the home, and so what is compiled."""
+    if worker_of(config):
+        home = os.environ["HOME"]  # of the process that started the workers
+    else:
+        config.stash[HOME] = home = tempfile.mkdtemp(prefix="home-of-tests-")
+    environment.settle(home)
+
+
+def worker_of(config: pytest.Config) -> str:
+    """Return the name of this process if pytest-xdist runs the tests in several ones; else ""."""
+    return str(getattr(config, "workerinput", {}).get("workerid", ""))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if build := config.stash.get(BUILD, None):
         build.end()
-    shutil.rmtree(config.stash[HOME], ignore_errors=True)
+    if home := config.stash.get(HOME, ""):
+        shutil.rmtree(home, ignore_errors=True)
     gc.unfreeze()  # so that the interpreter frees them at its end: triton reports frozen objects as leaks
 
 
@@ -47,12 +56,14 @@ def needs_native_library(item: pytest.Item) -> bool:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the build. Then spare the garbage collector the modules and tests, which are none: looking through them
     takes time, and makes ranks copy their pages."""
-    if any(map(needs_native_library, session.items)) and not session.config.option.collectonly:
+    config = session.config
+    builds = worker_of(config) in ("", "gw0") and not config.option.collectonly
+    if builds and any(map(needs_native_library, session.items)):
         from hybrid_moe_kernels import native
         from native_build import NativeBuild
 
         if not native.cannot_build():
-            session.config.stash[BUILD] = NativeBuild()
+            config.stash[BUILD] = NativeBuild()
     gc.collect()
     gc.freeze()
 
@@ -75,6 +86,16 @@ def native_library() -> Any:
     if error := native.prepare():
         pytest.fail(f"native kernels: {error}")
     return native.library()
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Any]:
+    """A process that has imported torch, and runs programs in forks of it."""
+    from program_server import ProgramServer
+
+    server = ProgramServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
