@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -88,7 +86,7 @@ def test_both_recorders_write_the_same_bytes(library, monkeypatch):
         assert notes[0] == notes[1] and notes[0], f"seed {seed}"
 
 
-def events_of(folder: Path, cache: Path | str, **variables: str) -> list[tuple]:
+def events_of(programs, folder: Path, cache: Path | str, **variables: str) -> list[tuple]:
     """Run the job; return what its witness says, without times."""
     env = {
         **os.environ,
@@ -98,7 +96,7 @@ def events_of(folder: Path, cache: Path | str, **variables: str) -> list[tuple]:
         **variables,
         "HMR_RECORD_MODULES": "1",
     }
-    done = subprocess.run([sys.executable, str(JOB)], env=env, capture_output=True, text=True)
+    done = programs.run(JOB, env=env)
     assert (done.returncode, "not recorded" in done.stderr) == (0, False), done.stdout + done.stderr
     (witness,), refused = (list(part) for part in (read_dir(folder / "events")[0].values(), read_dir(folder)[1]))
     assert not refused
@@ -117,17 +115,17 @@ def events_of(folder: Path, cache: Path | str, **variables: str) -> list[tuple]:
     return [*found, done.stdout]  # which prints the types of the hooks
 
 
-def test_both_hooks_record_the_same_of_a_program(library, tmp_path):
+def test_both_hooks_record_the_same_of_a_program(library, programs, tmp_path):
     cache = compiled.path().parents[2]
-    fast = events_of(tmp_path / "fast", cache)
-    slow = events_of(tmp_path / "slow", cache, HMR_RECORD_PURE="1")
+    fast = events_of(programs, tmp_path / "fast", cache)
+    slow = events_of(programs, tmp_path / "slow", cache, HMR_RECORD_PURE="1")
     assert len(slow) > 100
     assert [pair for pair in zip(fast[:-1], slow[:-1], strict=True) if pair[0] != pair[1]] == []
     assert (fast[-1], slow[-1]) == ("Issue Issue Issue Wait\n", "function function function function\n")
 
 
-def test_a_rank_without_a_library_is_recorded_in_python(tmp_path):
-    assert len(events_of(tmp_path / "run", tmp_path / "no_cache")) > 100
+def test_a_rank_without_a_library_is_recorded_in_python(programs, tmp_path):
+    assert len(events_of(programs, tmp_path / "run", tmp_path / "no_cache")) > 100
 
 
 def test_a_signal_handler_may_cause_an_event_while_one_is_written(tmp_path):
@@ -168,14 +166,13 @@ def test_what_prevents_the_build_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("variables", [{}, {"HMR_RECORD_PURE": "1"}], ids=["compiled", "python"])
-def test_a_program_with_own_classes_runs_as_if_it_were_not_recorded(library, tmp_path, variables):
+def test_a_program_with_own_classes_runs_as_if_it_were_not_recorded(library, programs, tmp_path, variables):
     env = {**os.environ, "HMR_RECORD": str(tmp_path), "PYTHONPATH": str(SITE), **variables}
-    command = [sys.executable, str(JOB.with_name("own_classes.py"))]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = programs.run(JOB.with_name("own_classes.py"), env=env)
     assert done.stdout.split() == ["FakeWork", "FakeWork", "KeyboardInterrupt", "FakeWork", "TypeError"], done.stderr
 
 
-def test_a_known_call_runs_no_python_code_of_the_recorder(library, tmp_path):
+def test_a_known_call_runs_no_python_code_of_the_recorder(library, programs, tmp_path):
     program = """
 import sys, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -189,5 +186,5 @@ for _ in range(3):
 print(*[name for name in ran if "repro" in name], len(ran) > 0)
 """
     env = {**os.environ, "HMR_RECORD": str(tmp_path), "PYTHONPATH": str(SITE)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    done = programs.run(program, env=env)
     assert done.stdout == "True\n", done.stdout + done.stderr

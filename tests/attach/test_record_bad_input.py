@@ -25,8 +25,11 @@ def join(rank=0, size=2):
 """
 
 
-def run(program: str, folder: Path | str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(program: str, folder: Path | str, programs=None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Record a program, in an interpreter of its own unless there is a server of `programs`."""
     env = {**os.environ, "HMR_RECORD": str(folder), "PYTHONPATH": str(SITE), **variables}
+    if programs:
+        return programs.run(JOIN + program, env=env)
     return subprocess.run([sys.executable, "-c", JOIN + program], env=env, capture_output=True, text=True, timeout=100)
 
 
@@ -94,14 +97,14 @@ for number in range(2):
     assert operations(tmp_path / "run", 0) == operations(tmp_path / "run", 1) == ["all_reduce", "all_reduce"]
 
 
-def test_what_a_rank_did_is_whole_after_sigkill(tmp_path):
+def test_what_a_rank_did_is_whole_after_sigkill(programs, tmp_path):
     program = """
 join()
 for _ in range(1000):
     dist.all_reduce(torch.ones(2))
 os.kill(os.getpid(), 9)
 """
-    done = run(program, tmp_path / "run")
+    done = run(program, tmp_path / "run", programs)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(operations(tmp_path / "run")) == 1000
     witness = read_dir(tmp_path / "run" / "events")[0][0]
@@ -109,10 +112,10 @@ os.kill(os.getpid(), 9)
     assert not witness.damaged and witness.last is not None and witness.last.kind == witness_format.Kind.LEAVE
 
 
-def test_a_folder_that_cannot_be_written_costs_the_recording_and_not_the_program(tmp_path):
+def test_a_folder_that_cannot_be_written_costs_the_recording_and_not_the_program(programs, tmp_path):
     (tmp_path / "file").touch()
     for folder in ("/proc/none", tmp_path / "file"):
-        done = run("join()\ndist.all_reduce(torch.ones(2))\nprint('went on')", folder)
+        done = run("join()\ndist.all_reduce(torch.ones(2))\nprint('went on')", folder, programs)
         assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
         assert done.stderr.count("this process is not recorded") == 1, done.stderr
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -103,19 +101,24 @@ def make_vllm(folder: Path, classes: dict[str, str]) -> None:
             (path / "__init__.py").touch()
 
 
-def run(folder: Path, code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    (folder / "server.py").write_text(textwrap.dedent(code))
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HMR_")}
-    env |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", **variables}
-    command = [sys.executable, str(folder / "server.py"), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+@pytest.fixture
+def run(programs, tmp_path):
+    """A function that runs a server to its end."""
+
+    def run(code: str, *arguments: str, **variables: str):
+        (tmp_path / "server.py").write_text(textwrap.dedent(code))
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HMR_")}
+        env |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **variables}
+        return programs.run(tmp_path / "server.py", *arguments, env=env)
+
+    return run
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_the_processes_of_a_rank_are_recorded_however_they_are_started(tmp_path, method):
+def test_the_processes_of_a_rank_are_recorded_however_they_are_started(run, tmp_path, method):
     make_vllm(tmp_path, CLASSES)
     for rank in ("0", "1"):
-        done = run(tmp_path, SERVER.format(method=method), rank, HMR_RECORD=str(tmp_path / "rec"))
+        done = run(SERVER.format(method=method), rank, HMR_RECORD=str(tmp_path / "rec"))
         assert done.stdout == "served\n", done.stderr
     written = sorted(path.name for path in (tmp_path / "rec" / "events").iterdir())
     assert written == [f"rank00{rank}.{kind}" for rank in (0, 1) for kind in ("engine", "front", "wit")]
@@ -124,7 +127,7 @@ def test_the_processes_of_a_rank_are_recorded_however_they_are_started(tmp_path,
         assert phases == ["start", "load", "start", "serve"] and witness.last.kind == Kind.DONE
 
 
-def test_a_vllm_without_any_of_the_hooks_serves_and_each_hook_is_one_line(tmp_path):
+def test_a_vllm_without_any_of_the_hooks_serves_and_each_hook_is_one_line(run, tmp_path):
     make_vllm(tmp_path, {})
     modules = sorted({hook.module for hook in hooks.HOOKS})
     code = f"""
@@ -136,7 +139,7 @@ def test_a_vllm_without_any_of_the_hooks_serves_and_each_hook_is_one_line(tmp_pa
             importlib.import_module(name)
         print("served")
     """
-    done = run(tmp_path, code, HMR_RECORD=str(tmp_path / "rec"))
+    done = run(code, HMR_RECORD=str(tmp_path / "rec"))
     assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
     lines = [line for line in done.stderr.splitlines() if "this vLLM has no" in line]
     assert len(lines) == len(set(lines)) == len(hooks.HOOKS), done.stderr
@@ -144,10 +147,10 @@ def test_a_vllm_without_any_of_the_hooks_serves_and_each_hook_is_one_line(tmp_pa
 
 
 @pytest.mark.parametrize("place", ["/proc/rec", "{tmp}/file/rec"])
-def test_a_folder_that_cannot_be_written_is_a_line_for_each_process_and_the_server_serves(tmp_path, place):
+def test_a_folder_that_cannot_be_written_is_a_line_for_each_process_and_the_server_serves(run, tmp_path, place):
     make_vllm(tmp_path, CLASSES)
     (tmp_path / "file").touch()
-    done = run(tmp_path, SERVER.format(method="fork"), "0", HMR_RECORD=place.format(tmp=tmp_path))
+    done = run(SERVER.format(method="fork"), "0", HMR_RECORD=place.format(tmp=tmp_path))
     assert done.stdout == "served\n", done.stderr
     told = [line for line in done.stderr.splitlines() if "this vLLM has no" not in line]
     assert len(told) == 3 and all("not recorded" in line for line in told), told

@@ -161,8 +161,9 @@ print(round(norm.rms_norm(torch.ones(2, 4), torch.zeros(4), 1e-6).sum().item()),
 """
 
 
-def test_without_a_compiler_torch_runs_and_one_line_says_so(tmp_path) -> None:
-    done = run_python(CALL, HMR_KERNELS="native", HMR_NATIVE_DIR=str(tmp_path), CXX="no-such-compiler")
+def test_without_a_compiler_torch_runs_and_one_line_says_so(programs, tmp_path) -> None:
+    lacking = {"HMR_KERNELS": "native", "HMR_NATIVE_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    done = programs.run(CALL, env=os.environ | lacking)
     assert (done.returncode, done.stdout) == (0, "8 torch\n"), done.stderr
     assert done.stderr.count("\n") == 1 and "there is no C++ compiler no-such-compiler" in done.stderr
 

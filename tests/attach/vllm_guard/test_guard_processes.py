@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.timeout(600)
 DEADLINE_S = 250.0
-"""On a busy machine the processes take long to import torch."""
+"""On a busy machine the processes take long to start."""
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -37,23 +34,23 @@ class Served:
         return [{line.partition("refused: ")[2] for line in lines if "refused: " in line} for lines in self.lines]
 
 
-def serve(folder: Path, method: str = "fork", **variables: str) -> Served:
-    path = os.pathsep.join(map(str, (HERE / "stand_in", ROOT)))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(HERE / "stand_in" / "front_end.py"), str(folder), method]
-    with (folder / "printed").open("w") as printed:
-        front_end = subprocess.Popen(command, env=env, stdout=printed, stderr=printed, start_new_session=True)
-        try:
-            assert front_end.wait(DEADLINE_S) == 0, (folder / "printed").read_text()[-2000:]
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(front_end.pid, signal.SIGKILL)
-    return Served(folder, (folder / "printed").read_text())
+@pytest.fixture
+def serve(programs) -> Callable[..., Served]:
+    """A function that serves with the stand-in until both engines have ended."""
+
+    def serve(folder: Path, method: str = "fork", **variables: str) -> Served:
+        path = os.pathsep.join(map(str, (HERE / "stand_in", ROOT)))
+        env = {**os.environ, "PYTHONPATH": path, **variables}
+        folder.mkdir(exist_ok=True)
+        done = programs.run(HERE / "stand_in" / "front_end.py", str(folder), method, env=env, timeout_s=DEADLINE_S)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return Served(folder, done.stdout)
+
+    return serve
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
-def test_with_the_guard_a_server_gives_the_outputs_that_it_gives_without(tmp_path, method):
+def test_with_the_guard_a_server_gives_the_outputs_that_it_gives_without(serve, tmp_path, method):
     plain = serve(tmp_path / "plain")
     guarded = serve(tmp_path / "guarded", method, HMR_GUARD="agree")
     assert plain.codes == guarded.codes == [0, 0], guarded.logs[-3000:]
@@ -64,7 +61,7 @@ def test_with_the_guard_a_server_gives_the_outputs_that_it_gives_without(tmp_pat
         assert any("prepare: all ranks are ready" in line for line in lines)
 
 
-def test_a_killed_worker_ends_all_processes_with_its_name(tmp_path):
+def test_a_killed_worker_ends_all_processes_with_its_name(serve, tmp_path):
     served = serve(tmp_path, HMR_GUARD="agree", STAND_IN_FAULT="killed")
     killed_s = float((tmp_path / "killed").read_text())
     assert served.codes == [86, 86], served.logs[-3000:]
@@ -83,7 +80,7 @@ def test_a_killed_worker_ends_all_processes_with_its_name(tmp_path):
         ("engine", "rank 1 failed: its engine raised ValueError: no such request"),
     ],
 )
-def test_a_fault_of_one_rank_stops_both_with_one_sentence_and_the_exit_code(tmp_path, fault, words):
+def test_a_fault_of_one_rank_stops_both_with_one_sentence_and_the_exit_code(serve, tmp_path, fault, words):
     served = serve(tmp_path, HMR_GUARD="agree", STAND_IN_FAULT=fault, HMR_GUARD_DIR=str(tmp_path / "evidence"))
     assert served.codes == [86, 86], served.logs[-3000:]
     first, second = served.refusals()
@@ -92,7 +89,7 @@ def test_a_fault_of_one_rank_stops_both_with_one_sentence_and_the_exit_code(tmp_
     assert {line["sentence"] for line in kept} == first and len(kept) >= 3
 
 
-def test_a_rank_without_the_plug_in_ends_the_start_of_the_others(tmp_path):
+def test_a_rank_without_the_plug_in_ends_the_start_of_the_others(serve, tmp_path):
     served = serve(tmp_path, HMR_GUARD="agree", HMR_GUARD_DEADLINE="3", RANK1=json.dumps({"HMR_GUARD": ""}))
     assert served.codes[0] == 86, served.logs[-3000:]
     ((sentence,), nothing) = served.refusals()
@@ -100,7 +97,7 @@ def test_a_rank_without_the_plug_in_ends_the_start_of_the_others(tmp_path):
 
 
 @pytest.mark.full
-def test_ranks_in_different_modes_do_not_start_and_observe_serves_on(tmp_path):
+def test_ranks_in_different_modes_do_not_start_and_observe_serves_on(serve, tmp_path):
     served = serve(tmp_path / "differ", HMR_GUARD="agree", RANK1=json.dumps({"HMR_GUARD": "observe"}))
     assert served.codes[0] == 86 and "HMR_GUARD is agree on rank 0, observe on rank 1" in served.logs
     alone = serve(
