@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,42 +60,46 @@ def entry(
     return buffer.getvalue()
 
 
+later = partial(partial, entry)
+"""An entry that its test makes, because some take long to compress and all workers collect all tests."""
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (entry("/etc/passwd"), "/etc/passwd is not a file of a bundle"),
-        (entry("C:/x"), "C:/x is not a file of a bundle"),
-        (entry("events/../../x"), "events/../../x is not a file of a bundle"),
-        (entry("events/rank000.wit", b"/etc/passwd", 0o120777), "events/rank000.wit is not a regular file but a link"),
-        (entry("deep/er/and/deeper"), "deep/er/and/deeper is not a file of a bundle"),
-        (entry("events/rank\x1b[2J.wit"), "events/rank␛[2J.wit is not a file of a bundle"),
-        (entry("events/rank000.wit", bytes(129 << 20)), "events/rank000.wit unpacks to 135266304 bytes"),
-        (entry("events/rank000.wit", bytes(9 << 20)), "events/rank000.wit unpacks to more than 200 times its size"),
+        (later("/etc/passwd"), "/etc/passwd is not a file of a bundle"),
+        (later("C:/x"), "C:/x is not a file of a bundle"),
+        (later("events/../../x"), "events/../../x is not a file of a bundle"),
+        (later("events/rank000.wit", b"/etc/passwd", 0o120777), "events/rank000.wit is not a regular file but a link"),
+        (later("deep/er/and/deeper"), "deep/er/and/deeper is not a file of a bundle"),
+        (later("events/rank\x1b[2J.wit"), "events/rank␛[2J.wit is not a file of a bundle"),
+        (later("events/rank000.wit", bytes(129 << 20)), "events/rank000.wit unpacks to 135266304 bytes"),
+        (later("events/rank000.wit", bytes(9 << 20)), "events/rank000.wit unpacks to more than 200 times its size"),
         (
-            entry("control/config.json", bytes(2 << 20)),
+            later("control/config.json", bytes(2 << 20)),
             "control/config.json unpacks to 2097152 bytes, but at most 1048576",
         ),
-        (entry([f"fr/a{n}" for n in range(9)], bytes(9 << 20)), "the zip unpacks to more than 200 times its size"),
+        (later([f"fr/a{n}" for n in range(9)], bytes(9 << 20)), "the zip unpacks to more than 200 times its size"),
         (
-            entry("outputs/rank000.json", b"[]," * (2 << 20)),
+            later("outputs/rank000.json", b"[]," * (2 << 20)),
             "outputs/rank000.json unpacks to 6291456 bytes, but at most",
         ),
-        (entry("../evil/"), "../evil is not a regular file"),
-        (entry("../evil/", b"", 0o40755), "../evil is not a file of a bundle"),
-        (entry("deep/er/and/deeper/", b"", 0o40755), "deep/er/and/deeper is not a file of a bundle"),
-        (entry("events", b"x"), "no MANIFEST.json"),
-        (entry(["events", "events/rank000.wit"]), "events is in the zip both as a file and as a folder"),
-        (entry([f"events/a{n}" for n in range(9)], b"x" * (1 << 20), claims=127 << 20), "unpacks to more than"),
+        (later("../evil/"), "../evil is not a regular file"),
+        (later("../evil/", b"", 0o40755), "../evil is not a file of a bundle"),
+        (later("deep/er/and/deeper/", b"", 0o40755), "deep/er/and/deeper is not a file of a bundle"),
+        (later("events", b"x"), "no MANIFEST.json"),
+        (later(["events", "events/rank000.wit"]), "events is in the zip both as a file and as a folder"),
+        (later([f"events/a{n}" for n in range(9)], b"x" * (1 << 20), claims=127 << 20), "unpacks to more than"),
         (
-            entry([f"events/a{n}" for n in range(9)], b"x" * 700_000, method=zipfile.ZIP_STORED, claims=127 << 20),
+            later([f"events/a{n}" for n in range(9)], b"x" * 700_000, method=zipfile.ZIP_STORED, claims=127 << 20),
             "the entries up to events/a8 unpack to",
         ),
         (
-            entry("config.json", b"x" * 99, method=zipfile.ZIP_BZIP2),
+            later("config.json", b"x" * 99, method=zipfile.ZIP_BZIP2),
             "config.json is compressed by a method that bundles do not use",
         ),
-        (b"PK\x03\x04 no zip", "cannot be read"),
-        (entry("config.json"), "no MANIFEST.json"),
+        (lambda: b"PK\x03\x04 no zip", "cannot be read"),
+        (later("config.json"), "no MANIFEST.json"),
     ],
     ids=str.split(
         "absolute drive slip link foreign escape bomb ratio large values many folder-as-file folder-slip foreign-folder"
@@ -104,7 +109,7 @@ def entry(
 )
 def test_a_zip_that_is_not_safe_is_refused_by_name(tmp_path, capsys, data, words):
     path = tmp_path / "bad.zip"
-    path.write_bytes(data)
+    path.write_bytes(data())
     for command in (["watch", str(path)], ["bundle", "--verify", str(path)]):
         assert main(command) == USAGE
         text = capsys.readouterr().err

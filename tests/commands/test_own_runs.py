@@ -8,11 +8,13 @@ import pytest
 from reported import write_hang
 
 from repro import bundle
+from repro.bundle import assemble
 from repro.commands.cli import main
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_diagnose_says_of_a_run_and_of_its_bundle_what_watch_says(tmp_path, capsys, packed):
+def test_diagnose_says_of_a_run_and_of_its_bundle_what_watch_says(tmp_path, capsys, monkeypatch, packed):
+    monkeypatch.setattr(assemble, "_environment", lambda recogniser: "")  # which takes seconds
     run, _ = write_hang(tmp_path / "runs")
     if packed:
         run = bundle.make(run, tmp_path / "b.zip").path

@@ -8,22 +8,38 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 SETUP = Path(__file__).parents[2] / "scripts" / "setup_vllm.py"
+VENV = """
+import os, sys
+os.makedirs(folder := os.path.join(sys.argv[1], "bin"))
+with open(os.open(os.path.join(folder, "python"), os.O_WRONLY | os.O_CREAT, 0o755), "w") as file:
+    file.write(f'#!/bin/sh\\nexec {sys.executable} "$@"\\n')
+"""
+"""Stands for Python's module venv, which takes seconds to unpack a pip. Its Python has the pip of the tests."""
+
 python_311 = pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="vLLM's CPU build is for Python 3.11")
 
 
-def start(venv: Path, index: str = "") -> subprocess.Popen[str]:
-    """Start the set-up with a package index of its own, and no other."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index}
-    return subprocess.Popen(
-        [sys.executable, str(SETUP), str(venv)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen[str]]:
+    """A function that starts the set-up with a package index of its own, and no other."""
+    modules = tmp_path_factory.mktemp("modules")
+    (modules / "venv.py").write_text(VENV)
+
+    def start(venv: Path, index: str = "") -> subprocess.Popen[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+        env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index, "PYTHONPATH": str(modules)}
+        return subprocess.Popen(
+            [sys.executable, str(SETUP), str(venv)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+
+    return start
 
 
 def index_at(server: socket.socket) -> str:
@@ -31,7 +47,7 @@ def index_at(server: socket.socket) -> str:
     return f"http://{host}:{port}/simple"
 
 
-def test_a_folder_without_vllm_that_was_made_by_other_means_is_kept_and_named(tmp_path):
+def test_a_folder_without_vllm_that_was_made_by_other_means_is_kept_and_named(start, tmp_path):
     (tmp_path / "precious").touch()
     done = start(tmp_path)
     out, err = done.communicate(timeout=30)
@@ -39,7 +55,7 @@ def test_a_folder_without_vllm_that_was_made_by_other_means_is_kept_and_named(tm
     assert err == f"setup: {tmp_path} exists and has no vLLM; name another folder: make test-vllm VLLM_VENV=…\n"
 
 
-def test_an_environment_with_vllm_is_used_as_it_is(tmp_path):
+def test_an_environment_with_vllm_is_used_as_it_is(start, tmp_path):
     package = tmp_path / "lib" / "python3.11" / "site-packages" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -48,7 +64,7 @@ def test_an_environment_with_vllm_is_used_as_it_is(tmp_path):
 
 
 @python_311
-def test_without_a_network_one_line_says_so_and_an_unfinished_environment_is_made_anew(tmp_path):
+def test_without_a_network_one_line_says_so_and_an_unfinished_environment_is_made_anew(start, tmp_path):
     venv = tmp_path / "venv"
     venv.mkdir()
     for name in (".unfinished", "of_the_last_start"):
@@ -63,7 +79,7 @@ def test_without_a_network_one_line_says_so_and_an_unfinished_environment_is_mad
 
 
 @python_311
-def test_an_interrupt_is_one_line_and_the_exit_code_of_interrupts(tmp_path):
+def test_an_interrupt_is_one_line_and_the_exit_code_of_interrupts(start, tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -77,7 +93,7 @@ def test_an_interrupt_is_one_line_and_the_exit_code_of_interrupts(tmp_path):
     assert len(err.splitlines()) == 1, err
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_place_that_cannot_be_written_is_one_line(start, tmp_path):
     (tmp_path / "file").touch()
     done = start(tmp_path / "file" / "venv")
     _, err = done.communicate(timeout=30)

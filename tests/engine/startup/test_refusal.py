@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from hybrid_moe_ref.__main__ import main
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.engine.policies import IdlePolicy, Policies
 from hybrid_moe_ref.engine.startup.refusal import Refused, check_start
@@ -19,7 +17,6 @@ from repro.lab import scenarios
 from repro.lab.settings import RunSettings
 
 DP8 = ParallelConfig(dp_size=8)
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def server(checks, pattern="GGMA", parallel=DP8, **engine):
@@ -104,15 +101,13 @@ def test_a_run_that_is_not_to_hang_is_refused_without_agreement(tmp_path, capsys
 
 
 @pytest.mark.parametrize("extra", [[], pytest.param(["--allow-unsafe"], marks=pytest.mark.full)])
-def test_generate_refuses_and_is_overridden_in_words(extra):
-    command = [sys.executable, "-m", "hybrid_moe_ref", "generate", "tiny", "--tokens", "1,2", "--max-new-tokens", "2"]
-    run = subprocess.run(
-        [*command, "--layout", "dp8ep8", "--checks", "observe", "--mode", "graphs", *extra],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+def test_generate_refuses_and_is_overridden_in_words(capfd, extra):
+    arguments = ["generate", "tiny", "--tokens", "1,2", "--max-new-tokens", "2"]
+    code = main([*arguments, "--layout", "dp8ep8", "--checks", "observe", "--mode", "graphs", *extra])
+    out, err = capfd.readouterr()
     if extra:
-        assert run.returncode == 0 and len(run.stdout.split()) == 2, run.stderr
-        assert "--allow-unsafe: started although expert parallelism" in run.stderr
+        assert code == 0 and len(out.split()) == 2, err
+        assert "--allow-unsafe: started although expert parallelism" in err
     else:
-        assert run.returncode == 2 and run.stdout == "", run.stderr
-        assert run.stderr.count("\n") == 1 and "expert parallelism is not supported" in run.stderr
+        assert code == 2 and out == "", err
+        assert err.count("\n") == 1 and "expert parallelism is not supported" in err
