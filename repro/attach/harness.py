@@ -2,8 +2,8 @@
 
     from repro.testing import assert_no_deadlock
 
-    def exchange(rank):                                   # runs in every rank's own process dispatcher =
-                                                          YourDispatcher(rank.world, rank.device)
+    def exchange(rank):  # runs in each rank, which is a process of its own
+        dispatcher = YourDispatcher(rank.world, rank.device)
         with assert_no_deadlock("layer 0"):
             dispatcher.dispatch(...)
 

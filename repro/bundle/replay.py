@@ -25,9 +25,9 @@ EP_DEADLOCK = Path(__file__).parents[1] / "ep_deadlock.py"
 """A file with the hang of metadata_rebuild, the model that causes it, and the fix, on at most 8 ranks."""
 
 _USAGE_OF_FIX = """\
-    torchrun --standalone --nproc-per-node {} THIS_FILE --fix    the cured run up to the same step, exits with 0
+    torchrun --standalone --nproc-per-node {} THIS_FILE --fix    the run with the fix, up to the same step, exits with 0
 """
-_OPTION = """parser.add_argument("--fix", action="store_true", help="replay the cured run")\n"""
+_OPTION = """parser.add_argument("--fix", action="store_true", help="replay the run with the fix")\n"""
 OPS = ("all_reduce", "all_gather_v", "reduce_scatter_v", "all_gather", "broadcast", "barrier")
 
 
@@ -112,7 +112,7 @@ def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict
     """Return rank -> its actions before step ``steps`` (None: all actions), and group -> its members."""
     witnesses, refused = read_dir(root / "events")
     if refused or not witnesses:
-        raise ReplayError(refused[0] if refused else f"{root}: no witness")
+        raise ReplayError(refused[0] if refused else f"{root}: no rank has left a witness file")
     if len(witnesses) != next(iter(witnesses.values())).writer.num_ranks:
         raise ReplayError(f"{root}: {len(witnesses)} witnesses: the witnesses of some ranks are missing")
     groups: dict[str, tuple[int, ...]] = {}
@@ -182,7 +182,7 @@ def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[A
 
 
 def _runs(acts: Sequence[int]) -> str:
-    """Write numbers as text, with consecutive numbers as ranges."""
+    """Write numbers as a Python list, with consecutive numbers as ranges: "[3, *range(5, 9)]"."""
     parts: list[str] = []
     k = 0
     while k < len(acts):

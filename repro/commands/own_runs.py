@@ -17,7 +17,7 @@ from repro.verdict.partial import Diagnosis
 def judge(path: Path) -> tuple[Diagnosis, Evidence]:
     """Judge a run from its files.
 
-    Returns the verdict as a diagnosis. Raises the same errors as `watch` for a damaged run.
+    Returns the verdict as a Diagnosis, which `diagnose` can print. Raises the same errors as `watch` for a damaged run.
     """
     with bundle.opened(path) as root:
         run_dir = RunDir(root)

@@ -60,7 +60,8 @@ def _has_ended(process: psutil.Process) -> bool:
 
 
 def find(writer: Identity) -> psutil.Process | None:
-    """Find the running process that wrote a witness; None if it has not begun, has ended, or is a zombie."""
+    """Find the running process that writes a witness; None if no process has opened it, or if that process has
+    ended."""
     return running(writer.pid, writer.pid_start_ticks) if writer.pid else None
 
 

@@ -34,7 +34,7 @@ class Flag:
 
     @property
     def dest(self) -> str:
-        """The name under which the parsed arguments have the flag's value."""
+        """Return the name of the attribute of the parsed arguments that has the flag's value."""
         return self.field.rpartition(".")[2]
 
     def value(self, settings: RunSettings) -> Any:

@@ -56,8 +56,7 @@ class RunSettings(Config):
                      "split": every rank has its own cache, and only rank 0's is cold
     ring_records     how many events a rank's witness keeps; each group's last collective is kept in any case
     drawn_for        the number of dp ranks for which requests are drawn. If the run has fewer dp ranks, they share
-    these
-                     requests, so that it serves the same ones as a larger run. 0: the run's own number of dp ranks
+                     the requests, so that it serves the same as a larger run. 0: the run's own number of dp ranks
     group_timeout_s  seconds after which a collective gives up; 0: long after the deadline
     """
 

@@ -55,7 +55,7 @@ class LiveTable:
             self._live.update(self.draw(tails), refresh=True)
 
     def draw(self, tails: list[Tail]) -> Table:
-        """Make the table of these ranks, and of those of the same run whose witness is not open yet."""
+        """Make the table. Ranks of the run that have not opened their witnesses yet get a row, too."""
         rows = {tail.writer().rank: row_of(tail, self._now_ns()) for tail in tails}
         num_ranks = max((tail.writer().num_ranks for tail in tails), default=0)
         table = make_table("rank", "phase", "for", "step", "where", "for ", right=("rank", "for", "step", "for "))
@@ -68,7 +68,7 @@ class LiveTable:
 
 
 def row_of(tail: Tail, now_ns: int) -> Row:
-    """Return the row of a rank. now_ns: the monotonic clock of its host"""
+    """Return a rank's row in the table. tail: the reader of its witness; now_ns: the monotonic clock of its host"""
     rank = tail.writer().rank
     try:
         witness = tail.witness()

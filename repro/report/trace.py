@@ -106,7 +106,8 @@ def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
 
 
 def _waiting_flows(data: RunData, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
-    """Draw the verdict's wait-for graph: an arrow from one rank of each place to one of the ranks that it waits for.
+    """Yield the arrows of the verdict's wait-for graph: one from each place at which ranks wait to a rank that they
+    wait for.
 
     A viewer draws arrows between spans, so a rank without an open call or lock has no arrow.
     """

@@ -134,7 +134,7 @@ def forward_of_local_experts(
 
 
 def local_experts(weights: Any, ids: Any, expert_map: Any) -> tuple[Any, Any]:
-    """Return the weights and the ids [tokens, top_k] for this rank's experts.
+    """Return the weights and the local expert ids, both [tokens, top_k]. Experts of other ranks get the weight 0.
 
     expert_map  int [num_experts]: the local id of each expert, -1 for those of other ranks; None without EP
     """

@@ -11,7 +11,7 @@ import sys
 
 
 def register() -> None:
-    """Hook this process. Exceptions never reach the server."""
+    """Install the recorder's hooks in this process. Exceptions never reach the server."""
     directory = os.environ.get("HMR_RECORD")
     if not directory:
         return

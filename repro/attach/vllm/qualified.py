@@ -48,8 +48,8 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
 
 
 def at_exit(verdict: Verdict) -> str:
-    """Return a line about front ends that wait, at their exit, for the end of engines which wait for requests. Such a
-    program never ends. Returns "" if there is no such front end."""
+    """Return a sentence about programs that never end: at exit, the front end waits for the end of its engine, but the
+    engine waits for requests. Returns "" if there is no such program."""
     ranks = [at.rank for at in verdict.ranks if at.phase == WITHOUT_REQUESTS + FRONT_ENDS[Activity.EXITS]]
     if not ranks:
         return ""

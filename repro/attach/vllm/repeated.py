@@ -47,5 +47,5 @@ class Repeated(Generic[T]):
             self.changes += 1
 
     def expected(self) -> list[tuple[Hashable, tuple[T, ...]]]:
-        """Return each kind that has an expected sequence, with the sequence."""
+        """Return (kind, sequence that is expected after it) for each kind of event for which one is expected."""
         return [(kind, entries) for kind, (entries, count) in self._learned.items() if count >= NUM_EQUAL]

@@ -1,7 +1,7 @@
 """Keep the recognised strings of a run, and replace the others by stand-ins: equal strings by equal stand-ins.
 
 Stand-ins ("text-003", "host-1") keep different strings different. So ranks that issued different collectives still
-differ, and the verdict stays the same. A string that is neither recognised nor needed for that is left out and counted.
+differ, and the verdict stays the same. Other text that is not recognised, such as a log line, is left out and counted.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ class Recogniser:
         return self._text(text) or self.stand_in("text" if " " in text else "name", text)
 
     def function(self, text: str) -> str:
-        """Redact a function name. A name that is not recognised gets a stand-in, unless a word of it is known."""
+        """Redact a function name. A name that is not recognised gets a stand-in.
+
+        With a search (--with-logs), it is kept if one of its words is known and the search finds nothing suspicious.
+        """
         partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
         known = is_name(text) and not self.is_private(text)
         return text if known or (partly and self._is_free(text)) else self.stand_in("function", text)

@@ -123,7 +123,10 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Scenario:
-    """Return the scenario, or the report's configuration, with this name. Raises ConfigError with the nearest name."""
+    """Return the scenario with this name; config1, config2 and tp8 (`repro.lab.configurations`) are scenarios, too.
+
+    Raises ConfigError, with the nearest name, for an unknown name.
+    """
     if name not in names():
         from repro.lab.configurations import CONFIGURATIONS  # imported here, because it imports this module
 

@@ -50,7 +50,8 @@ class BuildAtFirstUse(KernelBuilds):
 
 @dataclasses.dataclass(frozen=True)
 class BuildEarly(KernelBuilds):
-    """The fix: the engine's own policy, extended to a separate cache for every rank."""
+    """The fix: build before the first collective, as the engine does by default, also if each rank has its own
+    cache."""
 
     settings: RunSettings
     rank: int

@@ -25,7 +25,7 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class RebindWithMetadata(StateBinding):
-    """The trigger: a rank with recurrent state to bind also rebuilds the step's metadata."""
+    """The trigger: a rank with requests binds their recurrent state, and this rebuilds the step's metadata."""
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         has_state = plan.num_live > 0

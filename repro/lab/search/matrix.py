@@ -69,7 +69,7 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """Return all cells. They run on a CPU, because the compiled experts are C++."""
+    """Return all combinations that the matrix runs. They run on a CPU, because the compiled experts are C++."""
     layouts, caches = ("tp8", "config2"), ("cold", "warm")
     combined = [Cell(*parts) for parts in itertools.product(layouts, ("torch", "jit"), ("auto", "jit"), caches)]
     return [*combined, Cell("config2", "jit", "jit", "split"), Cell("config2", "jit", "jit", "split", SHORT_TIMEOUT_S)]

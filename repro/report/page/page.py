@@ -94,7 +94,7 @@ def script() -> Markup:
 
 
 def _strip(data: RunData) -> list[tuple[str, str]]:
-    """Return (name, value) pairs for the line of data under the headline."""
+    """Return the (name, value) pairs in the line under the page's headline, such as backend and number of ranks."""
     verdict = data.verdict
     stall_s, total_s = verdict.seconds.stall_to_verdict, verdict.seconds.total
     expected = verdict.matches_expected

@@ -153,7 +153,7 @@ def group_names(data: RunData) -> list[str]:
 
 
 def find_call(data: RunData, rank: int, group: str, seq: int) -> int | None:
-    """Return the index in the rank's lane of call ``seq`` of a group, searched from the end; None if it is missing."""
+    """Return the index of the span, in the rank's lane, of collective ``seq`` of a group; None if there is none."""
     lane = data.lanes.get(rank)
     if lane is None:
         return None

@@ -56,7 +56,7 @@ class Cell:
         return self.name.rpartition("-")[0]
 
     def words(self) -> tuple[str, str, str, str]:
-        """Return layout, GDN, MoE and cache, as a table shows them."""
+        """Return layout, GDN backend, MoE backend and cache, as a table shows them."""
         size = self.ranks
         layout = {TP: f"TP{size}", DP_EP: f"DP{size}+EP{size}", DP_EP_EAGER: f"DP{size}+EP{size} eager"}[self.layout]
         return layout, self.gdn, self.moe, self.cache

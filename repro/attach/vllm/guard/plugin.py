@@ -13,7 +13,7 @@ MODES = ("observe", "agree")
 
 
 def register() -> None:
-    """Hook this process. Exceptions never reach the server."""
+    """Install the guard's hooks in this process. Exceptions never reach the server."""
     mode = os.environ.get("HMR_GUARD")
     if not mode:
         return

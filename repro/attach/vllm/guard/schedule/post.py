@@ -66,7 +66,7 @@ class Post:
 
 
 def difference(posts: Sequence[Post]) -> str:
-    """Return one sentence about the first difference between these ranks; "" if they do not differ."""
+    """Return one sentence about the first difference between the states of these ranks; "" if they do not differ."""
     return _left_out(posts) or _entries(posts) or _asks(posts)
 
 
