@@ -138,7 +138,10 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) 
 
 
 def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
-    """List the differences between the files and MANIFEST.json, one in a line. Raises ArchiveError if it is missing."""
+    """List the differences between the files and MANIFEST.json, one in a line.
+
+    Raises ArchiveError if MANIFEST.json is missing.
+    """
     try:
         document = read_json(folder / MANIFEST)
         promised = {str(name): str(row["sha256"]) for name, row in document["files"].items()}

@@ -1,7 +1,7 @@
-"""The notes file of an EngineCore or a front end: eight numbers about what it does, which the worker of its rank reads.
+"""The notes file of an EngineCore or a front end: eight numbers that say what the process does.
 
-There is no lock: while the worker reads, the writer may change some numbers. Each single number is correct. A front end
-writes only its process id and its activity.
+The worker of its rank reads them. There is no lock: while the worker reads, the writer may change some numbers. Each
+single number is correct. A front end writes only its process id and its activity.
 """
 
 from __future__ import annotations

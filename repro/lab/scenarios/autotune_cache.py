@@ -53,7 +53,7 @@ def _key(tuner: ExpertTuner) -> str:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: a file per rank; fault: one rank's file; fix: one rank's file, with the engine's vote."""
+    """control: each rank saves its own tuning result; fault: one rank saves for all; fix: so, too, and ranks vote."""
     return {
         "control": Policies(),
         "fault": Policies(tuning=SkipWhatIsCached()),

@@ -77,7 +77,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock in the first step in which some ranks have many rows and others few.
 
-    Those with many are culprits.
+    The ranks with many rows are the culprits.
     """
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
         early = tuple(rank for rank, num_rows in enumerate(rows) if num_rows > MANY_ROWS)

@@ -51,7 +51,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock in the first step in which some ranks have requests and others are idle.
 
-    The former are culprits.
+    The ranks with requests are the culprits.
     """
     binder = first_recurrent_layer(settings.model.layer_pattern)
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):

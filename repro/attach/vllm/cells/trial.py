@@ -131,7 +131,10 @@ class Trial:
         return document
 
     def _ended(self, document: Document | None) -> str:
-        """Return ENDED or HUNG for a start that ended the watch with this verdict.json."""
+        """Return how the start ended: ENDED if the server ended, or its ranks crashed or finished; else HUNG.
+
+        document: the verdict.json of the watch over the ranks; None if no rank was recorded
+        """
         crashed = document is None or document.verdict in ("crash", "clean")
         return outcome.ENDED if crashed or not self._server.alive() else outcome.HUNG
 

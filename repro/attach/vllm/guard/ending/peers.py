@@ -52,7 +52,7 @@ class Process:
 
 
 class Peers:
-    """The processes that this one watches."""
+    """The other processes of the server, which this process watches."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
