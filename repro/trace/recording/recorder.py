@@ -23,12 +23,12 @@ from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.trace.knowledge import WITNESS, Knows
 from repro.trace.recording.call_site import is_between
 from repro.trace.recording.calls import Call, Group, sealed_part
+from repro.trace.recording.groups import Groups
 from repro.trace.recording.mapping import map_file
 from repro.trace.recording.schedules import Schedules
 from repro.trace.recording.string_areas import Buffer, Strings, Vectors
 from repro.trace.witness.format import (
     GROUP_BYTES,
-    GROUP_NAME,
     GROUPS_AT,
     GUARD,
     HEART,
@@ -44,7 +44,6 @@ from repro.trace.witness.format import (
     Geometry,
     Identity,
     Kind,
-    pack_group_name,
     pack_heartbeat,
 )
 
@@ -57,7 +56,6 @@ MAX_NOTED = 4096
 _pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
 _RECORD = RECORD.size
 _NUM_EVENTS = LIVE_AT // WORD.size  # index of the word that counts the events; the count of groups is 3 words later
-_NUM_GROUPS = _NUM_EVENTS + 3
 _LOCAL_KINDS = {
     "lock_wait": Kind.LOCK_WAIT,
     "lock_held": Kind.LOCK_HELD,
@@ -86,7 +84,6 @@ class Recorder:
         self._writer = writer
         self._words = memoryview(buffer).cast("B")[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")
         self._move = buffer.move if isinstance(buffer, mmap.mmap) else partial(_move_within, buffer)
-        self._shape = shape
         self._clock = clock
         self._num_events = 0
         self._entered: Collective | None = None  # the collective that was issued last, and its `Call`
@@ -97,9 +94,9 @@ class Recorder:
         self._ring_end = shape.vectors_at
         self._intern = Strings(buffer, shape).intern
         self._store_vector = Vectors(buffer, shape).store
-        self._groups: dict[str, Group] = {}
-        self._members: dict[str, tuple[int, ...]] = {}
-        self._calls: dict[tuple[object, ...], Call] = {}
+        self._groups = Groups(buffer, shape, self._intern, writer.num_ranks, self._new_group)
+        self._calls: dict[tuple[object, ...], Call] = {}  # the calls of this phase: their packed bytes contain it
+        self._calls_of_phase = {0: self._calls}
         self._schedules = Schedules(self._intern)
         self._depth = 1  # number of frames between `enter` and the call site at the previous call
         self._codes: list[CodeType] = []  # a reference to each code object, so that no id in _calls is used again
@@ -131,12 +128,11 @@ class Recorder:
 
     def groups(self, members: Mapping[str, Sequence[int]]) -> None:
         for name, ranks in members.items():
-            self._members[name] = tuple(ranks)
-            self._group(name)
+            self._groups.declare(name, ranks)
 
     def phase(self, name: str) -> None:
-        self._phase = self._intern(name)
-        self._calls.clear()  # the packed bytes of a call contain the phase
+        self._phase = phase = self._intern(name)
+        self._calls = self._calls_of_phase.setdefault(phase, {})
         self._entered = None
         self._write(Kind.PHASE)
 
@@ -290,18 +286,6 @@ class Recorder:
 
     # -- interning -----------------------------------------------------------------------------------------------
 
-    def _group(self, name: str) -> Group:
-        group = self._groups.get(name)
-        if group is None:
-            index = len(self._groups)
-            self._groups[name] = group = self._new_group(index if index < self._shape.group_slots else NO_GROUP)
-            if group.index != NO_GROUP:
-                members = ",".join(map(str, self._members.get(name, range(self._writer.num_ranks))))
-                at = GROUPS_AT + group.index * GROUP_BYTES
-                self._buffer[at : at + GROUP_NAME.size] = pack_group_name(self._intern(name), self._intern(members))
-                self._words[_NUM_GROUPS] = (group.index + 1) * GUARD
-        return group
-
     def _new_group(self, index: int) -> Group:
         return Group(index)
 
@@ -333,17 +317,17 @@ class Recorder:
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)
         digested: tuple[str, ...] = (op, *rest)
-        members = self._members.get(name, range(self._writer.num_ranks))
+        members = self._groups.members(name)
         # the program may name a root that is no member of the group
         if op in _POINT_TO_POINT and 0 <= collective.root < len(members):
             ends = (self._writer.rank, members[collective.root])
             source, target = ends if op == "send" else ends[::-1]
             # the rolling hash covers only what is equal at both ends: the operation is send here, recv there
             name, digested = f"{name}:{source}>{target}", ("p2p", collective.dtype)
-            self._members[name] = (source, target)
+            self._groups.declare(name, (source, target))
         string = self._intern(SEPARATOR.join((name, op, *rest)))
         digest = crc32(SEPARATOR.join((name, *digested)).encode()).to_bytes(4, "little")
-        group = self._group(name)
+        group = self._groups.of(name)
         num_sizes = len(collective.sizes)
         shared = (collective.root, num_sizes, string, self._site(frame), self._phase, group.index)
         entry = ScheduleEntry(collective.group, op, collective.layer)

@@ -1,0 +1,64 @@
+"""The groups of a rank: their members, their counters, and their slots in the witness file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from repro.trace.recording.calls import Group
+from repro.trace.recording.string_areas import Buffer, live_words
+from repro.trace.witness.format import (
+    GROUP_BYTES,
+    GROUP_NAME,
+    GROUPS_AT,
+    GUARD,
+    NO_GROUP,
+    Geometry,
+    pack_group_name,
+)
+
+
+class Groups:
+    """Gives each group a slot at its first use. Groups for which there is no slot have the index NO_GROUP.
+
+    intern  stores a text in the witness and returns its number
+    make    makes a group with an index
+    """
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        shape: Geometry,
+        intern: Callable[[str], int],
+        num_ranks: int,
+        make: Callable[[int], Group],
+    ) -> None:
+        self._buffer = buffer
+        self._live = live_words(buffer)
+        self._num_slots = shape.group_slots
+        self._intern = intern
+        self._all_ranks = range(num_ranks)
+        self._make = make
+        self._groups: dict[str, Group] = {}
+        self._members: dict[str, tuple[int, ...]] = {}
+
+    def declare(self, name: str, ranks: Sequence[int]) -> None:
+        """Note the members of a group, before its first collective, and give it a slot."""
+        self._members[name] = tuple(ranks)
+        self.of(name)
+
+    def members(self, name: str) -> Sequence[int]:
+        """Return the ranks of a group; all ranks if its members were not declared."""
+        return self._members.get(name, self._all_ranks)
+
+    def of(self, name: str) -> Group:
+        """Return the counters of a group."""
+        group = self._groups.get(name)
+        if group is None:
+            index = len(self._groups)
+            self._groups[name] = group = self._make(index if index < self._num_slots else NO_GROUP)
+            if group.index != NO_GROUP:
+                members = ",".join(map(str, self.members(name)))
+                at = GROUPS_AT + group.index * GROUP_BYTES
+                self._buffer[at : at + GROUP_NAME.size] = pack_group_name(self._intern(name), self._intern(members))
+                self._live[3] = (group.index + 1) * GUARD
+        return group
