@@ -146,6 +146,19 @@ def test_a_vllm_without_any_of_the_hooks_serves_and_each_hook_is_one_line(run, t
     assert done.stderr.splitlines() == lines
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_cache_that_cannot_be_written_is_one_line_of_the_server_which_is_recorded_in_python(tmp_path, method):
+    make_vllm(tmp_path, CLASSES)
+    (tmp_path / "file").touch()
+    variables = {"HMR_RECORD": str(tmp_path / "rec"), "XDG_CACHE_HOME": str(tmp_path / "file")}
+    done = run(tmp_path, SERVER.format(method=method), "0", **variables)
+    assert done.stdout == "served\n", done.stderr
+    lines = [line for line in done.stderr.splitlines() if "this vLLM has no" not in line]
+    assert len(lines) == 1 and "without the compiled hooks" in lines[0], lines
+    (witness,) = read_dir(tmp_path / "rec" / "events")[0].values()
+    assert witness.last.kind == Kind.DONE
+
+
 @pytest.mark.parametrize("place", ["/proc/rec", "{tmp}/file/rec"])
 def test_a_folder_that_cannot_be_written_is_a_line_for_each_process_and_the_server_serves(run, tmp_path, place):
     make_vllm(tmp_path, CLASSES)

@@ -99,7 +99,8 @@ class Switch:
         if self._recording is None:
             assert worker.current is not None and this.current is not None, "HMR_RECORD is not set"
             self._recording = worker.current, this.current
-        worker.current, this.current = self._recording if on else (None, None)
+        worker.current, rank = self._recording if on else (None, None)
+        this.use(rank)
         attended = any(thread.name == "repro record" for thread in threading.enumerate())
         if this.current is not None and not attended:
             Attendant(this.current).start()

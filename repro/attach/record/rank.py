@@ -139,11 +139,11 @@ def folder(num_ranks: int) -> Path:
 
 def _forget() -> None:
     """Stop recording in a forked child: the parent's witness does not belong to it."""
-    _use(None)
+    use(None)
 
 
-def _use(rank: Rank | None) -> None:
-    """Make the hooks of this process record this rank, or none."""
+def use(rank: Rank | None) -> None:
+    """Make the hooks of this process record this rank; None switches them off."""
     global current
     current = rank
     if _library is not None:
@@ -180,7 +180,7 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
         print(f"[rank {rank}] repro record: this process is not recorded: {error}", file=sys.stderr)
         return
     me = Rank(recorder, rank, root)
-    _use(me)
+    use(me)
     me.phase("start")
     _end_with_the_process()
     from repro.attach.record.attendant import Attendant
@@ -195,12 +195,12 @@ def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
     rank: the recorded rank that gets the records; layer: the name that each record gives as its layer
     """
     before = current
-    _use(rank)
+    use(rank)
     try:
         with rank.in_layer(layer):
             yield
     finally:
-        _use(before)
+        use(before)
 
 
 def _key(num_ranks: int, meeting: str) -> str:
@@ -296,7 +296,7 @@ def done() -> None:
     """Record that this rank ends without an error, and stop recording: no event may follow."""
     global _ended
     rank = current
-    _use(None)
+    use(None)
     if rank is None or _ended:
         return
     _ended = True

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from repro.attach.record import rank, start
 from repro.attach.record.imports import after_import
-from repro.attach.vllm import engine, front, places, worker
+from repro.attach.vllm import engine, exchange, front, places, worker
 
 JOB = "vllm"
 """The name of the job. All processes of one server use it, so they record into one folder."""
@@ -62,10 +62,10 @@ HOOKS = (
     Hook("vllm.v1.worker.dp_utils", ("_run_ar",), worker.agreeing, "where a step begins"),
     Hook(_COMMUNICATOR, ("DeviceCommunicatorBase.__init__",), worker.naming, "names of groups"),
     Hook(_GROUPS, ("GroupCoordinator.__init__",), worker.naming, "names of groups"),
-    Hook(_GROUPS, ("GroupCoordinator.all_gatherv",), worker.exchanging("all_gather_v", 1), "dispatch"),
-    Hook(_GROUPS, ("GroupCoordinator.reduce_scatterv",), worker.exchanging("reduce_scatter_v", 1), "combine"),
+    Hook(_GROUPS, ("GroupCoordinator.all_gatherv",), exchange.exchanging("all_gather_v", 1), "dispatch"),
+    Hook(_GROUPS, ("GroupCoordinator.reduce_scatterv",), exchange.exchanging("reduce_scatter_v", 1), "combine"),
     Hook(
-        _GROUPS, ("GroupCoordinator.reduce_scatterv_into_output",), worker.exchanging("reduce_scatter_v", 2),
+        _GROUPS, ("GroupCoordinator.reduce_scatterv_into_output",), exchange.exchanging("reduce_scatter_v", 2),
         "combine into an output", "0.32 on",
     ),
     Hook(

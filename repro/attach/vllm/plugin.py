@@ -16,8 +16,20 @@ def register() -> None:
     if not directory:
         return
     try:
+        _compile_hooks()
         from repro.attach.vllm import hooks
 
         hooks.install(directory)
     except Exception as error:
         print(f"repro record: this process is not recorded: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _compile_hooks() -> None:
+    """Build the compiled hooks of collectives, unless they are there. If that fails, this server records in Python."""
+    if os.environ.get("HMR_RECORD_PURE") == "1":
+        return
+    from repro.attach.record import compiled
+
+    if problem := compiled.build():
+        os.environ["HMR_RECORD_PURE"] = "1"  # the processes that this one starts need not try again
+        print(f"repro record: without the compiled hooks, a step costs some percent more: {problem}", file=sys.stderr)

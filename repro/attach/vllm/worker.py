@@ -6,16 +6,14 @@ torch compiles.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.attach.record import collectives
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from repro.attach.record import rank as this
 from repro.attach.record.groups import describe
-from repro.attach.vllm import engine
+from repro.attach.vllm import dynamo, engine
 from repro.attach.vllm.habits import Habits
 from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.mirror import Mirror, Progress
@@ -96,11 +94,6 @@ def after_fork() -> None:
     """Reset the state in a forked child, which is not the worker."""
     global current
     current = None
-
-
-def _compiling() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.compiler.is_compiling()
 
 
 # -- start and phases ------------------------------------------------------------------------------------------------
@@ -209,7 +202,7 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def _run_ar(*args: Any, **options: Any) -> Any:
         worker = current
-        if worker is None or _compiling():
+        if worker is None or dynamo.is_tracing():
             return original(*args, **options)
         if not worker.begin_step():
             with worker.rank.in_layer(worker.rank.local.layer or AGREEMENT):
@@ -231,7 +224,7 @@ def _agreed_key(rows: Any) -> tuple[Any, ...]:
     return min(microbatch), min(mode)
 
 
-# -- collectives and layers ------------------------------------------------------------------------------------------
+# -- groups and layers -------------------------------------------------------------------------------------------------
 
 
 def naming(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,49 +242,6 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap a method of GroupCoordinator that exchanges rows. It is recorded as one collective, however it is
-    implemented.
-
-    num_tensors: number of positional arguments before ``dim`` and ``sizes``
-    """
-
-    entering = Harmless(f"{op} with its layer and sizes")
-
-    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def exchange(self: Any, input_: Any, *args: Any, **options: Any) -> Any:
-            worker = current
-            if worker is None or _compiling() or collectives.inside():
-                return original(self, input_, *args, **options)
-            collective = None
-            with entering:
-                position = num_tensors  # the position of the sizes in args, after the other tensors and dim
-                sizes = options.get("sizes", args[position] if len(args) > position else None)
-                collective = _enter(worker.rank, op, self.device_group, input_, sizes)
-            if collective is None:
-                return original(self, input_, *args, **options)
-            with collectives.beneath():
-                result = original(self, input_, *args, **options)
-            with worker.rank.lock:
-                worker.rank.recorder.leave(collective)
-            return result
-
-        return exchange
-
-    return hook
-
-
-def _enter(rank: this.Rank, op: str, device_group: Any, rows: Any, sizes: Any) -> Collective:
-    """Record that the rank enters an exchange of rows. sizes: the rows of each rank, or None."""
-    group = collectives.group_of(rank, device_group)
-    vector = () if sizes is None else tuple(map(int, sizes))
-    collective = Collective(group.name, op, rank.local.layer, vector, collectives.dtype_of(rows))
-    with rank.lock:
-        rank.recorder.enter(collective)
-    return collective
-
-
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Wrap a layer's method; ``attribute`` contains the layer's name."""
 
@@ -299,7 +249,7 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         @wraps(original)
         def forward(self: Any, *args: Any, **options: Any) -> Any:
             worker = current
-            if worker is None or _compiling():
+            if worker is None or dynamo.is_tracing():
                 return original(self, *args, **options)
             # the same as Rank.in_layer, but without its generator, which would take as long as the record itself
             local = worker.rank.local

@@ -4,11 +4,13 @@
 seconds. A rank only loads what is there. Without it the rank records in Python, the same bytes, at some microseconds
 more a collective. HMR_RECORD_PURE=1 makes a rank record in Python.
 
+    checksum.h     the checksum of a record
     tape.h         the writer of the witness
     options.h      the options of a call
     read.h         which call it is
     works.h        the works that may be incomplete
-    fast.c         the hooks
+    exchange.h     the hook of an exchange of rows
+    fast.c         the hooks of collectives
     recorder.py    the recorder of a rank on top of the writer
 """
 
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "hmr_record"
-SOURCES = ("tape.h", "options.h", "read.h", "works.h", "fast.c")
+SOURCES = ("checksum.h", "tape.h", "options.h", "read.h", "works.h", "exchange.h", "fast.c")
 FLAGS = ("-O2", "-fPIC", "-shared", "-std=gnu11")
 BUILD_LIMIT_S = 60.0
 

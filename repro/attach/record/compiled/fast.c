@@ -5,7 +5,7 @@
  * coalescing block, an option that is missing. Everything that may run Python code comes before the event is written.
  */
 
-#include "works.h"
+#include "exchange.h"
 
 /* -- the hooks ------------------------------------------------------------------------------------------------- */
 
@@ -17,7 +17,8 @@ static PyObject *issue_call(PyObject *callable, PyObject *const *args, size_t na
      * calls itself, without end. It does not in a frame of the method's name, which the hooks of collectives.py have. */
     if (count && is_of_subclass(args[0])) return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
     if (!is_recording || mine->inside || !count) return PyObject_Vectorcall(self->function, args, nargsf, keywords);
-    Key key = {.method = self, .group = args[0], .layer = mine->layer ? mine->layer : str_empty, .root = -1};
+    Key key = {.method = self, .group = args[0], .layer = mine->layer ? mine->layer : str_empty,
+               .phase = tape ? tape->phase : 0, .root = -1};
     uint64_t size = UINT64_MAX; /* repro.trace.witness.format.NO_VECTOR */
     Entry *entry = NULL;
     if (tape && !mine->coalesced && read_call(self, args, count, keywords, &key, &size) == 0) {
@@ -167,11 +168,6 @@ static PyObject *record(PyObject *Py_UNUSED(module), PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyObject *forget(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args)) {
-    generation++;
-    Py_RETURN_NONE;
-}
-
 static PyObject *spill_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args)) {
     for (int i = 0; i < NUM_RECENT; i++) spill(&recent[i]);
     Py_RETURN_NONE;
@@ -179,7 +175,6 @@ static PyObject *spill_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args
 
 static PyMethodDef functions[] = {
     {"record", record, METH_VARARGS, "record(whether this process is a recorded rank, its tape or None)"},
-    {"forget", forget, METH_NOARGS, "Forget all known calls."},
     {"spill", spill_all, METH_NOARGS, "Move each asynchronous work that is not waited for yet to pending."},
     {NULL, NULL, 0, NULL},
 };
@@ -192,10 +187,10 @@ PyMODINIT_FUNC PyInit_hmr_record(void) {
     struct {
         PyObject **place;
         const char *text;
-    } names[] = {{&str_dtype, "dtype"}, {&str_numel, "numel"}, {&str_opts, "opts"}, {&str_empty, ""},
+    } names[] = {{&str_dtype, "dtype"}, {&str_numel, "numel"}, {&str_opts, "opts"}, {&str_sizes, "sizes"}, {&str_empty, ""},
                  {&option_names[ASYNCHRONOUS], "asyncOp"}, {&option_names[ROOT], "rootRank"},
                  {&option_names[REDUCTION], "reduceOp"}};
-    PyTypeObject *types[] = {&GroupType, &CallType, &TapeType, &ThreadType, &IssueType, &WaitType, &OptionType};
+    PyTypeObject *types[] = {&GroupType, &CallType, &TapeType, &ThreadType, &IssueType, &WaitType, &OptionType, &ExchangeType};
     crc_prepare();
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i].place = PyUnicode_InternFromString(names[i].text))) return NULL;

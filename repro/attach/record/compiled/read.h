@@ -10,7 +10,7 @@ enum { NOT_SIZED, FIRST_SIZED, SECOND_SIZED };
 enum { MEMO_SIZE = 1024, NUM_DEPTHS = 4 };
 
 static Tape *tape;          /* of the recorded rank; NULL: use the hooks of collectives.py */
-static unsigned generation; /* another one with each tape and each phase: what the memo has is of the past then */
+static unsigned generation; /* another one with each tape: what the memo has is of the past then */
 static PyObject *get_frame; /* sys._getframe */
 static PyObject *str_dtype, *str_numel, *str_opts, *str_empty;
 
@@ -94,7 +94,7 @@ typedef struct {
  * reader of a call owns the data type, the caller of the method the rest. */
 typedef struct {
     const void *method, *group, *code, *dtype, *layer;
-    long instruction, root, reduction, asynchronous;
+    long instruction, root, reduction, asynchronous, phase;
 } Key;
 
 typedef struct {
@@ -236,7 +236,7 @@ static Entry *resolve(Issue *self, PyObject *const *args, size_t nargsf, PyObjec
     long depth;
     int pollable;
     Entry *entry = NULL;
-    if (answer && answer != Py_None && asked == generation && /* no call across a change of the phase or the rank */
+    if (answer && answer != Py_None && asked == generation && key->phase == tape->phase && /* no call across a change of the phase or the rank */
         PyArg_ParseTuple(answer, "O!lp", &CallType, &call, &depth, &pollable) && read_site(depth, key) == 0) {
         int known = 0;
         for (int i = 0; i < NUM_DEPTHS; i++) known |= self->depths[i] == depth;

@@ -31,11 +31,13 @@ class CompiledRecorder(Recorder):
     ) -> None:
         super().__init__(buffer, writer, shape, clock=clock)
         native_clock = None if clock is time.monotonic_ns else clock
-        self.tape = _library.Tape(buffer, shape.ring_at, shape.vectors_at, LIVE_AT, GUARD, native_clock)
+        self.tape = _library.Tape(
+            buffer, shape.ring_at, shape.vectors_at, LIVE_AT, GUARD, native_clock, self._store_vector
+        )
 
     def phase(self, name: str) -> None:
         super().phase(name)
-        _library.forget()
+        self.tape.phase = self._phase
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
         self.tape.step = step
@@ -49,15 +51,8 @@ class CompiledRecorder(Recorder):
             frame = sys._getframe(1)
         key = (group_name, op, layer, dtype, reduce_op, root, len(sizes), id(frame.f_code), frame.f_lasti)
         call = self._calls.get(key) or self._call_from(sys._getframe(1), collective)
-        if call.num_sizes == 1:
-            vector = sizes[0]
-        elif sizes == self._vector:
-            vector = self._vector_offset
-        else:
-            vector = self._vector_offset = self._store_vector(sizes)
-            self._vector = sizes
         self._entered, self._entered_call = collective, call
-        self.tape.enter(call, asynchronous, vector)
+        self.tape.enter(call, asynchronous, self.tape.vector(tuple(map(int, sizes))))
 
     def leave(self, collective: Collective | None, ticket: int = 0, call: Any = None) -> None:
         call = self._entered_or(collective) if call is None else call

@@ -9,49 +9,12 @@
 #include <Python.h>
 #include <structmember.h>
 
-#include <stdint.h>
-#include <string.h>
 #include <time.h>
+
+#include "checksum.h"
 
 enum { FIXED = 24, ROW = 44, RECORD = FIXED + ROW + 4, MAX_NOTED = 4096 };
 enum { ENTER, LEAVE, ISSUE, WAIT, NUM_KINDS };
-
-static uint32_t crc_table[8][256];
-
-static void crc_prepare(void) {
-    for (uint32_t byte = 0; byte < 256; byte++) {
-        uint32_t value = byte;
-        for (int bit = 0; bit < 8; bit++) value = value >> 1 ^ (value & 1 ? 0xEDB88320u : 0);
-        crc_table[0][byte] = value;
-    }
-    for (int byte = 0; byte < 256; byte++)
-        for (int i = 1; i < 8; i++)
-            crc_table[i][byte] = crc_table[i - 1][byte] >> 8 ^ crc_table[0][crc_table[i - 1][byte] & 255];
-}
-
-/* zlib.crc32(data, start), eight bytes at a time. */
-static uint32_t crc32(const uint8_t *data, size_t size, uint32_t start) {
-    uint32_t value = ~start;
-    for (; size >= 8; data += 8, size -= 8) {
-        uint32_t low, high;
-        memcpy(&low, data, 4);
-        memcpy(&high, data + 4, 4);
-        low ^= value;
-        value = crc_table[7][low & 255] ^ crc_table[6][low >> 8 & 255] ^ crc_table[5][low >> 16 & 255] ^
-                crc_table[4][low >> 24] ^ crc_table[3][high & 255] ^ crc_table[2][high >> 8 & 255] ^
-                crc_table[1][high >> 16 & 255] ^ crc_table[0][high >> 24];
-    }
-    if (size >= 4) {
-        uint32_t word;
-        memcpy(&word, data, 4);
-        word ^= value;
-        value = crc_table[3][word & 255] ^ crc_table[2][word >> 8 & 255] ^ crc_table[1][word >> 16 & 255] ^
-                crc_table[0][word >> 24];
-        data += 4, size -= 4;
-    }
-    while (size--) value = value >> 8 ^ crc_table[0][(value ^ *data++) & 255];
-    return ~value;
-}
 
 /* -- repro.trace.recording.calls.Group -------------------------------------------------------------------------- */
 
@@ -156,16 +119,20 @@ typedef struct {
     Py_ssize_t ring_at, ring_end, next_at, events_at;
     unsigned long long num_events, guard;
     long long step;
+    long phase; /* the number of the rank's phase, which is in each record */
     PyObject *clock; /* NULL: CLOCK_MONOTONIC */
     PyObject *noted; /* NULL, or a list to which the entry of each issued call is appended */
+    PyObject *store; /* stores a tuple of sizes; returns its offset */
+    PyObject *sizes; /* NULL, or the tuple that was stored last, and its offset */
+    uint64_t sizes_at;
 } Tape;
 
-/* Tape(buffer, ring_at, ring_end, events_at, guard, clock) */
+/* Tape(buffer, ring_at, ring_end, events_at, guard, clock, store) */
 static int tape_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(options)) {
     Tape *self = (Tape *)object;
-    PyObject *buffer, *clock;
-    if (!PyArg_ParseTuple(args, "OnnnKO", &buffer, &self->ring_at, &self->ring_end, &self->events_at, &self->guard,
-                          &clock))
+    PyObject *buffer, *clock, *store;
+    if (!PyArg_ParseTuple(args, "OnnnKOO", &buffer, &self->ring_at, &self->ring_end, &self->events_at, &self->guard,
+                          &clock, &store))
         return -1;
     if (self->data || PyObject_GetBuffer(buffer, &self->view, PyBUF_WRITABLE) < 0) return -1;
     if (self->ring_at < 0 || self->ring_end > self->view.len || self->events_at > self->view.len - 8 ||
@@ -178,6 +145,7 @@ static int tape_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(optio
     self->next_at = self->ring_at;
     self->step = -1;
     self->clock = clock == Py_None ? NULL : Py_NewRef(clock);
+    self->store = Py_NewRef(store);
     return 0;
 }
 
@@ -186,6 +154,8 @@ static void tape_dealloc(PyObject *object) {
     if (self->data) PyBuffer_Release(&self->view);
     Py_XDECREF(self->clock);
     Py_XDECREF(self->noted);
+    Py_XDECREF(self->store);
+    Py_XDECREF(self->sizes);
     Py_TYPE(object)->tp_free(object);
 }
 
@@ -221,6 +191,29 @@ static uint8_t *tape_write(Tape *self, const uint8_t *fixed, uint32_t check, uin
     self->next_at += RECORD;
     if (self->next_at == self->ring_end) self->next_at = self->ring_at;
     return at;
+}
+
+/* Find what the record of a call says about its sizes: one size itself, several as the offset of their vector. */
+static int tape_vector(Tape *self, PyObject *sizes, uint64_t *vector) {
+    if (PyTuple_GET_SIZE(sizes) == 1) {
+        *vector = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(sizes, 0));
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes); i++)
+        if (!PyLong_CheckExact(PyTuple_GET_ITEM(sizes, i))) { /* to compare other objects may run Python code */
+            PyErr_SetString(PyExc_TypeError, "vector: a size is an int");
+            return -1;
+        }
+    int equal = self->sizes ? PyObject_RichCompareBool(self->sizes, sizes, Py_EQ) : 0;
+    if (equal == 0) {
+        PyObject *offset = PyObject_CallOneArg(self->store, sizes);
+        if (!offset) return -1;
+        self->sizes_at = PyLong_AsUnsignedLongLong(offset);
+        Py_DECREF(offset);
+        Py_XSETREF(self->sizes, Py_NewRef(sizes));
+    }
+    *vector = self->sizes_at;
+    return equal < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
 /* Record that a call is issued. Returns its number in the group; 0 with an exception if the clock failed. */
@@ -296,6 +289,12 @@ static PyObject *tape_append_py(PyObject *self, PyObject *args) {
     return tape_append((Tape *)self, (const uint8_t *)fixed, check, seq) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
+static PyObject *tape_vector_py(PyObject *self, PyObject *sizes) {
+    uint64_t vector;
+    if (!PyTuple_Check(sizes)) return PyErr_Format(PyExc_TypeError, "vector: the sizes are a tuple");
+    return tape_vector((Tape *)self, sizes, &vector) < 0 ? NULL : PyLong_FromUnsignedLongLong(vector);
+}
+
 static PyObject *tape_get_noted(PyObject *self, void *Py_UNUSED(closure)) {
     PyObject *noted = ((Tape *)self)->noted;
     return Py_NewRef(noted ? noted : Py_None);
@@ -314,12 +313,14 @@ static PyMethodDef tape_methods[] = {
     {"enter", tape_enter_py, METH_VARARGS, "enter(call, asynchronous, vector) -> the number of the call in its group"},
     {"leave", tape_leave_py, METH_VARARGS, "leave(call, seq)"},
     {"wait", tape_wait_py, METH_VARARGS, "wait(call, seq)"},
+    {"vector", tape_vector_py, METH_O, "vector(sizes) -> what `enter` takes for them"},
     {"append", tape_append_py, METH_VARARGS, "append(fixed, check, seq)"},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef tape_members[] = {
     {"step", T_LONGLONG, offsetof(Tape, step), 0, NULL},
+    {"phase", T_LONG, offsetof(Tape, phase), 0, NULL},
     {"num_events", T_ULONGLONG, offsetof(Tape, num_events), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
+from repro.attach.vllm import dynamo
 from repro.attach.vllm.guard.ending.guard_thread import GuardThread
 from repro.attach.vllm.guard.ending.peers import Process
 from repro.attach.vllm.guard.ending.stop import Refused, Stop
@@ -252,7 +253,7 @@ def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[.
         @wraps(original)
         def exchange(self: Any, *args: Any, **options: Any) -> Any:
             guard = current
-            if guard is None or _compiling() or not guard.watches():
+            if guard is None or dynamo.is_tracing() or not guard.watches():
                 return original(self, *args, **options)
             group = _group_of(getattr(self, attribute, None))
             if not group.shared:
@@ -296,7 +297,7 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         @wraps(original)
         def forward(self: Any, *args: Any, **options: Any) -> Any:
             guard = current
-            if guard is None or _compiling():
+            if guard is None or dynamo.is_tracing():
                 return original(self, *args, **options)
             outer, guard.layer = guard.layer, str(getattr(self, attribute, ""))
             try:
@@ -307,11 +308,6 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         return forward
 
     return hook
-
-
-def _compiling() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.compiler.is_compiling()
 
 
 def _group_of(group: Any) -> _Group:

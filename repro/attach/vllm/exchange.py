@@ -1,0 +1,82 @@
+"""The hook of dispatch and combine, in which vLLM's ranks exchange rows: each is recorded as one collective."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.record import collectives, compiled
+from repro.attach.record import rank as this
+from repro.attach.vllm import dynamo, worker
+from repro.attach.vllm.harmless import Harmless
+
+
+def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wrap a method of GroupCoordinator that exchanges rows. It is recorded as one collective, however it is
+    implemented.
+
+    num_tensors: number of positional arguments before ``dim`` and ``sizes``
+    """
+
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        recorded = _recorded_exchange(op, num_tensors, original)
+        if (library := compiled.load()) is not None:
+            resolve = partial(_resolve_exchange, op, num_tensors)
+            recorded = library.Exchange(original, recorded, resolve, num_tensors + 2)
+
+        @wraps(original)
+        def exchange(*args: Any, **options: Any) -> Any:
+            return original(*args, **options) if dynamo.is_tracing() else recorded(*args, **options)
+
+        return exchange
+
+    return hook
+
+
+def _recorded_exchange(op: str, num_tensors: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    entering = Harmless(f"{op} with its layer and sizes")
+
+    def recorded(self: Any, *args: Any, **options: Any) -> Any:
+        at = worker.current
+        if at is None or collectives.inside():
+            return original(self, *args, **options)
+        collective = None
+        with entering:
+            collective = _exchange(at.rank, op, num_tensors, self.device_group, args, options)
+            with at.rank.lock:
+                at.rank.recorder.enter(collective)
+        if collective is None:
+            return original(self, *args, **options)
+        with collectives.beneath():
+            result = original(self, *args, **options)
+        with at.rank.lock:
+            at.rank.recorder.leave(collective)
+        return result
+
+    return recorded
+
+
+def _resolve_exchange(op: str, num_tensors: int, group: Any, *args: Any, **options: Any) -> Any:
+    """Read an exchange for the compiled hook: its call, the depth of its call site, and False."""
+    at = worker.current
+    if at is None:
+        return None
+    collective = _exchange(at.rank, op, num_tensors, group.device_group, args, options)
+    with at.rank.lock:
+        recorder: Any = at.rank.recorder  # a compiled one: the hook asks for no other
+        return *recorder.call_at(sys._getframe(1), collective), False
+
+
+def _exchange(
+    rank: this.Rank, op: str, num_tensors: int, device_group: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> Collective:
+    """Return an exchange of rows as a collective. args, options: the arguments of the method."""
+    rows = args[0] if args else options.get("input_")
+    position = num_tensors + 1  # the sizes come after the tensors and dim
+    sizes = options.get("sizes", args[position] if len(args) > position else None)
+    group = collectives.group_of(rank, device_group)
+    vector = () if sizes is None else tuple(map(int, sizes))
+    return Collective(group.name, op, rank.local.layer, vector, collectives.dtype_of(rows))
