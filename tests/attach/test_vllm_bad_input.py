@@ -147,11 +147,11 @@ def test_a_vllm_without_any_of_the_hooks_serves_and_each_hook_is_one_line(run, t
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_cache_that_cannot_be_written_is_one_line_of_the_server_which_is_recorded_in_python(tmp_path, method):
+def test_a_cache_that_cannot_be_written_is_one_line_of_the_server_which_is_recorded_in_python(run, tmp_path, method):
     make_vllm(tmp_path, CLASSES)
     (tmp_path / "file").touch()
     variables = {"HMR_RECORD": str(tmp_path / "rec"), "XDG_CACHE_HOME": str(tmp_path / "file")}
-    done = run(tmp_path, SERVER.format(method=method), "0", **variables)
+    done = run(SERVER.format(method=method), "0", **variables)
     assert done.stdout == "served\n", done.stderr
     lines = [line for line in done.stderr.splitlines() if "this vLLM has no" not in line]
     assert len(lines) == 1 and "without the compiled hooks" in lines[0], lines
@@ -165,8 +165,8 @@ def test_a_folder_that_cannot_be_written_is_a_line_for_each_process_and_the_serv
     (tmp_path / "file").touch()
     done = run(SERVER.format(method="fork"), "0", HMR_RECORD=place.format(tmp=tmp_path))
     assert done.stdout == "served\n", done.stderr
-    told = [line for line in done.stderr.splitlines() if "this vLLM has no" not in line]
-    assert len(told) == 3 and all("not recorded" in line for line in told), told
+    lines = [line for line in done.stderr.splitlines() if "this vLLM has no" not in line]
+    assert len(lines) == 3 and all("not recorded" in line for line in lines), lines
 
 
 def test_a_full_disk_ends_the_recording_of_a_rank_and_nothing_else(tmp_path, monkeypatch, capsys):
