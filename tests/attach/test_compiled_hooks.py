@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -163,6 +166,18 @@ def test_what_prevents_the_build_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "NotADirectoryError" in compiled.build()
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("version", ["", "3.12", "3.13", "3.14"])
+def test_the_hooks_run_in_each_version_of_python(version):
+    python = shutil.which(f"python{version}") if version else sys.executable
+    can_build = "from repro.attach.record import compiled; print(compiled.build())"
+    env = {**os.environ, "PYTHONPATH": str(JOB.parents[3])}
+    built = python and subprocess.run([python, "-c", can_build], env=env, capture_output=True, text=True)
+    if not built or built.returncode or "install" in built.stdout:
+        pytest.skip(f"no Python {version} with its headers")
+    done = subprocess.run([python, str(JOB.with_name("hooks_alone.py"))], env=env, capture_output=True, text=True)
+    assert done.stdout == "recorded\n", done.stderr
 
 
 @pytest.mark.parametrize("variables", [{}, {"HMR_RECORD_PURE": "1"}], ids=["compiled", "python"])

@@ -1,0 +1,76 @@
+"""The compiled hooks around functions of Python, without torch, so that each version of Python can run them.
+
+Sets and arrays stand for groups and works, because the hooks leave objects of a program's classes alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from types import SimpleNamespace
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.record import compiled
+from repro.attach.record.compiled.recorder import CompiledRecorder
+from repro.trace.witness.file import parse
+from repro.trace.witness.format import Geometry, Identity, Kind, pack_header
+
+NUM_WORKS = 200
+
+shape = Geometry(ring_records=4096, vector_words=2, string_bytes=1 << 12, group_slots=2)
+buffer = bytearray(shape.file_bytes)
+header = pack_header(Identity(0, 2), shape)
+buffer[: len(header)] = header
+recorder = CompiledRecorder(buffer, Identity(0, 2), shape)
+library = compiled.load()
+library.record(True, recorder.tape)
+
+resolved, reads = [], []
+
+
+def resolve(group: object, *args: object) -> tuple:
+    resolved.append(args)
+    call, depth = recorder.call_at(sys._getframe(1), Collective("world", "all_reduce", "", (8,), "float32", "sum"))
+    return call, depth, False
+
+
+def slow(*_: object) -> None:
+    raise AssertionError("the compiled hook does not know this call")
+
+
+def getter(options: SimpleNamespace) -> bool:
+    reads.append(options)
+    return vars(options)["asyncOp"]
+
+
+issue = library.Issue(lambda *_: array("b"), slow, resolve, 1, True, False, False, False)
+wait = library.Wait(lambda work: True, slow)
+option = library.Option(property(getter, lambda o, value: vars(o).update(asyncOp=value)), "asyncOp", ())
+group, tensor = set(), SimpleNamespace(dtype="float32", numel=lambda: 8)
+
+
+def program(asynchronous: bool) -> list[array]:
+    works = []
+    for _ in range(NUM_WORKS):
+        options = SimpleNamespace()
+        option.__set__(options, asynchronous)
+        works.append(issue(group, [tensor], options))
+        if not asynchronous:
+            wait(works[-1])
+    return works
+
+
+for work in program(True):
+    wait(work)
+program(False)
+program(True)  # nobody waits for these
+library.spill()
+assert len(library.pending) <= NUM_WORKS and all(entry[0]() is None for entry in library.pending.values())
+kinds = [Kind(event.kind) for event in parse(bytes(buffer), "memory").events()]
+assert kinds[:NUM_WORKS] == [Kind.ISSUE] * NUM_WORKS
+assert kinds[NUM_WORKS : 5 * NUM_WORKS] == [Kind.WAIT, Kind.LEAVE] * NUM_WORKS + [Kind.ENTER, Kind.LEAVE] * NUM_WORKS
+assert kinds[5 * NUM_WORKS :] == [Kind.ISSUE] * NUM_WORKS
+assert (len(resolved), reads) == (2, []), (len(resolved), len(reads))
+references = sys.getrefcount(group)
+assert references == 2, references
+print("recorded")
