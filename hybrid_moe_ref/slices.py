@@ -18,7 +18,7 @@ Range = tuple[int, int]
 """A range of indices: (first index, last index + 1)."""
 
 Cuts = tuple[tuple[int, tuple[Range, ...]], ...]
-"""(dimension, the ranges of it that the part has, in the part's order). Dimensions that are not listed are whole."""
+"""For each dimension that is cut: (dimension, the ranges of indices that the part keeps, in the order of the part)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Slice:
 
 
 def scaled(held: Range, by: int) -> Range:
-    """Return the range of elements if each index of `held` stands for `by` elements."""
+    """Return `held` as a range of elements, where each index of `held` stands for `by` elements."""
     return held[0] * by, held[1] * by
 
 

@@ -1,8 +1,8 @@
 """The only file that issues collectives: named groups, and an Observer that is called before and after each one.
 
 ``observer.enter`` is called before a collective is issued, and ``observer.leave`` after it has completed. So a rank
-waits in the last collective that has an ``enter`` and no ``leave``. Under NCCL a call returns when the collective is
-only queued, and ``leave`` then means queued.
+waits in the last collective that has an ``enter`` and no ``leave``. Under NCCL a call returns as soon as the collective
+is queued, so there ``leave`` only means that the collective is queued.
 
 The collectives with uneven sizes (all_gather_v, reduce_scatter_v) take the *agreed* size vector of the step. Sizes
 may be uneven, and a rank with zero rows takes part like any other.
@@ -37,7 +37,7 @@ _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.R
 
 
 class Communicator(RankGroups):
-    """The collectives of one rank in its groups. Reports each one to an observer."""
+    """Issues the collectives of one rank in its groups, and reports each collective to an observer."""
 
     def __init__(
         self,
@@ -102,10 +102,11 @@ class Communicator(RankGroups):
 
     @contextlib.contextmanager
     def patiently(self, patience_s: float) -> Iterator[None]:
-        """Within the ``with``, the members of a collective first wait for each other in the store, and then issue it.
+        """Inside the ``with``, let the members of a collective wait for each other in the store before they issue it.
 
-        So a member may be late by up to `patience_s` without exceeding the collective's own timeout. A rank that waits
-        in the store does not see a broken connection, so it checks whether the processes of the others exist.
+        So a member may be up to `patience_s` seconds late without exceeding the collective's own timeout. A rank that
+        waits in the store does not notice a broken connection, so it checks whether the processes of the other ranks
+        exist.
         """
         if self._store is None:
             yield
@@ -123,7 +124,7 @@ class Communicator(RankGroups):
 
     @contextlib.contextmanager
     def taped(self, on_collective: Callable[[Collective], None]) -> Iterator[None]:
-        """Within the ``with``, call ``on_collective`` before every collective. It may raise to refuse one."""
+        """Inside the ``with``, call ``on_collective`` before every collective. To refuse a collective, it may raise."""
         self._on_collective = on_collective
         try:
             yield
@@ -158,15 +159,15 @@ class Communicator(RankGroups):
             raise error
 
     def start_watchdog(self) -> None:
-        """Let a waiting rank check from now on whether the processes of the others exist.
+        """From now on, let a rank that waits check whether the processes of the other ranks exist.
 
-        Not under NCCL, where ``wait`` returns at once and only orders streams.
+        This has no effect on collectives of NCCL, where ``wait`` returns at once and only orders streams.
         """
         assert self._roll_call is not None, "the check for lost peers needs a store"
         self._watchdog.roll_call = self._roll_call
 
     def limit_waits(self, limit_s: float) -> None:
-        """Let a rank that waits longer than ``limit_s`` in one collective stop all ranks, from now on; 0: no limit."""
+        """From now on, let a rank stop all ranks if one collective takes longer than ``limit_s``; 0 means no limit."""
         self._watchdog.limit_s = limit_s
 
     def close(self) -> None:
@@ -191,11 +192,11 @@ class Communicator(RankGroups):
         layer: str = "",
         broadcast_uneven: bool = False,
     ) -> list[Tensor]:
-        """Gather rows of several tensors at once: each [N, ...] -> [S, ...], ranks in group order.
+        """Gather the rows of several tensors at once: each [N, ...] becomes [S, ...], with the ranks in group order.
 
         ``sizes[r]`` is the number of rows of group rank r. The tensors may differ in dtype, because rows are sent as
-        bytes. Uneven rows are padded to the largest size, or with ``broadcast_uneven`` sent in one broadcast per rank,
-        as vLLM and TensorRT-LLM do.
+        bytes. If the sizes are uneven, gloo pads the rows of every rank to the largest size. With ``broadcast_uneven``
+        each rank broadcasts its rows instead, as in vLLM and TensorRT-LLM.
 
         Raises ValueError if this rank's number of rows is not the agreed size.
         """
@@ -256,7 +257,7 @@ class Communicator(RankGroups):
     def _wait(self, pg: dist.ProcessGroup, work: dist.Work) -> None:
         """Wait for a collective. Meanwhile check whether another rank has stopped the job.
 
-        Under NCCL ``wait`` only orders streams.
+        Under NCCL this check does not happen, because ``wait`` returns at once and only orders streams.
         """
         if dist.get_backend(pg) == "nccl":
             work.wait()

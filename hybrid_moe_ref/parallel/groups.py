@@ -50,7 +50,7 @@ class RankGroups:
 
     @property
     def everyone(self) -> str:
-        """Return the name of the CPU group of all ranks: "world", or "dp" if tp_size is 1."""
+        """Return the name of the group that has all ranks and runs on the CPU: "world", or "dp" if tp_size is 1."""
         return "world" if "world" in self._members else "dp"
 
 
@@ -59,8 +59,8 @@ def create_groups(
 ) -> dict[str, dist.ProcessGroup]:
     """Join the job, and create the process groups of all ranks. Returns the groups of this rank.
 
-    Every rank must take part in creating every group, in one order, even if it does not join the group. Raises the
-    error of torch.distributed if a peer does not join within ``timeout``.
+    Every rank must take part in creating every group, also of groups that it does not join, and in the same order.
+    Raises the error of torch.distributed if a peer does not join within ``timeout``.
     """
     dist.init_process_group("gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=timeout)
     every_group = dict.fromkeys(

@@ -39,7 +39,7 @@ class Stopped(RuntimeError):
 class ScheduleMismatch(Stopped):
     """The ranks' schedules differ, or a rank departs from its own schedule.
 
-    Raised instead of hanging; names the difference.
+    It is raised where the ranks would hang otherwise, and its message names the difference.
     """
 
 
@@ -54,7 +54,7 @@ class CollectiveStalled(Stopped):
 class Halt:
     """Stops all ranks: the first error that a rank publishes in the store is read and raised by every rank.
 
-    store: shared by all ranks of the job; None for a single rank, which publishes nothing
+    store: the store that all ranks of the job share; None for a single rank, which publishes nothing
     """
 
     def __init__(self, store: dist.Store | None) -> None:
@@ -80,7 +80,7 @@ def _error(text: str) -> Stopped:
 
 
 class RollCall:
-    """The processes of the other ranks on this host. This works on Linux; elsewhere no rank is ever reported lost."""
+    """Knows the processes of the other ranks on this host. Without Linux, it never reports a lost rank."""
 
     def __init__(self, rank: int, members: Sequence[int], store: dist.Store) -> None:
         self._store = dist.PrefixStore("roll_call", store)
@@ -105,10 +105,10 @@ class RollCall:
 
 
 class Watchdog:
-    """Decides, on one rank, whether the rank should stop to wait for a collective.
+    """Decides, on one rank, whether the rank should give up waiting for a collective.
 
-    roll_call  the processes of the other ranks; None: not checked
-    limit_s    seconds that one collective may take; 0: no limit
+    roll_call  the processes of the other ranks; None if they are not checked
+    limit_s    seconds that one collective may take; 0 if there is no limit
     """
 
     def __init__(self, rank: int, halt: Halt) -> None:
@@ -156,7 +156,7 @@ class Watchdog:
 
 
 def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
-    """Wait for a collective, and check every LOOK_UP_INTERVAL whether it can still end.
+    """Wait for a collective, and check every LOOK_UP_INTERVAL whether it can still complete.
 
     Raises the error with which another rank stopped the job, the watchdog's finding, or the collective's own error.
     """
@@ -193,7 +193,7 @@ def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
 
 
 def _start_ticks(pid: int) -> int:
-    """Return the start time of a process in clock ticks since boot; 0 if it has ended, reaped or not."""
+    """Return the start time of a process in clock ticks since boot; 0 if it has ended, also if it is still a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

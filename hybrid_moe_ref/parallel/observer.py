@@ -10,15 +10,17 @@ from typing import NamedTuple, Protocol
 
 
 class Collective(NamedTuple):
-    """One collective as one rank issues it. A tuple, because making a frozen dataclass takes longer than recording.
+    """One collective as one rank issues it.
+
+    It is a tuple, because creating a frozen dataclass takes longer than recording the collective.
 
     group      name of the process group: "dp", "ep", "tp", ...
     op         all_reduce, all_gather_v, reduce_scatter_v, broadcast, barrier, ...
-    layer      the module to which it belongs ("layers.0.moe"), or "" for the step as a whole
-    sizes      all_gather_v, reduce_scatter_v: the agreed rows of each group rank, which may be uneven; else (numel,)
+    layer      the module to which the collective belongs ("layers.0.moe"); "" if it belongs to the step as a whole
+    sizes      for all_gather_v and reduce_scatter_v, the agreed rows of each group rank; for others, (numel,)
     dtype      element type of the data, such as "int32"
-    reduce_op  sum, min, max, or "" without a reduction
-    root       group rank of the root, or -1
+    reduce_op  sum, min or max; "" if nothing is reduced
+    root       group rank of the root; -1 if there is no root
     """
 
     group: str
@@ -51,7 +53,7 @@ class Observer(Protocol):
         """Called when the rank enters a phase of its life (load, page_setup, prepare, profile, ..., serve)."""
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
-        """Called when a step begins. schedule: its planned collectives; num_live: its number of live requests."""
+        """Called when a step begins. schedule: the collectives planned for it; num_live: this rank's live requests."""
 
     def enter(self, collective: Collective) -> None:
         """Called just before the collective is issued."""
@@ -83,7 +85,10 @@ class AsyncObserver(Observer, Protocol):
         """Called just before an asynchronous collective is issued. Returns a ticket that identifies it."""
 
     def wait(self, collective: Collective, ticket: int) -> None:
-        """Called when the rank begins to wait for the collective of ``ticket``. Coalesced ones come in turn."""
+        """Called when the rank begins to wait for the collective of ``ticket``.
+
+        If the rank waits for several coalesced collectives at once, this is called once for each of them.
+        """
 
     def finish(self, collective: Collective, ticket: int) -> None:
         """Called when the rank's wait has returned: the collective of ``ticket`` is complete."""

@@ -54,7 +54,7 @@ class ScheduleGuard:
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
     def leave(self) -> None:
-        """Refuse to let this rank stop, because the ranks have not agreed that no work is left.
+        """Refuse to let this rank leave the job, because the ranks have not agreed that no work is left.
 
         Always raises ScheduleMismatch.
         """
@@ -75,7 +75,7 @@ class ScheduleGuard:
         self._schedule = None
 
     def admit(self, collective: Collective) -> None:
-        """Compare a collective with the next entry of the schedule, before it is issued, and advance.
+        """Compare a collective with the next entry of the schedule before it is issued, and go on to the entry after.
 
         Raises ScheduleMismatch if the collective is not that entry, or if its sizes are not the agreed sizes.
         """

@@ -1,4 +1,4 @@
-"""A store on loopback, for ranks of one host that compare every collective through it (the strict check)."""
+"""Open a store on loopback, through which the ranks of one host compare every collective (the strict check)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ LOOPBACK = "127.0.0.1"
 
 
 def loopback_store(meeting: dist.Store, rank: int, num_ranks: int) -> dist.Store:
-    """Open a TCP store that listens only on loopback. Rank 0 publishes its port in the store ``meeting``.
+    """Open a TCP store that listens only on loopback.
 
-    A TCP store answers in microseconds. A file store takes milliseconds, and its file keeps deleted entries.
+    Rank 0 runs the store, and publishes the store's port in ``meeting``, a store that all ranks already have. A TCP
+    store answers in microseconds. A file store takes milliseconds, and its file keeps deleted entries.
     """
     if rank != 0:
         return dist.TCPStore(LOOPBACK, int(meeting.get("loopback")), num_ranks, False)

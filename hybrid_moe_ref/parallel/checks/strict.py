@@ -27,7 +27,7 @@ class StrictComparison:
     """The strict check on one rank.
 
     patience_s  seconds to wait for a member that has not arrived
-    lost        returns the reason why waiting is useless, for example that a peer has died, or None
+    lost        function that returns why waiting is useless, for example because a peer has died; None if it is useful
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StrictComparison:
     def check(self, collective: Collective, members: Sequence[int]) -> None:
         """Return once every member is about to issue the same collective.
 
-        Raises ScheduleMismatch on every member if one is about to issue another collective, or does not arrive.
+        Raises ScheduleMismatch on every member if one member is about to issue another collective, or does not arrive.
         """
         seq = self._seq[collective.group] = self._seq.get(collective.group, 0) + 1
         keys = [self._key(collective.group, seq, rank) for rank in members]

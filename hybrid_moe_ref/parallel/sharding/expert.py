@@ -1,7 +1,7 @@
 """Apply expert parallelism by all-gather and reduce-scatter (AG/RS) to an unchanged model.
 
-Every rank holds ``num_experts / ep_size`` experts of each layer, and all other parameters. Around the experts of a
-layer, as in vLLM's ``AgRsAll2AllManager``:
+Every rank holds ``num_experts / ep_size`` experts of each layer, and all other parameters. The experts of a layer run
+between two collectives, as in vLLM's ``AgRsAll2AllManager``:
 
     C2 dispatch   all-gather-v of [hidden, topk_weights, topk_ids]: every rank receives the tokens of all ranks
        experts    every rank computes the contribution of its own experts to each token
@@ -26,7 +26,7 @@ from hybrid_moe_ref.parallel.sharding.shares import experts_per_rank
 def apply_expert_parallel(
     model: HybridMoE, comm: Communicator, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter
 ) -> ForwardContext:
-    """Replace the experts of every layer, also of the draft layer, by this rank's shard. Returns the layers' context.
+    """In every layer and draft layer, replace the experts by this rank's shard. Returns the context for the layers.
 
     The model may be on the meta device, so that no rank ever holds all experts.
 

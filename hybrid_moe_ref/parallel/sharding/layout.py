@@ -1,12 +1,15 @@
-"""Select how the model is split over the ranks of a ParallelConfig, and load a rank's part.
+"""Select how the model is split over the ranks of a ParallelConfig, and load one rank's part.
 
-dp_size  tp_size  expert_parallel   attention, recurrence    routed experts
-1        1        -                 whole                    whole
-N        1        yes               whole, own requests      whole experts over N ranks, C2 and C3
-1        N        no                heads over N             each split by intermediate size
-1        N        yes               heads over N             whole experts over N ranks, no exchange of tokens
-D        N        yes               heads over N             whole experts over D x N ranks, C2 and C3 of chunks
-D        N        no                heads over N             the same as 1 x N, D times
+dp_size  tp_size  expert_parallel   attention, recurrence     routed experts
+1        1        yes or no         are not split             are not split
+N        1        yes               are not split             a rank has 1/N of them; C2 and C3 exchange tokens
+1        N        no                a rank has 1/N of heads   a rank has 1/N of the intermediate size of each
+1        N        yes               a rank has 1/N of heads   a rank has 1/N of them; no tokens are exchanged
+D        N        yes               a rank has 1/N of heads   a rank has 1/(D N) of them; C2 and C3 exchange chunks
+D        N        no                a rank has 1/N of heads   a rank has 1/N of the intermediate size of each
+
+Ranks with different dp_rank have different requests. A chunk is the part of a tp group's tokens that one of its ranks
+sends.
 """
 
 from __future__ import annotations
@@ -35,8 +38,12 @@ def apply_layout(
 ) -> ForwardContext:
     """Reduce `model` to this rank's part, and return the context of its layers. The model should be on the meta device.
 
-    The context holds the schedule of a forward pass. Raises ConfigError for a size that cannot be divided over the
-    ranks.
+    The context holds the schedule of a forward pass.
+
+    backend  the EP backend
+    adder    the hook that sums the output of a module over the tp group
+
+    Raises ConfigError for a size that cannot be divided over the ranks.
     """
     if parallel.tp_size > 1:
         return apply_tensor_parallel(model, comm, expert_sharing(parallel), backend, adder)

@@ -1,12 +1,13 @@
 """Compute one tensor-parallel rank's part of the model: its sizes, and its part of each parameter.
 
 Heads are distributed in order, each with everything that belongs to it. If there are fewer KV heads, Gated DeltaNet key
-heads or Mamba-2 groups than ranks, several ranks hold the same one. This file only computes with the sizes of a
-configuration, and does not import torch.
+heads or Mamba-2 groups than ranks, several ranks hold the same head or group. This file only computes with the sizes of
+a configuration, and does not import torch.
 
     gated attention  query heads, with the KV heads that they read
-    Gated DeltaNet   value heads, with the key heads that they read and the convolution channels of both; with fewer
-                     value heads than ranks, columns of one head's state, which are independent of each other
+    Gated DeltaNet   value heads, with the key heads that they read and the convolution channels of both. If there are
+                     fewer value heads than ranks, a rank has some columns of the state of one head. This is possible
+                     because the columns do not depend on each other.
     Mamba-2          heads, with the groups that they read
     MLP              intermediate features of the shared expert, of a dense MLP, and of routed experts that are not
                      distributed whole
@@ -45,7 +46,7 @@ def experts_per_rank(num_experts: int, num_ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """One rank among the `size` ranks of its tp group."""
+    """The position of one rank in its tp group: the group rank, and the number of ranks."""
 
     rank: int
     size: int
@@ -61,7 +62,7 @@ class Place:
 
 
 def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "intermediate") -> ModelConfig:
-    """Return the configuration of one rank's part, with the sizes of this part. The rank's cache is made for it.
+    """Return the configuration with the sizes of one rank's part. The rank's cache is made from this configuration.
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """
@@ -107,12 +108,15 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
 
 
 def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
-    """Return the slices of a G, A or M mixer's parameters that `place` holds, by parameter name."""
+    """Return the part of each parameter of a mixer that `place` holds, by parameter name.
+
+    kind: "A" (gated attention), "G" (Gated DeltaNet) or "M" (Mamba-2)
+    """
     return {"A": _attention_cuts, "G": _delta_net_cuts, "M": _mamba_cuts}[kind](config, place)
 
 
 def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """Return the slices of a dense MLP's or the shared expert's parameters that `place` holds, by parameter name."""
+    """Return the part of each parameter of a dense MLP or shared expert that `place` holds, by parameter name."""
     held = place.share(intermediate_size)
     return {
         "gate_proj.weight": rows(held),
@@ -122,7 +126,10 @@ def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """Return the slices of stacked experts that `place` holds if their intermediate size is split, by name."""
+    """Return the part of each parameter of the routed experts that `place` holds, by parameter name.
+
+    A parameter has the weights of all experts, stacked. Each expert is split by its intermediate size.
+    """
     held = place.share(intermediate_size)
     return {
         "gate_up_proj": ((1, sections([(intermediate_size, held)] * 2)),),
@@ -131,12 +138,15 @@ def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def rows(*held: Range) -> Cuts:
-    """Return a cut along the outputs of a projection."""
+    """Return the cut that keeps these outputs of a projection, which are rows of its weight."""
     return ((0, held),)
 
 
 def columns(*held: Range) -> Cuts:
-    """Return a cut along the inputs of a projection, whose output is then one summand of the whole output."""
+    """Return the cut that keeps these inputs of a projection, which are columns of its weight.
+
+    The outputs of all ranks must then be summed.
+    """
     return ((1, held),)
 
 

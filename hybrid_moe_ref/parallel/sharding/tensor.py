@@ -1,21 +1,24 @@
 """Apply tensor parallelism to an unchanged model.
 
 Every rank of a tp group runs the same tokens through its share of each layer's heads and intermediate features (see
-`shares`), so the output of a mixer or an MLP on one rank is one summand:
+`shares`). The output of the layer is the sum of what the ranks compute. So a layer issues these collectives, which
+depend for the MoE on how the ranks share the routed experts (`shares.ExpertSharing`):
 
-    mixer   all-reduce on tp
-    MoE     all-reduce on tp                            routed experts split by intermediate size, or distributed whole
-            take a chunk, C2, experts, C3,              routed experts over all ranks: each tp rank sends its chunk of
-            all-gather-v on tp                          the rows, as its peers have the same rows ("sequence")
+    mixer                               all-reduce on tp
+    MoE, "intermediate" or "expert"     all-reduce on tp
+    MoE, "sequence"                     C2 and C3 on ep, then all-gather-v on tp
+
+With "sequence", each tp rank sends only its chunk of the rows in C2, because all tp ranks have the same rows.
 
 There is one all-reduce per mixer and step, whatever the batch is. If a Mamba-2 group or a Gated DeltaNet head spans
-several ranks, its norm needs a mean square over all of them. The same all-reduce carries it, see `SplitNorm`.
+several ranks, its norm needs the mean square over all these ranks. The same all-reduce computes it, see `SplitNorm`.
 
 Every rank holds the whole embedding and head. So logits need no collective, and a rank with requests has the same
-schedule as an idle one. This costs 2 x vocab x hidden x (1 - 1/tp) parameters per rank (3.6 GB for the 397B in bf16 at
-tp 8, of about 100 GB). Every rank also holds norms, routers and the shared expert's gate as a whole.
+schedule as an idle one. This costs 2 x vocab x hidden x (1 - 1/tp_size) parameters per rank. For the model of 397B
+parameters in bfloat16 at tp_size 8, this is 3.6 GB of about 100 GB. Every rank also holds all norms and routers, and
+the gate of the shared expert.
 
-Shape suffixes: N tokens, H hidden, G groups of a norm, X = H + 1.
+Shape suffixes: N tokens, H hidden, G groups of a norm, X = H + 1 (a row, and its mean square).
 """
 
 from __future__ import annotations
@@ -61,12 +64,13 @@ MIXER_NAMES = {"G": "gated_delta_net", "A": "gated_attention", "M": "mamba2"}
 class SplitNorm:
     """The hooks of a mixer whose output norm has `num_groups` groups, each of which spans several ranks.
 
-    The groups are those of Mamba-2, which gates before it normalises, or the value heads of Gated DeltaNet, which gates
+    A group is a group of Mamba-2, which gates before it normalises, or a value head of Gated DeltaNet, which gates
     after.
 
-    The norm divides by the root mean square of a whole group, but a rank has only a part of the group. This root is one
-    number per row and group, and the projection after the norm is linear. So the rank multiplies its projected part by
-    its own root, one all-reduce sums the parts and the mean squares, and the sum is divided by the group's root.
+    The norm should divide a row by the root mean square of the whole group, but a rank knows only the root mean square
+    of its own part. The projection after the norm is linear, so this can be corrected after it. The rank multiplies its
+    projected row by the root mean square of its part. One all-reduce sums these rows and the mean squares. Then the sum
+    is divided by the root mean square of the group.
     """
 
     comm: Communicator
@@ -87,7 +91,10 @@ class SplitNorm:
         self.mean_squares.clear()
 
     def keep_mean_square(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
-        """Keep the mean square of the input of this rank's norm, for each part of the step."""
+        """Keep the mean square of the input of this rank's norm.
+
+        The norm runs once for each part of the step, for example for the decoding sequences.
+        """
         x, gate = (widen(z) for z in args)
         self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))
 
@@ -148,12 +155,14 @@ def apply_tensor_parallel(
 ) -> ForwardContext:
     """In every layer, replace the modules that the tp ranks share by this rank's part. Returns the layers' context.
 
-    The model may be on the meta device, so that no rank ever holds the whole model; a model with weights is cut.
-    `model.config` becomes the configuration of the rank's part, so that a cache made from it has only the rank's heads.
-    `model.slices` gets the part of each parameter that the rank holds.
+    The model may be on the meta device, so that no rank ever holds the whole model. If the model has weights, this
+    function cuts them. `model.config` becomes the configuration of the rank's part, so that a cache made from it has
+    only the rank's heads. `model.slices` gets the part of each parameter that the rank holds.
 
-    Only the sharing "sequence" reads `context.sizes` and sends tokens to other ranks, by `backend`. With several dp
-    ranks, the other two kinds keep all experts in each tp group.
+    experts  how the ranks share the routed experts. Only with "sequence" do the layers read `context.sizes` and send
+             tokens to other ranks. With the other two values, each tp group holds all experts.
+    backend  the EP backend, for "sequence"
+    adder    the hook that sums the output of a module over the tp group
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """
@@ -169,7 +178,7 @@ def apply_tensor_parallel(
 
 @dataclass(frozen=True)
 class _Sharding:
-    """Replaces modules of the model by one rank's parts. `whole` has the sizes of the unsharded model.
+    """Replaces modules of the model by one rank's parts. `whole` is the configuration of the unsharded model.
 
     Each method returns the collectives that a forward pass through the replaced modules issues, in order.
     """
@@ -233,7 +242,7 @@ class _Sharding:
         return part, {name: rows((first, first + count)) for name, _ in part.named_parameters()}
 
     def _replace(self, path: str, part: nn.Module, cuts: Mapping[str, Cuts]) -> None:
-        """Replace the module at `path` by `part`, of this rank's sizes, and give it its share of the parameters."""
+        """Replace the module at `path` by `part`, which gets this rank's share of the replaced module's parameters."""
         whole = self.model.get_submodule(path)
         for name, local in list(part.named_parameters()):
             full = whole.get_parameter(name)
