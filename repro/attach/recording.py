@@ -29,13 +29,12 @@ from repro.watch.offline import judge_files
 ANSWER_PATIENCE_S = 2.0
 """Seconds that a rank may take to write its evidence.
 
-The rank's background thread looks for requests every 0.2 s. If the main thread holds the interpreter's lock, it looks
-later.
+The rank's background thread looks for requests every 0.2 s, or later if the main thread holds the interpreter's lock.
 """
 
 
 class DeviceGroups(Collection[str]):
-    """The groups of a recorded job whose collectives are queued on a device. The list is read again at each use."""
+    """The groups of a recorded job whose collectives are queued on a device. Each use reads the file of their names."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._path = run_dir.root / DEVICE_GROUPS
@@ -63,7 +62,8 @@ class RecordedHost(Host):
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
         """Request stacks and Flight Recorder dumps from the ranks.
 
-        Returns, for each rank that did not write all of it, what is missing: "stack and no Flight Recorder dump".
+        Returns rank -> what it did not write, as the end of a sentence "rank 1 left no …": "stack", or "stack and no
+        Flight Recorder dump".
         """
         files = {rank: (run_dir.stack(rank), run_dir.flight_recorder(rank)) for rank in pids}
         before = {path: _stamp(path) for paths in files.values() for path in paths}

@@ -8,10 +8,11 @@
     notes.py    the notes file of an engine or a front end, which the worker of the same rank reads
     harmless.py a ``with`` block that catches exceptions of the recorder, so that they do not reach the server
     habits.py   the schedule that a rank declares: the collectives that its earlier executions of the model issued
-    mirror.py   the worker's record of what its engine does: its questions to the other engines, and executions of the
-                model that it counted but did not request
-    qualified.py  adds to a verdict what the engines were doing
-    repeated.py how an execution's collectives are learned from those of earlier executions
+    exchange.py the hook of dispatch and combine
+    mirror.py   the worker's record of its engine: the engine's questions to the other engines, and the executions of
+                the model that the engine counted but did not request
+    qualified.py  corrects a verdict by what the engines were doing
+    repeated.py learns an execution's collectives from those of earlier executions
     places.py   finds and replaces functions of vLLM by their names
     cpu_ep.py   the entry point of expert parallelism on a CPU
     guard/      the plug-in that stops a server which would hang

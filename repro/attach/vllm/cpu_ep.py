@@ -1,7 +1,7 @@
-"""Expert parallelism for vLLM's CPU build, which lacks it: the plug-in ``hmr_cpu_ep``, on with HMR_CPU_EP=1.
+"""The plug-in ``hmr_cpu_ep``, which adds expert parallelism to vLLM's CPU build. HMR_CPU_EP=1 switches the plug-in on.
 
-vLLM's CpuCommunicator has no all_gatherv and no reduce_scatterv (0.20 to 0.33), and the fused MoE of the CPU indexes
-the rank's own experts by global ids. This plug-in supplies both methods, and translates global ids into local ones.
+In vLLM 0.20 to 0.33, the CpuCommunicator has no all_gatherv and no reduce_scatterv, and the fused MoE for CPUs indexes
+the rank's own experts by global ids. This plug-in adds both methods, and translates global ids into local ids.
 With it, ``--data-parallel-size 2 --enable-expert-parallel`` serves on a laptop. It is for tests, not for speed: gathers
 are padded, and the reduce-scatter is an all-reduce.
 
@@ -115,7 +115,7 @@ def forward_of_local_experts(
 ) -> Any:
     """Compute this rank's experts, in place of ``forward_torch`` of vLLM 0.20.
 
-    ``forward_torch`` cannot leave out experts of other ranks, because it counts each expert once per token.
+    ``forward_torch`` would fail: the experts of other ranks have no local id, and it has no way to skip them.
 
     input [tokens, hidden]; topk_weights, topk_ids [tokens, top_k] with global ids. The activation is SiLU. Returns the
     sum of this rank's experts, [tokens, hidden].

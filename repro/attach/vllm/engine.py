@@ -1,8 +1,7 @@
 """Hooks for vLLM's EngineCore, which write its progress into a file (:mod:`repro.attach.vllm.notes`).
 
 An engine asks the other engines "is anyone unfinished?" by an all-reduce in a group of engines, which no worker can
-see. The file shows where the engine is in these questions. If the worker runs in the process of the engine, the
-worker's witness has the all-reduce itself, and the file is not needed for it.
+see. The file shows how many of these questions the engine has begun and ended.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Executor.execute_model, to note that the engine requests an execution if tokens are scheduled."""
+    """Wrap Executor.execute_model: if tokens are scheduled, note that the engine requests an execution."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -75,7 +74,7 @@ def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Executor.execute_dummy_batch, to note that the engine requests an execution without tokens."""
+    """Wrap Executor.execute_dummy_batch, to note that the engine requests the execution of a dummy batch."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -88,8 +87,8 @@ def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 def counting(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which the engine calls once after each execution.
 
-    The wrapper counts the calls, and those before which the engine had requested no execution. A wave, in vLLM, is the
-    time from the first request to the moment when no engine has requests.
+    The wrapper counts all calls, counts separately the calls before which the engine had requested no execution, and
+    counts the waves. In vLLM, a wave is the time from the first request until no engine has requests.
     """
 
     @wraps(original)
@@ -129,7 +128,7 @@ def asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def waiting_for_requests(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap EngineCoreProc._process_input_queue, to note that the engine waits for requests until it returns."""
+    """Wrap EngineCoreProc._process_input_queue, to note that the engine waits for requests during this method."""
 
     @wraps(original)
     def _process_input_queue(self: Any, *args: Any, **options: Any) -> Any:

@@ -1,8 +1,8 @@
 """Hooks for vLLM's front end: the process that starts the engine, sends it requests, and gets the outputs.
 
 The hooks write what the front end does into a notes file. In offline use (class LLM), each rank has a front end: the
-process that created the LLM. In a server, one API process is the front end of several engines; its notes are those of
-the first engine's rank.
+process that created the LLM. In a server, one API process is the front end of several engines. It has one notes file,
+which is named after the rank of the first engine.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _activity:
-    """A ``with`` block during which the notes of this process show an activity; no effect without notes."""
+    """A ``with`` block that writes an activity into the notes of this process, if the process has notes."""
 
     def __init__(self, activity: Activity) -> None:
         self._activity = activity

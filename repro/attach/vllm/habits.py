@@ -20,7 +20,7 @@ NUM_EQUAL = 3
 
 
 class Habits:
-    """The schedules that one rank repeats. Call all methods with the rank's lock held."""
+    """The schedules that one rank has learned from its executions. Call all methods with the rank's lock held."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder

@@ -11,8 +11,8 @@ class Harmless:
     """A ``with`` block that catches any exception of its body. Use it for the recorder's own work, never around a call
     of vLLM.
 
-    An exception happens, for example, if an unknown version of vLLM lacks an attribute that a hook reads. Then one line
-    says that ``what`` ("the engine of this rank") is not recorded.
+    For example, an unknown version of vLLM may lack an attribute that a hook reads. After an exception, one line says
+    that ``what`` is not recorded, such as "the engine of this rank".
     """
 
     __slots__ = ("_what",)

@@ -1,7 +1,7 @@
 """The table of the recorder's hooks: which attribute of vLLM is replaced, and by what.
 
-If a version of vLLM lacks such an attribute, one line reports it, and the server runs without this hook. The record
-then lacks what the hook shows.
+If a version of vLLM lacks such an attribute, the server runs without this hook, and one line says what the record lacks
+therefore.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ class Hook(NamedTuple):
     """One replaced attribute of vLLM.
 
     module    the module that defines the attribute
-    names     "Class.method" or "function"; the first that exists is replaced
+    names     names of the attribute in different versions, "Class.method" or "function"; the first that exists is
+              replaced
     make      makes the replacement from the original
     shows     what the record lacks without this hook
-    versions  versions of vLLM in which the attribute was read or run; another version may lack it
+    versions  versions of vLLM that are known to have the attribute; another version may lack it
     """
 
     module: str

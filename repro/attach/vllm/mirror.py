@@ -1,8 +1,8 @@
-"""Record in a worker's witness what the engine of its rank does, and the front end.
+"""Record in a worker's witness what the engine and the front end of the same rank do.
 
 The worker records the engine's questions ("is anyone unfinished?") when the next message of the engine arrives. While
-the worker is idle, the background thread records the question in which the engine waits. So the witness has one order
-of everything the rank waits for, and its last event shows the current wait.
+the worker is idle, its background thread records the question in which the engine waits. So the witness has all waits
+of the rank in order, and its last event shows where the rank waits now.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUESTION = Collective(GROUP, "all_reduce", "unfinished", (), "int32")
 WITHOUT_REQUESTS = "idle, engine waits for requests"
 """The phase of an idle worker whose engine has no work. No collective follows until the engine gets a message.
 
-What the front end does is appended, if its notes say so.
+If the front end waits for outputs or at exit, one of the texts of FRONT_ENDS follows.
 """
 
 FRONT_ENDS = {
@@ -97,13 +97,13 @@ class Mirror:
             self._rank.recorder.phase(idle)
 
     def _front_end(self) -> str:
-        """Say what the front end of the rank does, if it has notes and that matters to an idle rank."""
+        """Return the text of FRONT_ENDS about the rank's front end; "" if there is none for what it does."""
         if self._front is None:
             self._front = open_notes(Path(self._rank.root), self._rank.rank, FRONT)
         return FRONT_ENDS.get(Activity(self._front[Note.ACTIVITY]), "") if self._front is not None else ""
 
     def catch_up(self) -> None:
-        """Record the engine's new questions in order, each as a collective outside any step."""
+        """Record the engine's new questions in order. Each one becomes a collective that belongs to no step."""
         if self._notes is None:
             self._notes = open_notes(Path(self._rank.root), self._rank.rank)
             if self._notes is None:

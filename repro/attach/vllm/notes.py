@@ -1,7 +1,7 @@
 """The notes file of an EngineCore or a front end: eight numbers that say what the process does.
 
-The worker of its rank reads them. There is no lock: while the worker reads, the writer may change some numbers. Each
-single number is correct. A front end writes only its process id and its activity.
+The worker of the same rank reads these numbers. There is no lock: while the worker reads, the writer may change some of
+them. Each single number is correct. A front end writes only its process id and its activity.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ class Note(enum.IntEnum):
     PID        process id of the writer
     COUNTED    executions that the engine's loop has counted, over all waves
     SKIPPED    how many of the COUNTED executions the engine did not request from its worker
-    FIRST      the number of the first such execution, counted from 1; 0 if there is none
+    FIRST      the number, from 1, of the first execution that the engine counted but did not request; 0 if there is
+               none
     WAVES      waves that have ended
     ASKED      questions "is anyone unfinished?" that the engine has begun
-    ANSWERED   such questions that have ended
-    ACTIVITY   an Activity
+    ANSWERED   how many of these questions have ended
+    ACTIVITY   what the process is doing, an Activity
     """
 
     PID = 0
@@ -38,7 +39,10 @@ class Note(enum.IntEnum):
 
 
 class Activity(enum.IntEnum):
-    """What the process is doing: one of the first three for an engine, one of the others (or WORKS) for a front end."""
+    """What the process is doing.
+
+    An engine writes WORKS, WAITS_FOR_REQUESTS or WAITS_FOR_WORKER; a front end writes WORKS or one of the last three.
+    """
 
     WORKS = 0
     WAITS_FOR_REQUESTS = 1

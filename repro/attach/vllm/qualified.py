@@ -1,4 +1,4 @@
-"""Correct the verdict on a vLLM server by what its engines were doing, which the rules of the judge do not know."""
+"""Correct the verdict on a vLLM server. The judge's rules know only ranks; this file adds what the engines did."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 def qualified(verdict: Verdict, root: Path) -> Verdict:
     """Return the verdict with what the engines observed; the same verdict if no rank has an engine.
 
-    A culprit whose engine waits for requests becomes a suspect. A culprit that departed from its schedule becomes a
-    likely one: vLLM declares no schedule, this one was learned from earlier steps, and the change may be right.
+    A culprit whose engine waits for requests becomes a suspect. If a culprit is named because it departed from its
+    schedule, the confidence becomes `likely`: the schedule was learned from earlier steps, because vLLM declares none,
+    and the new order of collectives may be right.
     """
     witnesses = read_dir(root / "events")[0] if verdict.verdict != "clean" else {}
     if not any(group.name == GROUP for witness in witnesses.values() for group in witness.groups):
@@ -48,8 +49,10 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
 
 
 def at_exit(verdict: Verdict) -> str:
-    """Return a sentence about programs that never end: at exit, the front end waits for the end of its engine, but the
-    engine waits for requests. Returns "" if there is no such program."""
+    """Return a sentence about programs that cannot end; "" if there are none.
+
+    At exit, the front end of such a program waits until its engine ends, but the engine waits for requests.
+    """
     ranks = [at.rank for at in verdict.ranks if at.phase == WITHOUT_REQUESTS + FRONT_ENDS[Activity.EXITS]]
     if not ranks:
         return ""
@@ -60,7 +63,10 @@ def at_exit(verdict: Verdict) -> str:
 
 
 def _without_idle(verdict: Verdict) -> Verdict:
-    """Make culprits whose engines wait for requests suspects. If all engines wait for requests, name nobody."""
+    """Turn each culprit whose engine waits for requests into a suspect.
+
+    If all engines wait for requests, name no culprit and no suspect.
+    """
     asleep = {at.rank for at in verdict.ranks if at.phase.startswith(WITHOUT_REQUESTS)}
     if asleep and all(at.rank in asleep or at.state == "done" for at in verdict.ranks):
         return _all_idle(verdict, asleep)

@@ -1,6 +1,6 @@
 """Learn which sequence follows each kind of event, from sequences that were equal several times in a row.
 
-The recorder and the guard learn so which collectives a kind of model execution issues.
+The recorder and the guard use this to learn which collectives follow a kind of model execution.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Repeated(Generic[T]):
-    """The sequence that is expected after each kind. If another sequence follows once, that kind is never expected
-    again.
+    """The expected sequence for each kind of event.
 
-    changes  how often `expected` has changed
+    A sequence is expected once it has followed its kind NUM_EQUAL times in a row. If another sequence follows later,
+    nothing is expected after this kind any more.
+
+    changes  how many times the result of `expected` has changed
     """
 
     def __init__(self) -> None:
@@ -27,12 +29,12 @@ class Repeated(Generic[T]):
         self._varying: set[Hashable] = set()
 
     def of(self, kind: Hashable) -> tuple[T, ...] | None:
-        """Return the sequence that is expected after this kind; None if none is."""
+        """Return the sequence that is expected after this kind of event; None if no sequence is expected."""
         entries, count = self._learned.get(kind, ((), 0))
         return entries if count >= NUM_EQUAL else None
 
     def learn(self, kind: Hashable, sequence: Sequence[T]) -> None:
-        """Note that this sequence followed the kind."""
+        """Note that this sequence followed an event of this kind."""
         if kind in self._varying:
             return
         entries, count = self._learned.get(kind, (None, 0))
@@ -47,5 +49,5 @@ class Repeated(Generic[T]):
             self.changes += 1
 
     def expected(self) -> list[tuple[Hashable, tuple[T, ...]]]:
-        """Return (kind, sequence that is expected after it) for each kind of event for which one is expected."""
+        """Return all expected sequences, as pairs (kind of event, sequence)."""
         return [(kind, entries) for kind, (entries, count) in self._learned.items() if count >= NUM_EQUAL]

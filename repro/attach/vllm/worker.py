@@ -56,9 +56,9 @@ class Worker:
         self._executing = False
 
     def begin_step(self) -> bool:
-        """Begin a step if this execution has not begun one.
+        """Begin a step, unless this execution has already begun its step. Returns whether a step was begun.
 
-        Each agreement outside an execution is a step of its own.
+        Outside an execution, each agreement begins a step.
         """
         if self._executing and self._begun:
             return False
@@ -161,7 +161,7 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.execute_model. Without scheduled tokens it runs no model."""
+    """Wrap Worker.execute_model. A call without scheduled tokens does not run the model."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -217,7 +217,11 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _agreed_key(rows: Any) -> tuple[Any, ...]:
-    """Return what decides a step's schedule, microbatches and graph mode, from int[4 rows][ranks]; else ()."""
+    """Return the microbatches and the graph mode of a step, which decide its schedule.
+
+    rows: the result of the step agreement, int32[4, ranks]. For another number of rows, or a tensor on a GPU, the
+    result is ().
+    """
     if rows.device.type != "cpu" or rows.shape[0] != 4:
         return ()
     *_, microbatch, mode = rows.tolist()
@@ -228,7 +232,10 @@ def _agreed_key(rows: Any) -> tuple[Any, ...]:
 
 
 def naming(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap GroupCoordinator.__init__ and DeviceCommunicatorBase.__init__: vLLM gives torch no group names."""
+    """Wrap GroupCoordinator.__init__ and DeviceCommunicatorBase.__init__, to record vLLM's names of the groups.
+
+    vLLM does not tell torch these names.
+    """
 
     @wraps(original)
     def __init__(self: Any, *args: Any, **options: Any) -> None:

@@ -39,7 +39,7 @@ def make(root: Path, pair: str) -> Path:
         for name in VARIABLES.values():
             (folder / name).mkdir()
         return folder
-    raise FileExistsError(f"{root}: a thousand cache folders named {pair}")
+    raise FileExistsError(f"{root} already has a thousand cache folders named {pair}: remove some")
 
 
 def environment(folder: Path, environ: dict[str, str]) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 The folder has these files:
 
-experiment.json        the program, model and flags; a later call must give the same
+experiment.json        the program, model and flags; a later call must have the same program, model and flags
 cells/NAME/            record/ (the recording), looks/ (what `collect` wrote), outcome.json
 caches/PAIR/           removed once the warm start has ended
 bundles/               NAME.zip: the recording of a cell; NAME-collect.zip: what `collect` saw
-table.txt, table.md    all cells; results.json has the same for programs
+table.txt, table.md    the outcomes of all cells as a table
+results.json           the same outcomes, for programs
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Experiment:
     def prepare(self) -> dict[str, Outcome]:
         """Make the folder, or read the outcomes that an earlier call left in it. Returns name of the cell -> outcome.
 
-        Raises OutputError if the folder cannot be written, ConfigError if its experiment has other settings.
+        Raises OutputError if the folder cannot be written, ConfigError if the folder's cells have other settings.
         """
         path, identity = self.root / "experiment.json", {**self.settings.identity(), "vllm": self.machine.vllm}
         try:
@@ -76,7 +77,8 @@ class Experiment:
                 if (before := read_json(path)) != identity:
                     names = [name for name, value in identity.items() if before.get(name) != value]
                     raise ConfigError(
-                        f"{self.root} has cells with another {', '.join(names)}; name another folder", "--to"
+                        f"the cells in {self.root} were started with another {', '.join(names)}; name another folder",
+                        "--to",
                     )
             elif any(self.root.iterdir()):
                 raise OutputError(f"{self.root}: the folder has other files, but no experiment.json; name another --to")
@@ -161,7 +163,7 @@ class Experiment:
         )
 
     def _write(self, outcomes: dict[str, Outcome]) -> None:
-        """Write the tables. If the disk is full, only print that: the next cell is then not run for lack of space."""
+        """Write the tables. An OSError is only printed: if the disk is full, the next cell does not start anyway."""
         found = table.rows(self.cells, outcomes)
         rest = [
             *table.not_run(self.cells, outcomes),

@@ -12,11 +12,12 @@ COLD, WARM = "cold", "warm"
 TP, DP_EP, DP_EP_EAGER = "TP", "DP+EP", "DP+EP eager"
 
 GDN_FLAGS = {JIT: "flashinfer", TRITON: "triton"}
-"""Value of --gdn-prefill-backend. The flag is the same in vLLM 0.20, 0.32 and 0.33 (read in their wheels)."""
+"""Backend of a cell -> value of --gdn-prefill-backend. vLLM 0.20, 0.32 and 0.33 have this flag."""
 
 MOE_FLAGS = {JIT: "flashinfer_cutlass", TRITON: "triton"}
-"""Value of --moe-backend, in vLLM 0.20, 0.32 and 0.33. vLLM's own choice for block-FP8 on compute capability 9.0 is
-flashinfer_cutlass with expert parallelism, else triton (model_executor/layers/fused_moe/oracle/fp8.py)."""
+"""Backend of a cell -> value of --moe-backend, in vLLM 0.20, 0.32 and 0.33. Without this flag, vLLM chooses for
+block-FP8 on compute capability 9.0: flashinfer_cutlass with expert parallelism, else triton
+(model_executor/layers/fused_moe/oracle/fp8.py)."""
 
 REPORT_FLAGS = (
     "--trust-remote-code", "--language-model-only", "--gpu-memory-utilization", "0.90", "--max-model-len", "32768",
@@ -29,11 +30,11 @@ REPORT_VARIABLES = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_WORKER_MULTIPROC_METHOD": "
 
 @dataclass(frozen=True)
 class Cell:
-    """One start.
+    """One start of vLLM.
 
     layout  TP, DP_EP or DP_EP_EAGER, each over ``ranks`` ranks
-    gdn     implementation of the GDN prefill: JIT, TRITON, or CPU, which has only one implementation
-    moe     implementation of the experts: JIT, TRITON or CPU
+    gdn     implementation of the GDN prefill: JIT (FlashInfer, which nvcc compiles), TRITON or CPU
+    moe     implementation of the experts: JIT (FlashInfer's CUTLASS kernels), TRITON or CPU
     cache   COLD: the cache folder is empty; WARM: it is the folder that the cold start filled
     """
 
@@ -83,8 +84,9 @@ class Cell:
 def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
     """Return all cells in the order of the experiment, also those that this machine cannot start.
 
-    The first four cells are the command of vllm#41862 and the one that the report compares it with (TP, Triton), each
-    cold and warm: these matter most if the experiment is stopped early. A warm cell follows directly its cold cell.
+    The first four cells are the two commands that vllm#41862 compares (EP with FlashInfer, and TP with Triton), each
+    cold and warm. They matter most, so they come first if the experiment is stopped early. Each warm cell comes
+    directly after its cold cell.
 
     with_eager  also return the layout of the report's second command, which has --enforce-eager
     on_a_cpu    return the cells for a machine without a GPU
@@ -99,6 +101,6 @@ def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
 
 
 def matching(cells: Sequence[Cell], words: str) -> list[Cell]:
-    """Return the cells that have all ``words``, for example "DP8+EP8 jit cold". "EP8" alone matches no layout."""
+    """Return the cells that have all ``words``, for example "DP8+EP8 jit cold". Part of a word matches nothing."""
     wanted = set(words.split())
     return [cell for cell in cells if wanted <= {part for word in cell.words() for part in word.split()}]

@@ -11,7 +11,7 @@ from repro.attach.vllm.cells.outcome import HUNG, LIMIT, READY, Outcome
 
 
 def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Return a line for each pair of a cold and a warm start, if it is known of both whether they stalled."""
+    """Return a line for each pair of a cold and a warm start. A pair is left out unless both starts gave an answer."""
     stalls = {cell: _stalls(outcomes.get(cell.name)) for cell in cells}
     lines = []
     for cell in (cell for cell in cells if cell.cache == COLD):
@@ -33,8 +33,10 @@ def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[st
 
 
 def _other_layout(cell: Cell, stalls: Mapping[Cell, bool | None], outcomes: Mapping[str, Outcome]) -> str:
-    """Return the second half of the sentence about a warm start that stalls: whether TP (tensor parallelism without EP)
-    with the same backends stalls, too."""
+    """Return the second half of the sentence about a warm start that stalls.
+
+    It says whether tensor parallelism (TP) without expert parallelism stalls, too, with the same backends.
+    """
     if cell.layout == TP:
         return "without expert parallelism: H3, or a build that no cache keeps"
     other = replace(cell, layout=TP, cache=WARM)
@@ -47,7 +49,7 @@ def _other_layout(cell: Cell, stalls: Mapping[Cell, bool | None], outcomes: Mapp
 
 
 def _stalls(outcome: Outcome | None) -> bool | None:
-    """Whether a start stalled; None if it did not run or ended by itself."""
+    """Whether a start stalled; None if the cell did not run, or the server ended by itself or was interrupted."""
     if outcome is None or outcome.state not in (READY, HUNG, LIMIT):
         return None
     return outcome.state != READY or outcome.verdict == "slow"

@@ -24,14 +24,14 @@ def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
 
 
 def bundle(run: Path, to: Path) -> str:
-    """Pack a recording, or a folder that `collect` wrote, into a zip. Returns why that failed; "" if it did not."""
+    """Pack a recording, or a folder that `collect` wrote, into a zip. Returns the reason of a failure, else ""."""
     to.parent.mkdir(parents=True, exist_ok=True)
     _, failure = _run(["bundle", str(run), "--to", str(to)], BUNDLE_S)
     return "" if to.is_file() else f"no bundle of {run.name}: {failure}"
 
 
 def _run(words: list[str], limit_s: float) -> tuple[str, str]:
-    """Run a command of this program. Returns what it printed, and its last line of errors."""
+    """Run a command of this program. Returns its standard output, and the last line of its standard error."""
     environment = {name: value for name, value in os.environ.items() if name != "HMR_RECORD"}
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What this machine can start: its GPUs and its vLLM. For each cell that it cannot start, the reason."""
+"""Find out which cells this machine can start with its GPUs and its vLLM, and why it cannot start the others."""
 
 from __future__ import annotations
 

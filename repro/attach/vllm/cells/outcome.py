@@ -52,13 +52,14 @@ class Outcome:
     name      name of the cell
     state     one of STATES: how the start ended
     verdict, cause, culprits, where    the verdict on the start; `verdict` is "" if the cell did not run
-    seconds   until the server was ready, hung, ended or was given up
+    seconds   from the start of the server until `state` was known
     silent_s  the longest time, in seconds, in which no rank recorded an event
-    looked    the verdicts of `collect`, one for each time that it was run
+    looked    the verdicts of `collect`, one for each call
     cache     the cache folder
     partial   whether this warm start used the cache of a cold start that was ended before it was ready
     bundles   names of the zips
-    reason    why the cell did not run, or what went wrong in the experiment itself
+    reason    why the cell did not run
+    notes     what went wrong in the experiment itself
     """
 
     name: str

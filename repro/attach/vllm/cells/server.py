@@ -61,7 +61,10 @@ class Server:
             return False
 
     def end(self) -> list[int]:
-        """End the server: SIGTERM, and END_PATIENCE_S later SIGKILL to what is left. Returns pids that did not end."""
+        """Send SIGTERM to the server, and END_PATIENCE_S later SIGKILL to the processes that are left.
+
+        Returns the pids of processes that did not end.
+        """
         started = processes.with_descendants(self.pid)
         if self.alive():
             self._child.terminate()

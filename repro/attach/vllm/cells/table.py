@@ -40,7 +40,10 @@ def _row(cell: Cell, outcome: Outcome) -> tuple[str, ...]:
 
 
 def cache_words(cell: Cell, outcome: Outcome) -> str:
-    """Return "warm"; "partial" if its cold start was ended before it was ready, so that the cache is incomplete."""
+    """Return "cold" or "warm", or "partial" for a warm start with an incomplete cache.
+
+    The cache is incomplete if the cold start that filled it was ended before the server was ready.
+    """
     return "partial" if outcome.partial else cell.cache
 
 

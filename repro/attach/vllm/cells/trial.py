@@ -35,7 +35,7 @@ class Start:
     """The server of a cell, and its limits.
 
     command      the words of the server's command line
-    environment  the server's environment variables; those of the caches are set, those of the recorder are not yet
+    environment  the server's environment variables, with those of the caches and without those of the recorder
     port         the port on which the server listens
     window_s     seconds without an event on any rank after which `collect` looks at the server
     limit_s      seconds after which the start is given up
@@ -114,7 +114,10 @@ class Trial:
         )  # fmt: skip
 
     def _watch(self, record: RunDir) -> Document | None:
-        """Watch until it is known how the start ends. Returns the verdict.json; None if no rank was recorded."""
+        """Watch until the server is ready, hangs, ends, or has taken too long.
+
+        Returns the content of verdict.json; None if no rank was recorded.
+        """
         while not record.description.exists():
             self._tick([])
             if self._state or not self._server.alive():
@@ -133,7 +136,7 @@ class Trial:
     def _ended(self, document: Document | None) -> str:
         """Return how the start ended: ENDED if the server ended, or its ranks crashed or finished; else HUNG.
 
-        document: the verdict.json of the watch over the ranks; None if no rank was recorded
+        document: the content of verdict.json; None if no rank was recorded
         """
         crashed = document is None or document.verdict in ("crash", "clean")
         return outcome.ENDED if crashed or not self._server.alive() else outcome.HUNG

@@ -1,4 +1,4 @@
-"""A plug-in that stops a vLLM server which would hang, and says why (HMR_GUARD=agree), or only says why (observe).
+"""A plug-in that stops a vLLM server which would hang, and says why. With HMR_GUARD=observe it only says why.
 
 The workers agree at each step, before they issue its collectives. A thread in each worker and engine sees which
 processes have ended.

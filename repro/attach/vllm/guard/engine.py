@@ -90,7 +90,7 @@ def _exit_code(pid: int) -> int | None:
 
 
 def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an executor's execute_model, to note that the engine requests an execution if tokens are scheduled."""
+    """Wrap an executor's execute_model: if tokens are scheduled, note that the engine requests an execution."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -102,7 +102,7 @@ def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an executor's execute_dummy_batch, to note that the engine requests an execution without tokens."""
+    """Wrap an executor's execute_dummy_batch, to note that the engine requests the execution of a dummy batch."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -120,7 +120,7 @@ def _note_request() -> None:
 
 
 def counting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which the engine calls once after each execution: count it."""
+    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, to count executions: the engine calls it once after each."""
 
     @wraps(original)
     def _has_global_unfinished_reqs(self: Any, *args: Any, **options: Any) -> Any:
@@ -170,7 +170,10 @@ def asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap EngineCoreProc.shutdown, to announce how the engine ends. vLLM also calls it after an exception."""
+    """Wrap EngineCoreProc.shutdown, to announce that the engine ends normally, or which exception ended it.
+
+    vLLM calls this method in both cases.
+    """
 
     @wraps(original)
     def shutdown(self: Any, *args: Any, **options: Any) -> Any:
@@ -185,9 +188,9 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dying(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap EngineCoreProc._send_engine_dead, to announce the engine's exception before the front end hears of it.
+    """Wrap EngineCoreProc._send_engine_dead, to announce the engine's exception before the front end learns of it.
 
-    The front end then ends the engine at once, which could not announce it any more.
+    The front end then ends the engine at once, so a later announcement would come too late.
     """
 
     @wraps(original)

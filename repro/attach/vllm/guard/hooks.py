@@ -1,7 +1,7 @@
 """The table of the guard's hooks: which attribute of vLLM or torch is replaced, and by what.
 
-If a version of vLLM lacks such an attribute, the log has a line about it. If the hook is essential, the ranks cannot
-agree without it: then the start vote refuses the start (HMR_GUARD=agree), or the guard is off (observe).
+If a version of vLLM lacks such an attribute, a line in the log says so. Without an essential hook the ranks cannot
+agree: with HMR_GUARD=agree the start vote refuses the start, and with HMR_GUARD=observe the guard is off.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from repro.attach.vllm.guard.preparation import prepare
 
 
 class Hook(NamedTuple):
-    """One replaced attribute.
+    """One replaced attribute of vLLM.
 
-    module     the module that defines it
-    names      "Class.method" or "function"; the first that exists is replaced
+    module     the module that defines the attribute
+    names      names of the attribute in different versions, "Class.method" or "function"; the first that exists is
+               replaced
     make       makes the replacement from the original
     shows      what the guard sees by this hook
-    versions   versions of vLLM in which the attribute was read or run
+    versions   versions of vLLM that are known to have the attribute
     essential  whether the ranks cannot agree without this hook
     """
 

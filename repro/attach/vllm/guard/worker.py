@@ -30,8 +30,10 @@ missing: list[str] = []
 
 
 class _Group(NamedTuple):
-    """A process group of torch, by a weak reference.
+    """What the guard knows of a process group of torch.
 
+    group   weak reference to the group
+    name    vLLM's name of the group
     shared  whether its members belong to several engines; the guard compares only the collectives of such groups
     """
 
@@ -56,7 +58,7 @@ def after_fork() -> None:
 
 
 def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.init_device, to hold the start vote after it: then the process groups exist."""
+    """Wrap Worker.init_device, to hold the start vote directly after it, when the process groups exist."""
 
     @wraps(original)
     def init_device(self: Any, *args: Any, **options: Any) -> Any:
@@ -152,8 +154,10 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.execute_model, to note when the worker begins and ends to run the model. A call without scheduled
-    tokens does not run the model."""
+    """Wrap Worker.execute_model, to note when the worker begins and stops to run the model.
+
+    A call without scheduled tokens does not run the model.
+    """
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -246,7 +250,8 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the wrapper of a method of vLLM that issues one collective.
 
-    op: the name of the collective; attribute: the attribute of the object that has its process group
+    op: the name of the collective
+    attribute: the attribute of the method's object that has the process group
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -290,7 +295,7 @@ def calling(op: str) -> Callable[[Any], Any]:
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the wrapper of a layer's method, to note which layer runs.
 
-    attribute: the attribute of the object that has the layer's name
+    attribute: the attribute of the layer that has its name
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """The guard's thread in each worker and engine: it learns that the ranks must stop, and ends the process if its main
 thread does not.
 
-The main thread may be blocked in a collective or in torch's store; the thread runs beside it.
+The main thread may be blocked in a collective or in torch's store, and then cannot end the process itself.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from repro.attach.vllm.guard.schedule.post import difference
 
 INTERVAL_S = 0.1
 SEARCH_S = 0.5
-"""Seconds between two searches for processes of the server that have started since, and between two heartbeats."""
+"""Seconds between two searches for new processes of the server, and between two heartbeats."""
 
 PARENT_FIRST_S = 0.3
-"""Seconds for which a process that sees another one end lets the parent of that one report it first: only the parent
-knows the exit code."""
+"""Seconds that a process waits before it reports that another process has ended. The parent of the other process does
+not wait, because only the parent knows the exit code."""
 
 SERVER = "worker of rank 0"
 """The process in which the server of torch's store runs."""
@@ -35,15 +35,16 @@ CHILD_S = 0.5
 a process shortly before it reports its end."""
 
 LEAVE_S = 0.5
-"""Seconds by which the process with the store's server ends later than it could, so that all others learn of its
-end."""
+"""Seconds that the process with the store's server waits before it ends, so that all others can read in the store that
+it ends normally."""
 
 
 class GuardThread:
     """The guard's thread of one process.
 
     connect    returns a connection to the store; None while the address of the store is not known
-    processes  the processes that this one announces to the others: first itself, and an engine also its front end
+    processes  the processes that this one announces to the others: first itself; an engine also announces its front
+               end
     expected   the names of all processes of the server
     exit_code  returns the exit code of a child, if it is known
     guard      the guard of this process if it is a worker
@@ -82,7 +83,7 @@ class GuardThread:
     def leave(self, also: Iterable[str] = ()) -> None:
         """Announce that this process ends normally, so that the others do not count it as lost.
 
-        also: names of other processes that it will end
+        also: names of other processes that this process will end
         """
         if self._leaving.is_set() or self.stop.sentence:
             return
@@ -97,14 +98,14 @@ class GuardThread:
         self.join()
 
     def join(self, timeout_s: float = 2.0) -> None:
-        """Wait until the thread has ended. Python would abort if it ended while the thread is inside the store."""
+        """Wait until this thread has ended. If Python exited while the thread uses the store, Python would abort."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
     def fail(self, sentence: str) -> None:
         """Announce that this process ends because of an exception, and stop the ranks that would wait for it.
 
-        If a worker of this engine was killed, the announcement names the worker in place of the engine's exception.
+        If the exception came because a worker of this engine was killed, the announcement names the worker instead.
         """
         if self.stop.sentence or not self.stop.agrees:
             return
@@ -225,8 +226,10 @@ class GuardThread:
         return bool(left)
 
     def _without_store(self, error: Exception) -> None:
-        """Handle a store that does not answer: find out whether its process, the worker of rank 0, ended normally; if
-        not, stop this process."""
+        """Handle a store that does not answer: stop this process, unless the worker of rank 0 has ended normally.
+
+        The store's server runs in that worker.
+        """
         until = self._clock() + 2 * PARENT_FIRST_S
         server = self._peers.known.get(SERVER)
         here = self._processes[0].name == SERVER
@@ -272,5 +275,5 @@ def _is_gone(error: Exception) -> bool:
 
 
 def front_end_of(rank: int) -> Process:
-    """Return the process that started this engine. rank: the rank of the engine's first worker"""
+    """Return the process that started this engine. rank: the rank of the engine's first worker."""
     return Process.of(f"front end of rank {rank}", rank, os.getppid())

@@ -1,7 +1,7 @@
-"""The processes of the other ranks: which of them have ended.
+"""Find out which processes of the other ranks have ended.
 
 A process on this host is watched by a pidfd, so that a slow or stopped process never counts as ended. A process on
-another host is watched by its heartbeat: a number in the store that it changes twice a second.
+another host is watched by its heartbeat, a number in the store: each process changes its own number twice a second.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SILENT_S = 15.0
-"""A host counts as down if none of its processes has changed its number for this many seconds."""
+"""A host counts as down if no heartbeat of its processes has changed for this many seconds."""
 
 
 @dataclass(frozen=True)
 class Process:
     """One process of the server.
 
-    name   "worker of rank 1"; unique
+    name   a unique name: "worker of rank 1"
     rank   its rank; for an engine or a front end, the rank of its first worker
-    host   equal for processes that can see each other's ids
+    ticks  start time of the process in clock ticks since boot
+    host   identifies the host, see :func:`host`
     """
 
     name: str
@@ -103,8 +104,10 @@ class Peers:
             self._far[process] = number, self._clock()
 
     def silent(self) -> tuple[Process, float] | None:
-        """Return a process of a host that is down, and for how many seconds none of the host's processes has changed
-        its number; None if all hosts are up."""
+        """Return a process of a host that is down; None if all hosts are up.
+
+        Also returns how many seconds ago a heartbeat of that host last changed.
+        """
         last: dict[str, float] = {}
         for process, (_, since) in self._far.items():
             last[process.host] = max(since, last.get(process.host, 0.0))
@@ -120,7 +123,7 @@ class Peers:
 
 
 def gone(process: Process, code: int | None = None) -> str:
-    """Return the sentence about a process that has ended. code: its exit code, -9 for SIGKILL; None if not known"""
+    """Return the sentence about a process that has ended. code: its exit code, -9 for SIGKILL; None if not known."""
     how = "has ended"
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):

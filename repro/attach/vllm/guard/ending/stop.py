@@ -1,4 +1,4 @@
-"""How this process ends when the guard has refused to go on: print why, save it in a file, let vLLM shut down, exit.
+"""End this process after a refusal of the guard: print the reason, save it in a file, let vLLM shut down, and exit.
 
 If the main thread is blocked in a collective, it cannot raise an exception. Then the guard's thread ends the process.
 """
@@ -30,10 +30,11 @@ class Refused(RuntimeError):
 
 
 class Stop:
-    """The end of this process.
+    """Ends this process after a refusal, and tells the user why.
 
     who      the name of the process in its log lines: "rank 1", "engine of rank 1"
     agrees   whether the mode is ``agree``: the guard stops the process; in the mode ``observe`` it only prints
+    leave    ends the process with this exit code
     tell     called once, at the refusal, to notify a process that has no guard thread
     """
 
@@ -56,7 +57,7 @@ class Stop:
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
-        """Print one line, once."""
+        """Print a line, unless the same line was printed before."""
         with self._lock:
             if text in self._said:
                 return
@@ -99,7 +100,7 @@ class Stop:
             time.sleep(POLL_S)
 
     def due(self, extra_s: float = 0.0) -> bool:
-        """Whether vLLM has had its GRACE_S seconds after a refusal, and the process must be ended."""
+        """Whether GRACE_S + ``extra_s`` seconds have passed since a refusal, so that the process must be ended."""
         return bool(self.sentence) and self._clock() - self._since_s >= GRACE_S + extra_s
 
     def leave(self) -> None:
@@ -110,7 +111,10 @@ class Stop:
         self._leave(EXIT_CODE)
 
     def _keep(self, sentence: str, what: str) -> None:
-        """Append the sentence to guard.jsonl in HMR_GUARD_DIR, or in the folder of the recording."""
+        """Append the sentence to guard.jsonl in HMR_GUARD_DIR, or in the folder of the recording.
+
+        what: "refused", or "observed" in the mode ``observe``
+        """
         folder = os.environ.get("HMR_GUARD_DIR") or os.environ.get("HMR_RECORD")
         if not folder:
             return

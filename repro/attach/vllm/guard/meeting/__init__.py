@@ -1,1 +1,2 @@
-"""How the processes of a server exchange data: torch's store, votes in it, and memory of one engine and its workers."""
+"""Data exchange of a server's processes: torch's store, votes through the store, and memory that an engine shares with
+its workers."""

@@ -1,7 +1,7 @@
 """The board: numbers in memory that an EngineCore shares with its workers.
 
-The engine creates the memory and puts its path into an environment variable, which its workers inherit. The path leads
-to no file of a disk (memfd), so nothing is left of the memory when the processes end.
+The engine creates the memory and puts its path into an environment variable, which its workers inherit. The memory is a
+memfd, which is no file on a disk, so nothing is left when the processes have ended.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ class Field(enum.IntEnum):
     ENGINE     process id of the engine
     REQUESTED  model executions that the engine requested from its workers
     COUNTED    executions that the engine's loop has counted, over all waves
-    LEFT_OUT   the number, from 1, of the first execution that the engine counted and did not request; 0 without one
-    ASKED      questions "is anyone unfinished?" to the other engines that have begun
-    ANSWERED   such questions that have ended
-    PORT       the port of the workers' store (its host is a text at _HOST); 0 as long as no worker has written it
-    FIRST      the begin of a ring of RING numbers: at FIRST + N % RING is COUNTED as it was when the engine requested
-               execution N
+    LEFT_OUT   the number, from 1, of the first execution that the engine counted but did not request; 0 if there is
+               none
+    ASKED      how many questions "is anyone unfinished?" the engine has begun to ask the other engines
+    ANSWERED   how many of these questions have ended
+    PORT       the port of the workers' store, whose host name is at the offset _HOST; 0 until a worker has written it
+    FIRST      the first index of a ring buffer of RING numbers: index FIRST + N % RING has the value that COUNTED had
+               when the engine requested execution N
     """
 
     ENGINE = 0
@@ -44,7 +45,7 @@ class Field(enum.IntEnum):
 
 
 class Board:
-    """The numbers of one engine. ``board[Field.COUNTED]`` reads or sets one."""
+    """The numbers of one engine. ``board[Field.COUNTED]`` reads or sets a number."""
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self._bytes = memoryview(buffer)
@@ -68,8 +69,11 @@ class Board:
         return self[Field.FIRST + number % RING] if number > 0 and 0 <= requested_since < RING else -1
 
     def executions(self) -> tuple[int, int]:
-        """Return how many executions were requested and counted. The counted ones are read first: if the engine writes
-        between the two reads, it does not look as if it had counted more than it requested."""
+        """Return how many executions were requested, and how many were counted.
+
+        COUNTED is read first. So if the engine writes between the two reads, the result never has more counted than
+        requested executions because of that.
+        """
         counted = self[Field.COUNTED]
         return self[Field.REQUESTED], counted
 

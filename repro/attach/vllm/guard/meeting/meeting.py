@@ -5,10 +5,10 @@
     post/R       the state of rank R
     process/N    pid, start time and host of the process with the name N, see :mod:`peers`
     left/N       set if process N ends normally
-    beat/N       the heartbeat of process N: a number that it changes, for processes on other hosts
+    beat/N       the heartbeat of process N, a number that N changes twice a second; processes on other hosts read it
 
-Each thread of the guard has its own connection to the store. Over vLLM's connection a request would wait as long as
-vLLM itself waits for a key.
+Each thread of the guard has its own connection to the store. vLLM may wait a long time for a key, and a request over
+vLLM's connection would have to wait as long.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Meeting:
 
     @classmethod
     def of(cls, store: Any) -> Meeting:
-        """Open one more connection to the server of a store that vLLM's worker uses."""
+        """Open one more connection to the server of this store, which vLLM's worker uses."""
         import torch.distributed as dist
 
         return cls(dist.PrefixStore(PREFIX, root_of(store).clone()))
 
     @classmethod
     def at(cls, host: str, port: int) -> Meeting:
-        """Connect to the TCP store at this address. An engine calls this, because it has no store of torch."""
+        """Connect to the TCP store at this address. An engine calls this, because it is no rank and has no store."""
         import torch.distributed as dist
 
         return cls(dist.PrefixStore(PREFIX, dist.TCPStore(host, port, None, False)))
@@ -67,11 +67,11 @@ class Meeting:
         return {key: self._store.get(key).decode() for key in keys if self._store.check([key])}
 
     def refuse(self, sentence: str) -> str:
-        """Stop all ranks. Returns the sentence of the rank that refused first, which may be another one."""
+        """Stop all ranks. If another rank has refused before, returns the sentence of that rank, else ``sentence``."""
         return self.first("refusal", sentence)
 
     def news(self) -> tuple[str, int]:
-        """Return the keys `refusal` ("" if no rank has refused) and `calls`."""
+        """Return the values of `refusal` ("" if no rank has refused) and `calls`."""
         refusal, calls = self._store.multi_get(["refusal", "calls"])
         return refusal.decode(), int(calls)
 

@@ -50,7 +50,7 @@ def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict
 
 
 def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
-    """Return the sentence with which the ranks refuse to start; "" if they may start. ballots: rank -> its ballot"""
+    """Return the sentence with which the ranks refuse to start; "" if they may start. ballots: rank -> its ballot."""
     for rank, said in sorted(ballots.items()):
         if said["refuses"]:
             return str(said["refuses"])

@@ -1,8 +1,8 @@
 """A vote of all ranks through the store, before they communicate: all go on, or all get the same sentence.
 
 Every rank writes a ballot. Rank 0 reads all ballots and writes the decision. A rank that waits longer than its deadline
-writes a decision against. Only the first decision counts, and it is in favour only if rank 0 has read all ballots. So a
-rank without a ballot, for example because it lacks the plug-in, never counts as a rank that agrees.
+writes a negative decision. Only the first decision counts, and only rank 0 can write a positive one, after it has read
+all ballots. So a rank without a ballot, for example because it lacks the plug-in, never counts as a rank that agrees.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def decide(
     """Vote. Returns the same on all ranks: "" if they may go on, else the reason, one sentence.
 
     topic  the name of the vote: "start"
-    judge  rank 0 calls this with all ballots; returns "" for a decision in favour, else the reason against
-    check  called again and again while this rank waits; may raise
+    judge  rank 0 calls this with all ballots; returns "" if the ranks may go on, else the reason why not
+    check  called again and again while this rank waits; may raise to end the wait
     """
     meeting.set(f"{topic}/{rank}", json.dumps(ballot))
     decision = f"{topic}/decision"

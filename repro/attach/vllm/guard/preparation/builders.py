@@ -1,8 +1,8 @@
-"""The table of builders. A builder builds, before the start, what the first execution of the model would build.
+"""The table of builders. A builder compiles, before the ranks communicate, kernels that the first execution needs.
 
 The builders of FlashInfer call the functions of FlashInfer that the first execution would call. They were written from
 FlashInfer's source, and have not been run, for lack of a GPU. If a version of FlashInfer lacks such a function, the
-start reports the error and goes on; then the first execution builds, as without the guard.
+start reports the error and goes on, and the first execution builds these kernels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def _gdn_on_flashinfer(model: Any) -> bool:
 def _moe_on_flashinfer(model: Any) -> bool:
     """Whether any layer's experts are vLLM's FlashInferExperts (CUTLASS).
 
-    The layer's quant_method has them, or one of its attributes, depending on the version of vLLM.
+    The attribute fused_experts has them. Depending on the version of vLLM, this is an attribute of the layer's
+    quant_method, or of the quant_method's moe_kernel or kernel.
     """
     for module in model.modules():
         method = getattr(module, "quant_method", None)
@@ -79,5 +80,5 @@ def chosen(model: Any) -> Iterator[Builder]:
         try:
             build = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError) as error:
-            raise BuilderError(f"{VARIABLE} names {name}: {error}; write module:function,…") from None
+            raise BuilderError(f"{VARIABLE} names {name}: {error}; its form is module:function,…") from None
         yield Builder(name.strip(), lambda model: True, build)

@@ -33,7 +33,7 @@ SAY_S = 5.0
 
 
 def loading(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.load_model, to build after it: then the model exists and has not run."""
+    """Wrap Worker.load_model, to build kernels directly after it: the model exists then, but has not run."""
 
     @wraps(original)
     def load_model(self: Any, *args: Any, **options: Any) -> Any:

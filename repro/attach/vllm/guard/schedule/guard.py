@@ -5,9 +5,9 @@ the rank has issued since the last agreement, the schedule that it expects to fo
 model its engine has counted. All ranks see all digests. If these differ, the ranks compare their last collectives
 through the store, and stop with the first difference.
 
-The schedule is learned: it is what the rank issued after earlier agreements of the same kind. Before a rank issues a
-collective that departs from it, it waits until the other ranks have said what they issue in its place. If they issue
-the same, all go on.
+The schedule is learned: it has the collectives that the rank issued after earlier agreements of the same kind. Before a
+rank issues a collective that is not the next one of its schedule, the rank waits until each other rank has posted the
+collective that it issues at this position. If all post the same collective, all go on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Guard:
     members    the ranks of the DP group that issues C1, in the order of C1's columns
     meeting    the connection to the store for the thread that runs the model
     board      the board of this rank's engine; None if the engine has none
-    num_ranks  the number of ranks of the server; 0 for as many as ``members``
+    num_ranks  the number of ranks of the server; 0 if the server has no ranks but ``members``
     """
 
     def __init__(
@@ -91,8 +91,10 @@ class Guard:
         self._idle_since_s = self._clock()
 
     def watches(self) -> bool:
-        """Whether a collective that this thread issues now is an entry of its own. It is not if a hooked call issues
-        it, or if this is not the thread that runs the model."""
+        """Whether a collective that this thread issues now counts as an entry.
+
+        It does not count if another hooked call issues it, or if this is not the thread that runs the model.
+        """
         return not self.inside and threading.get_ident() == self.thread
 
     def issue(self, group: str, op: str, call: Callable[[], T]) -> T:
@@ -103,7 +105,8 @@ class Guard:
     def agree(self, group: str, rows: Any, reduce: Callable[[Any], None]) -> None:
         """Issue a step agreement (C1) with the guard's two rows added. Raises Refused if the ranks differ.
 
-        rows    vLLM's tensor, int32[any number of rows, ranks]; this rank has filled its column, the result is the sum
+        rows    vLLM's tensor, int32[any number of rows, ranks], in which this rank has filled its own column; it is
+                replaced by the sum over all ranks
         reduce  all-reduces a tensor in place
         """
         import torch
@@ -145,7 +148,7 @@ class Guard:
     def _confer(self, entry: Entry) -> None:
         """Wait until all other ranks have issued this entry, or are about to issue it. Raises Refused if one differs.
 
-        Called before an entry that is not the next one of the schedule is issued.
+        A rank calls this before it issues an entry that is not the next one of its schedule.
         """
         number, called_s = self.stream.count, -CALL_S
         self._held = number, entry
@@ -232,7 +235,7 @@ class Guard:
         )
 
     def waits_s(self) -> float:
-        """Return for how many seconds this rank has issued no new entry, while it runs the model; 0 if it does not."""
+        """Return for how many seconds this rank has issued no new entry; 0 if the rank does not run the model."""
         count, since_s = self._seen
         if not self._executing:
             return 0.0
@@ -246,7 +249,7 @@ def kind_of(rows: Sequence[Sequence[int]]) -> Hashable:
     """Return the kind of a step, which decides its schedule: the graph mode and microbatches on which the ranks agree.
 
     rows  the result of C1: a row for each quantity, a column for each rank. vLLM 0.20 to 0.33 has 4 rows, its new model
-          runner 6 or 7. For another number the kind is None (unknown), because the meaning of the rows is not known
+          runner 6 or 7. For any other number of rows the meaning of the rows is unknown, and the kind is None
     """
     if len(rows) not in KIND_ROWS:
         return None

@@ -16,18 +16,19 @@ Key = tuple[str, str, str]
 class Post:
     """The state of one rank.
 
-    first        the number of the first of `entries`
+    first        the number of the first entry in `entries`
     entries      the last entries that the rank has issued
-    next         an entry that departs from the schedule and that the rank has not issued yet; None without one
-    departed     the number of the last entry that departed from the agreed schedule; -1 without one
+    next         the entry that the rank is about to issue although its schedule has another one there; None if there is
+                 none
+    departed     the number of the last entry that was not the one of the schedule; -1 if there is none
     execution    how many executions of the model the rank has begun
-    counted      how many executions its engine had counted when it requested the last one, normally `execution` - 1;
-                 -1 if unknown
-    left_out     the number of the first execution that the engine counted and did not request; 0 without one
-    questions    how many questions "is anyone unfinished?" of the engine have begun and ended; (0, 0) if unknown
-    waits_s      for how many seconds the rank has issued no new entry while it runs the model; 0 if it does not run it
-    asks_s       for how many seconds the worker has been idle while its engine waits for the answer to such a question;
-                 0 if it does not wait
+    counted      how many executions the engine had counted when it requested the rank's last execution; -1 if unknown.
+                 Normally this is `execution` - 1
+    left_out     the number of the first execution that the engine counted but did not request; 0 if there is none
+    questions    how many questions "is anyone unfinished?" of the engine have begun, and how many have ended; (0, 0) if
+                 unknown
+    waits_s      for how many seconds the rank has issued no new entry; 0 if the rank does not run the model
+    asks_s       for how many seconds the worker has been idle, if its engine waits for the answer to a question; else 0
     """
 
     rank: int
@@ -47,7 +48,7 @@ class Post:
         return self.first + len(self.entries)
 
     def at(self, number: int) -> Key | None:
-        """Return the entry with this number, which may be `next`; None if the rank has none, or it is unknown."""
+        """Return the entry with this number, which may be `next`; None if this state does not have that entry."""
         if number == self.count:
             return self.next
         return self.entries[number - self.first] if self.first <= number < self.count else None
@@ -80,7 +81,8 @@ def _left_out(posts: Iterable[Post]) -> str:
 def left_out(rank: int, number: int, counted: int, requested: int) -> str:
     """Return the sentence about an engine that counted an execution, but did not request it from its worker.
 
-    rank: of the engine; number: of the execution; counted, requested: how many executions the engine has
+    rank: the rank of the engine's first worker; number: the number of that execution; counted, requested: how many
+    executions the engine has counted and requested
     """
     return (
         f"rank {rank} left out execution {number}: its engine counted {counted} executions and requested {requested} "
@@ -103,8 +105,8 @@ def _entries(posts: Sequence[Post]) -> str:
 def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
     """Return the sentence about entry ``number``, in which the ranks differ.
 
-    If the ranks with one of the entries departed from the agreed schedule and the others did not, the sentence is about
-    these ranks. Otherwise it lists which ranks issued which entry.
+    If exactly one of the different entries departs from the agreed schedule, the sentence names the ranks that issued
+    this entry. Otherwise the sentence lists which ranks issued which entry.
 
     sides: entry -> the states of the ranks that issued it
     """
@@ -120,9 +122,10 @@ def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
 
 
 def _asks(posts: Sequence[Post]) -> str:
-    """Return a sentence if rank A's engine asks "is anyone unfinished?" while rank B's worker waits for A's worker.
+    """Return the sentence about a cycle of waits between two engines and their workers; "" if there is none.
 
-    The engine of B waits for its worker, so it does not answer the question, and no rank goes on. Returns "" otherwise.
+    The engine of rank A asks "is anyone unfinished?", and its worker is idle. The worker of rank B waits in a
+    collective for the worker of A. The engine of B waits for its worker, so it does not answer the question.
     """
     for asking in posts:
         for waiting in posts:

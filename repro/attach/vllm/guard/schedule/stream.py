@@ -16,7 +16,7 @@ MAX_SENT = 1024
 
 
 class Stream:
-    """The sequence of one rank. The thread that runs the model appends entries; other threads only read."""
+    """The sequence of entries of one rank. The thread that runs the model appends entries; other threads only read."""
 
     def __init__(self) -> None:
         # The kept entries, and the number of the first of them. One tuple, because other threads must read both at
@@ -37,8 +37,9 @@ class Stream:
         return base + len(entries)
 
     def departs(self, entry: Entry, ends: bool = False) -> bool:
-        """Whether this entry, which is about to be issued, is not the next one of the schedule. Then there is no
-        schedule until the next agreement.
+        """Whether this entry, which is about to be issued, is not the next one of the schedule.
+
+        If it is not, the schedule is dropped until the next agreement.
 
         ends: whether this entry is the agreement that ends the step
         """
@@ -69,7 +70,7 @@ class Stream:
         return self._expected
 
     def agreed(self, kind: Hashable) -> None:
-        """Learn the step that ended with the agreement appended last, and begin the next one.
+        """Learn the step that has just ended, and begin the next one. The last entry is the agreement between the two.
 
         kind: the kind of the next step, on which the ranks have just agreed; None if it is unknown
         """
