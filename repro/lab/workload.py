@@ -33,8 +33,8 @@ class WorkloadConfig(Config):
             raise ConfigError(f"{self.max_arrival_step} is less than 0", "max_arrival_step")
         if self.max_new_tokens <= self.short_new_tokens:
             raise ConfigError(
-                f"must be more than short_new_tokens {self.short_new_tokens}, but is {self.max_new_tokens}: else all "
-                "ranks would end at the same time",
+                f"{self.max_new_tokens} is not more than short_new_tokens ({self.short_new_tokens}), so all ranks "
+                "would end at the same time",
                 "max_new_tokens",
             )
 

@@ -21,7 +21,7 @@ def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> 
     """Write the three files of the report into a run directory. Returns the data from which they were made.
 
     beside: runs to show next to this one; by default the newest runs of its folder that differ only in their variant.
-    place: the path of the directory in the commands that the report shows, if it differs from ``root``.
+    place: the path to show in the commands of the report instead of ``root``, for example after the run has moved.
 
     Raises ConfigError if the folder contains nothing of a run, OSError if it cannot be written to.
     """

@@ -10,7 +10,7 @@ from repro.report.gather import RunData
 
 
 def commands(data: RunData) -> list[tuple[str, str]]:
-    """Return (purpose, shell command) of the commands in run.json, and of the one that judges the files again."""
+    """Return (purpose, shell command) for each command of run.json, and for the command that judges the files again."""
     listed = data.description.commands if data.description else ()
     repeats = [(command.purpose, shlex.join(command.filled(place(data)))) for command in listed]
     return [*repeats, ("judge these files again", shlex.join(["python", "-m", "repro", "watch", place(data)]))]

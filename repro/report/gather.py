@@ -50,7 +50,7 @@ class RunData:
     named        what config.json says about the run, if there is one
     verdict      verdict.json; an empty verdict if it is missing or damaged
     missing      a sentence for each file that is missing or damaged
-    place        the path of the directory in the commands that the report shows, if it differs from ``root``
+    place        the path to show in the commands of the report instead of ``root``; "" to show ``root``
     """
 
     root: Path
@@ -72,7 +72,7 @@ class RunData:
 
     @property
     def stuck(self) -> bool:
-        """Whether some ranks had not finished when the run was decided. A slow run may still have ended normally."""
+        """Whether some ranks had not finished when the verdict was given. A slow run may have ended normally later."""
         hangs = class_of(self.verdict.verdict).hangs
         if hangs is None:
             return len(self.lanes) < self.num_ranks or not all(lane.done for lane in self.lanes.values())
@@ -97,10 +97,10 @@ def gather(root: Path, with_lanes: bool = True) -> RunData:
     """Read a run directory. Raises ConfigError if it contains nothing of a run."""
     data = RunData(root)
     if not root.is_dir():
-        raise ConfigError("no such folder", str(root))
+        raise ConfigError("there is no such folder", str(root))
     if not any((root / part).exists() for part in ("run.json", "config.json", "verdict.json", "events")):
-        parts = "no run.json, no config.json, no verdict.json and no events"
-        raise ConfigError(f"not a run directory: it has {parts}", str(root))
+        parts = "run.json, config.json, verdict.json and events"
+        raise ConfigError(f"not a run directory: the folder has none of {parts}", str(root))
     _read_description(data)
     if data.run_dir.config.exists():
         _read_config(data)
@@ -188,13 +188,13 @@ def _look_for_rank_files(data: RunData) -> None:
     for what, path, check in kinds:
         absent = [rank for rank in ranks if not _is_there(data, path(rank), check)]
         if absent:
-            data.missing.append(f"{what}: no file of {name_ranks(absent)}")
+            data.missing.append(f"{what}: {name_ranks(absent)} left no file")
     for file in (run_dir.reference, *map(run_dir.output, ranks)):  # only finished runs of the lab have these files
         _is_there(data, file, read_tokens)
 
 
 def _is_there(data: RunData, path: Path, check: Callable[[Path], object]) -> bool:
-    """Whether the file exists. If ``check`` raises an error, the error is listed."""
+    """Whether the file exists. If ``check`` raises an error, add the error to ``missing``."""
     try:
         check(path)
     except FileNotFoundError:
@@ -216,13 +216,14 @@ def _check_stack(path: Path) -> None:
     open_regular(path).close()
     text = read_text(path)
     if text and not (text.endswith("\n") and "hread 0x" in text):
-        raise ValueError(f"{path}:{text.count(chr(10)) + 1}: {'cut short' if 'hread 0x' in text else 'no stack in it'}")
+        problem = "the last stack is incomplete" if "hread 0x" in text else "the file contains no stack"
+        raise ValueError(f"{path}:{text.count(chr(10)) + 1}: {problem}")
 
 
 def _check_dump(path: Path) -> None:
     dump = read_json(path)
     if not isinstance(dump, dict) or not isinstance(dump.get("entries", []), list):
-        raise ValueError(f"{path}:1: not a dump of the Flight Recorder")
+        raise ValueError(f"{path}:1: the file is not a dump of the Flight Recorder")
 
 
 def headline(verdict: Document) -> str:
@@ -245,7 +246,7 @@ def headline(verdict: Document) -> str:
 
 
 def siblings(root: Path, data: RunData) -> list[Path]:
-    """Return the newest runs beside ``root`` with another variant and otherwise the same settings (the same family)."""
+    """Return the newest run of each other variant in the folder of ``root`` that has otherwise the same settings."""
     described = data.description
     if described is None or not described.family:
         return []

@@ -27,7 +27,8 @@ _STYLES = {"building": "yellow", "locked": "yellow", "failed": "red", "done": "g
 class Row:
     """One rank in the table.
 
-    phase_s, place_s   seconds since when it is in the phase and in the place; -1 if unknown
+    phase_s   for how many seconds the rank has been in its phase; -1 if unknown
+    place_s   for how many seconds the rank has been at the place that ``where`` names; -1 if unknown
     """
 
     rank: int
@@ -105,7 +106,7 @@ def where(state: RankState) -> str:
 
 
 def _phase_began_ns(witness: Witness) -> int:
-    """Return when the rank entered its phase; if that event was overwritten, when the oldest event in it happened."""
+    """Return the time in ns of the oldest readable event of the rank's phase, which is usually the phase's begin."""
     phases, times = witness.column("phase"), witness.column("t_ns")
     index = len(phases) - 1
     while index > 0 and phases[index - 1] == phases[-1]:
@@ -114,7 +115,7 @@ def _phase_began_ns(witness: Witness) -> int:
 
 
 def _folded(rows: list[Row]) -> list[tuple[list[int], Row]]:
-    """If the table would be too long, put ranks that are in the same place into one row, with their longest times."""
+    """Return (ranks, row). If the table would be too long, ranks at one place share a row with their longest times."""
     if len(rows) <= MOST_ROWS:
         return [([row.rank], row) for row in rows]
     together: dict[tuple[str, str, str], list[Row]] = {}

@@ -18,7 +18,7 @@ _UNLIMITED = 10_000
 def make_table(*columns: str, right: Collection[str] = (), header: bool = True) -> Table:
     """Make an empty table without lines between cells. Long cells are folded, never cut.
 
-    right: the columns that are aligned right, as numbers are
+    right: the names of the columns that are aligned right, usually columns of numbers
     """
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=header)
     for name in columns:

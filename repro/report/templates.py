@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def read_own(name: str) -> Markup:
-    """Return the text of one of this program's style sheets or scripts, by its path in this folder."""
+    """Return the text of a style sheet or script of this program. name: its path in this folder."""
     return Markup((_HERE / name).read_text(encoding="utf-8"))
 
 

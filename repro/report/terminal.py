@@ -30,7 +30,7 @@ class Display:
 
 @contextlib.contextmanager
 def display(console: Console, title: str) -> Iterator[Display]:
-    """Show a live table if the console is a terminal; else print a line at the start and one for each notice."""
+    """Show a live table if the console is a terminal; otherwise print a line at the start and one for each notice."""
     if not console.is_terminal:
         say(console, title)
         yield Display(notice=lambda text: say(console, f"  {text}"))
@@ -89,7 +89,7 @@ _NUMBERS = ("seconds", "stalled")
 
 
 def _cells(document: Document) -> tuple[Text, ...]:
-    """Return a row of the table. Its column "stalled" is the time from the last event of any rank to the verdict."""
+    """Return a row of the table. The column "stalled" is the time from the last event of any rank to the verdict."""
     outcome = ", ".join(filter(None, (document.verdict, document.cause)))
     stalled = f"{document.seconds.stall_to_verdict:.2f} s" if _stalled(document) else "-"
     return (
@@ -102,7 +102,7 @@ def _cells(document: Document) -> tuple[Text, ...]:
 
 
 def _culprits(document: Document) -> str:
-    """Format the culprits; without any, the suspects with a question mark, because nothing is proven."""
+    """Format the culprits. If there are none, format the suspects, with a question mark: nothing is proven."""
     culprits, suspects = (shorten_rank_lists(list_ranks(ranks)) for ranks in (document.culprits, document.suspects))
     return culprits or (f"{suspects}?" if suspects else "-")
 

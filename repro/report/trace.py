@@ -1,6 +1,6 @@
-"""trace.json: the run in the Trace Event Format, which Perfetto and chrome://tracing open.
+"""Write trace.json: the run in the Trace Event Format, which Perfetto and chrome://tracing open.
 
-Each rank is a process. It has a track for each group, and one track each for phases, steps, locks and builds.
+Each rank is shown as a process. It has a track for each group, and one track each for phases, steps, locks and builds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from repro.report.gather import RunData, describe
 from repro.report.lanes import OPEN, Label, Lane
 
 MAX_SPANS = 250_000
-"""Largest number of spans that a viewer opens. If there are more, only the newest of each rank are written."""
+"""Largest number of spans that a viewer opens. If a run has more, only the newest spans of each rank are written."""
 
 _OWN_TRACKS = {"phase": "phases", "step": "steps", "lock": "locks", "held": "locks held", "build": "builds"}
 _MAY_OVERLAP = ("async", "held", "build")
@@ -46,7 +46,7 @@ def _track(label: Label) -> str:
 
 
 def _tracks(data: RunData, lane: Lane) -> dict[str, int]:
-    """Return track -> thread id; phases and steps first, then the groups."""
+    """Return the name of each track -> its thread id. Phases and steps come first."""
     names = {_track(data.labels.table[number]) for number in set(lane.labels)}
     order = [*_OWN_TRACKS.values()]
     ordered = sorted(names, key=lambda name: (0, order.index(name)) if name in order[:2] else (1, 0))

@@ -55,8 +55,9 @@ class RunDescription(Config):
     deadline_s      seconds after which the watcher stops, even without a verdict
     queued_groups   groups whose collectives are recorded when they are queued, not when they run, as on NCCL
     mechanism       how the fault causes the hang, in one line
-    source          the upstream report or change that the run rebuilds
-    family          a key that is equal in runs that differ only in variant and checks; "" outside the lab
+    source          the upstream bug report or change that the run reproduces
+    family          a key that is equal in all runs whose settings differ only in ``variant`` and ``checks``; "" outside
+                    the lab
     variant         one of VARIANTS; "" outside the lab
     commands        commands that repeat this run, or run another variant of it
     """
@@ -84,7 +85,7 @@ class RunDescription(Config):
         if self.variant not in ("", *VARIANTS):
             raise ConfigError(f"unknown variant {self.variant!r}; known: {', '.join(VARIANTS)}"[:200], "variant")
         if len(self.commands) > MAX_COMMANDS:
-            raise ConfigError(f"{len(self.commands)} commands, at most {MAX_COMMANDS}", "commands")
+            raise ConfigError(f"there are {len(self.commands)}, but at most {MAX_COMMANDS} are allowed", "commands")
 
 
 def read_description(path: Path) -> RunDescription:

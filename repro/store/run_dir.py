@@ -11,7 +11,7 @@ logs/launcher.log      what the launcher printed               torchrun, or repr
 logs/reference.log     what the reference model printed        repro.lab.outcome.reference
 logs/watcher.log       traceback of a failed watcher           the watcher
 facts/HOST.look1.json  facts about the processes of a host     `hmr collect`
-env/rank000.txt        versions of the loaded libraries        the rank, once connected
+env/rank000.txt        versions of the loaded libraries        the rank, after its imports
 outputs/rank000.json   tokens that the rank served             the rank, when it is done
 reference.json         tokens of the single-process model      repro.lab.outcome.reference
 verdict.json           the verdict                             the watcher, before it ends any process
@@ -20,7 +20,7 @@ interrupted            the user pressed Ctrl-C                 a rank that got S
 evidence_request       the watcher needs stacks and dumps      the watcher, for the agents of other hosts
 agents/                facts from the other hosts              the agent of each host (repro.hosts.agent)
 
-The last three are removed when the run is decided.
+The last four, from `release` on, exist only during the run: they are removed after the verdict.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class RunDir:
     def describe(self, error: Exception | str) -> str:
         """Return the text of an error with paths relative to the run directory.
 
-        So the text does not change if the directory is moved to another place or machine.
+        Such a text stays correct if the directory is moved to another place or machine.
         """
         return str(error).replace(f"{self.root}/", "")
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 def read_typed(path: Path, kind: type[T], most: int = MAX_JSON_BYTES) -> T:
     """Read a JSON file of at most ``most`` bytes, and convert its content to the type ``kind``.
 
-    Raises OSError if the file cannot be read, and DamagedFile if its content is too large, too deep or of another type:
+    Raises OSError if the file cannot be read, and DamagedFile if it is too large, nested too deeply or of another type:
     ``verdict.json:1: $.waits[3].rank: expected int, got str``.
     """
     return typed(read_json(path, most), kind, f"{path}:1")

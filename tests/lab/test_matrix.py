@@ -71,7 +71,7 @@ def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_p
 
     def run(settings, out, *others):
         if done:
-            raise CannotFill("no warm kernel cache: the disk is full")
+            raise CannotFill("cannot fill the kernel cache: the disk is full")
         done.append(settings)
         run_dir = prepare_run_dir(out, dataclasses.replace(settings, kernel_cache="cold"))
         return run_dir, document_of(settings, Verdict("clean"), matches_expected=True)

@@ -49,7 +49,7 @@ def write_slow(out: Path, finished: int) -> Path:
 def test_a_slow_run_that_ended_well_lacks_no_dumps_and_has_no_call_that_never_returns(tmp_path):
     ended, ended_by_deadline = gather(write_slow(tmp_path, 4)), gather(write_slow(tmp_path, 3))
     assert not ended.stuck and not any(text.startswith(("fr:", "stacks:")) for text in ended.missing), ended.missing
-    assert ended_by_deadline.stuck and "fr: no file of ranks 0-3" in ended_by_deadline.missing
+    assert ended_by_deadline.stuck and "fr: ranks 0-3 left no file" in ended_by_deadline.missing
 
 
 def test_the_time_of_a_run_that_finished_ends_with_its_last_event(tmp_path):

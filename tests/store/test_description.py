@@ -57,7 +57,10 @@ def test_the_launcher_writes_the_description_that_readers_read(tmp_path):
         ({"quiet_window_s": -1.0}, "run.json:1: quiet_window_s: -1.0 is not a number of seconds"),
         ({"variant": "broken"}, "run.json:1: variant: unknown variant 'broken'"),
         ({"commands": [{"purpose": "a", "words": ["b", 3]}]}, "run.json:1: commands[0].words[1]: wanted str"),
-        ({"commands": [{"purpose": "a", "words": ["b"]}] * 99}, "run.json:1: commands: 99 commands, at most 16"),
+        (
+            {"commands": [{"purpose": "a", "words": ["b"]}] * 99},
+            "run.json:1: commands: there are 99, but at most 16 are allowed",
+        ),
         ({"schema_version": 2}, "run.json:1: schema_version: 2 is not a version that this release reads"),
         ({"colour": "red"}, "run.json:1: colour: unknown key"),
     ],

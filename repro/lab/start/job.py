@@ -37,7 +37,7 @@ Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
 
 @contextlib.contextmanager
 def launcher(name: str) -> Iterator[Start]:
-    """Yield the function that starts the ranks of a run. A fork server, if it uses one, ends with the ``with`` block.
+    """Yield the function that starts the ranks of a run. The end of the ``with`` block ends the fork server, if any.
 
     name: one of LAUNCHERS
     """
@@ -120,10 +120,11 @@ class ForkedJob:
 def start_process(
     command: list[str], run_dir: RunDir, log: Path | None = None, *, talks: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Start a program of a run. It ends with this process, so call this in the main thread (`parent.die_with_parent`).
+    """Start a program of a run. It is killed when the calling thread ends, so call this in the main thread.
 
     log     the file that the program prints to; the launcher's log by default
-    talks   whether pipes connect its standard input and output, so that only its standard error goes to the log
+    talks   whether this process exchanges messages with the program through pipes; then only the program's standard
+            error goes to the log
     """
     parent = os.getpid()
     with (log or run_dir.launcher_log).open("wb") as output:

@@ -41,8 +41,8 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
     for place in (run_dir.root, folder(run_dir, settings)) if settings.engine.compile else ():
         if re.search(r"[\s'\"\\]", str(place)):
             raise CannotFill(
-                f"torch.compile cannot work in {place}, because the path contains a space or quote; choose another "
-                "folder with --out"
+                f"torch.compile cannot work in {place}, because the path contains a space, quote or backslash; choose "
+                "another folder with --out"
             )
     if not settings.engine.compiles_kernels:
         return
@@ -50,7 +50,8 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
     to_be_cold = of_rank(kernels, settings, 0)
     if settings.effective_kernel_cache != "warm" and any(to_be_cold.glob(f"*/{BUILT}")):
         raise CannotFill(
-            f"no cold start: {to_be_cold} contains compiled kernels; empty the folder, or use --kernel-cache warm"
+            f"a cold start is not possible, because {to_be_cold} contains compiled kernels; empty the folder, or use "
+            "--kernel-cache warm"
         )
     if settings.effective_kernel_cache == "cold":
         return
@@ -64,7 +65,7 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
                     raise KeyboardInterrupt
                 if time.monotonic() > until:
                     raise CannotFill(
-                        f"no warm kernel cache: the kernels were not built within {settings.deadline_s:g} "
+                        f"cannot fill the kernel cache: the kernels were not built within {settings.deadline_s:g} "
                         "s; choose a larger --deadline"
                     )
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -72,8 +73,8 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
         finally:
             builder.kill()  # the compilers that the builder started end with it
     if builder.returncode:
-        reason = output.strip().splitlines()[-1:] or ["no reason given"]
-        raise CannotFill(f"no warm kernel cache: {reason[0]}")
+        reason = output.strip().splitlines()[-1:] or ["the process that builds the kernels gave no reason"]
+        raise CannotFill(f"cannot fill the kernel cache: {reason[0]}")
 
 
 def of_rank(cache: Path, settings: RunSettings, rank: int) -> Path:

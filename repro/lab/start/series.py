@@ -1,6 +1,6 @@
 """Run several variants one after another. All runs share a launcher.
 
-Runs with the same requests share the file of reference tokens, which one process generates.
+Runs with the same requests also share one file of reference tokens, which a single process generates.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Series:
     ) -> tuple[RunDir | None, Document]:
         """Run one variant; return its directory and the content of verdict.json.
 
-        shown      gives the display of the run's progress; entered only if the run is possible
-        reference  a file to use in place of the single-process reference
+        shown      a context manager that shows the run's progress; it is entered only if the run is possible
+        reference  a file with reference tokens; by default a single process generates the tokens
 
-        If the run is not possible on this machine, returns None, and a document whose ``skipped`` says what is missing.
-        If its files cannot be written, returns the same; but before any run has ended, raises OutputError or OSError.
+        If this machine cannot run the variant, returns None and a document whose ``skipped`` gives the reason. The same
+        if the run cannot write its files and an earlier run has ended. If none has, raises OutputError or OSError.
         """
         missing = scenarios.load(settings.scenario).missing(settings)
         if not missing:

@@ -1,4 +1,7 @@
-"""Write the folder of a diagnosis: run.json, verdict.json, report.html, ISSUE.md, and the records to judge again."""
+"""Write the folder of a diagnosis: run.json, verdict.json, report.html, ISSUE.md, and the records of the evidence.
+
+With the records, `hmr diagnose FOLDER` can repeat the diagnosis.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def write(
 ) -> None:
     """Write the folder of a diagnosis. Raises OSError.
 
-    alone: path -> the diagnosis of that path without the others, for a table of runs that differ in one setting
+    alone: path -> the diagnosis of this path's files alone, for a table of runs that differ in one setting
     closing: the last line of ISSUE.md
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ MAX_TREE, MAX_ROWS = 60, 64
 def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, job: JobRecords, apart: Mapping[str, str]) -> str:
     """Return the bug report as Markdown.
 
-    `apart`: path -> headline of that path's own diagnosis, for a table of runs.
+    apart: path -> headline of the diagnosis of this path's files alone, for a table of runs
     """
     lines = [f"# Hang: {headline}", "", *diagnosis.summary, ""]
     lines += _listed("Why", diagnosis.evidence)
@@ -61,8 +61,8 @@ def _tree(job: JobRecords) -> list[str]:
     twice = [rows for rows in looks if len(rows) > 1]
     moved = sorted({str(rows[-1].process) for rows in twice if _place(rows[0]) != _place(rows[-1])})
     if twice:
-        lines += [f"Of {len(twice)} processes that were looked at twice, these changed their place until the last "
-                  f"look: {stack_tree.name_all(moved) if moved else 'none'}.", ""]  # fmt: skip
+        lines += [f"Of the {len(twice)} processes that were observed twice, these were at another place in the last "
+                  f"observation: {stack_tree.name_all(moved) if moved else 'none'}.", ""]  # fmt: skip
     return lines
 
 
@@ -71,7 +71,7 @@ def _place(stack: Stack) -> tuple[str, str]:
 
 
 def _counters(job: JobRecords) -> list[str]:
-    """Tabulate the last operation queued and completed, for each rank and group, in the earlier and the last dump."""
+    """Make a table of the last queued and the last completed operation of each rank and group, from up to two dumps."""
     rows = []
     for rank, dump in job.recorders.items():
         before = _positions(job.earlier[rank]) if rank in job.earlier else {}

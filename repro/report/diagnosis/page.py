@@ -15,7 +15,7 @@ from repro.verdict.partial.job_records import JobRecords
 
 @dataclass(frozen=True)
 class TreeRow:
-    """A line of the stack tree, with the number of HTML lists to open before it and to close after it."""
+    """A line of the stack tree, with the number of HTML lists to open before the line and to close after it."""
 
     names: str
     innermost: str

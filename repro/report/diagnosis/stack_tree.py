@@ -18,9 +18,9 @@ MAX_DEPTH = 120
 
 @dataclass(slots=True)
 class Node:
-    """A frame that the processes `names` share, with all frames outside it.
+    """A frame of the tree. All processes of `names` have this frame and the frames from it up to the root.
 
-    `ends`: processes whose innermost frame it is.
+    ends   the processes whose innermost frame this is
     """
 
     frame: str
@@ -40,7 +40,7 @@ class Line:
 
 
 def merge(stacks: Iterable[Stack]) -> Node:
-    """Merge stacks into a tree. Line numbers are dropped if they would split one function into many branches."""
+    """Merge stacks into a tree. Line numbers are dropped, because they would split one function into many branches."""
     root = Node("")
     for stack in stacks:
         name = str(stack.process)
@@ -57,7 +57,7 @@ def merge(stacks: Iterable[Stack]) -> Node:
 def lines(root: Node) -> list[Line]:
     """Return the tree as lines, from the outermost frame inwards.
 
-    Frames without a branch share a line; larger branches first.
+    Consecutive frames without a branch share a line. At a branch, the subtree with the most processes comes first.
     """
     tree: list[Line] = []
     stack: list[tuple[Node, int]] = [(child, 0) for child in _ordered(root)]
@@ -73,7 +73,7 @@ def lines(root: Node) -> list[Line]:
 
 
 def _ordered(node: Node) -> list[Node]:
-    """Return the children, the largest last: `lines` takes nodes from the end of a list, so the largest come first."""
+    """Return the children, the one with the most processes last: `lines` takes nodes from the end of a list."""
     return sorted(node.children.values(), key=lambda child: (len(child.names), child.frame))
 
 
@@ -97,7 +97,7 @@ def name_all(names: Sequence[str]) -> str:
 
 
 def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
-    """Return (activity, innermost frames) -> the processes in this state. The largest class comes first."""
+    """Return (activity, innermost frames) -> the processes that have both. The largest class comes first."""
     names: dict[tuple[str, str], list[str]] = {}
     for stack in stacks:
         key = (_doing(stack), " < ".join(stack.frames[:2]))

@@ -43,9 +43,10 @@ def script_data(data: RunData) -> dict[str, Any]:
 
 
 def pack_lanes(data: RunData) -> Iterator[tuple[int, str]]:
-    """Return (rank, base64 of deflated columns): five columns of 32-bit integers, one of each per span.
+    """Yield (rank, base64 of the deflated columns of its lane).
 
-    The columns: start (as differences), length, label, sequence number, step + 1.
+    There are five columns of 32-bit integers, each with one number for each span: start (minus the start of the
+    previous span), length, label, sequence number, step + 1.
     """
     start_ns, unit_ns = data.span_ns()[0], _unit_ns(data)
     for lane in data.lanes.values():

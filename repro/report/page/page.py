@@ -36,7 +36,7 @@ _SCRIPTS = (
 
 @dataclass(frozen=True)
 class Card:
-    """A card for one of the runs shown side by side. link: the address of its page; "" for the run of this page."""
+    """A card for one of the runs shown side by side. link: the address of its report; "" for the run of this page."""
 
     verdict: Document
     kind: str

@@ -55,7 +55,7 @@ def config(data: RunData) -> str:
 
 
 def main_stack(text: str) -> str:
-    """Return the main thread of a faulthandler dump, which is the last thread in it. Paths are shortened."""
+    """Return the stack of the main thread, which is the last one in a faulthandler dump. Paths are shortened."""
     thread = re.split(r"^(?:Current thread|Thread) 0x", text, flags=re.MULTILINE)[-1]
     frames = [line for line in thread.splitlines() if line.startswith("  ")]
     return "\n".join(re.sub(r'"([^"]*)"', lambda path: f'"{short_site(path.group(1))}"', line) for line in frames)

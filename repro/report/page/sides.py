@@ -1,6 +1,6 @@
-"""Show, in columns, what ranks issued around the divergence: the declared schedule, and a column for each side.
+"""Show in columns what ranks issued around the divergence, the first place where they differ.
 
-A side is a group of ranks that issued the same entries there.
+The first column is the declared schedule. The others are the sides: a side is the ranks that issued the same entries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BEFORE, _AFTER = 4, 5
 
 @dataclass(frozen=True)
 class Row:
-    """One position of the schedule: the declared entry, and what each side issued there; "" if nothing."""
+    """One position of the schedule: the declared entry, and the entry that each side issued there; "" is no entry."""
 
     planned: str
     issued: tuple[str, ...]
@@ -95,7 +95,10 @@ def _rows(plan: Sequence[Entry], issued: Sequence[Sequence[Entry]]) -> Iterator[
 
 
 def _divergent(rows: Sequence[Row]) -> int:
-    """Return the index of the first row that diverges; if none does, of the first that only some sides have issued."""
+    """Return the index of the first row that diverges.
+
+    If no row diverges, return the index of the first entry that only some sides have issued, or 0.
+    """
     diverging = (k for k, row in enumerate(rows) if any(row.diverges))
     uneven = (k for k, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1)
     return next(diverging, next(uneven, 0))
@@ -107,7 +110,10 @@ def name_entry(entry: Entry) -> str:
 
 
 def _read_step(data: RunData, rank: int, number: int) -> Step | None:
-    """Return the rank's step with this number; if there is none, its last step; None if its witness cannot be read."""
+    """Return the rank's step with this number, or its last step if there is no such step.
+
+    None if the witness has no steps or cannot be read.
+    """
     try:
         witness = read(data.run_dir.witness(rank))
     except (OSError, WitnessError):

@@ -26,7 +26,7 @@ class Frame:
 
 
 class Chart:
-    """Draws lanes into an Svg. merged: whether narrow bars were drawn as one."""
+    """Draws lanes into an Svg. merged: whether some narrow bars were drawn as one bar."""
 
     def __init__(self, svg: Svg, data: RunData, window_ns: tuple[int, int], frame: Frame, ranks: Sequence[int]) -> None:
         self._svg, self._data, self._frame, self._ranks = svg, data, frame, ranks
@@ -172,7 +172,7 @@ def _round_step(about_ns: float) -> int:
 
 
 def name_time(t_ns: int, step_ns: int) -> str:
-    """Format a time for the axis, in s, ms, µs or ns. step_ns: the distance between two grid lines, which decides it"""
+    """Format a time for the axis. The distance between two grid lines, step_ns, decides the unit: s, ms, µs or ns."""
     for unit_ns, unit in ((1_000_000_000, "s"), (1_000_000, "ms"), (1_000, "µs")):
         if step_ns >= unit_ns / 10:
             return f"{t_ns / unit_ns:.{0 if step_ns >= unit_ns else 1}f} {unit}"

@@ -53,7 +53,7 @@ class Svg:
         return self._shape("path", {"class": css, "d": commands})
 
     def arrow(self, colour: int, commands: str) -> None:
-        """Draw a path with an arrow head, in the colour of the waiting ranks."""
+        """Draw a path with an arrow head. colour: the number of the colour of the place at which the ranks wait."""
         self.path(f"n{colour} arrow", commands).set("marker-end", f"url(#{self._key}-head{colour})")
 
     def text(

@@ -1,6 +1,6 @@
 """Draw timeline.svg and the small strips on the page: lanes of ranks over time, in a light and a dark scheme.
 
-A group has the same colour in every picture of a run. A call that never returns is hatched, which is visible in print.
+A group has the same colour in every picture of a run. A call that never returns is hatched, to be visible in print too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def strip(data: RunData, width: int = 560) -> str:
 
 
 def interesting_ns(data: RunData) -> tuple[int, int]:
-    """Return the most interesting time window: the stall, and an equally long time before it."""
+    """Return the most interesting time window, in ns of the shared clock.
+
+    For a hang: the stall, and a slightly longer time before it. For any other run: from the first step to the end.
+    """
     start_ns, end_ns = data.span_ns()
     if not data.stuck:
         spans = (span for lane in data.lanes.values() for span in lane.spans())
@@ -66,7 +69,10 @@ def interesting_ns(data: RunData) -> tuple[int, int]:
 
 
 def choose_ranks(data: RunData, most: int) -> list[int]:
-    """Choose at most ``most`` ranks, some from every place at which ranks wait. The smallest places come first."""
+    """Choose at most ``most`` ranks, some from each place at which ranks wait.
+
+    Places with few ranks are served first, so that a single rank that differs is shown.
+    """
     if len(data.lanes) <= most:
         return list(data.lanes)
     places: dict[object, list[int]] = {}

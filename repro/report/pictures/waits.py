@@ -16,7 +16,7 @@ _MOST_CHARACTERS = {"bold": 34, "mono": 31, "dim small": 40}
 
 
 def draw_waits(data: RunData) -> str:
-    """Draw a box for each place at which ranks wait, and arrows to the ranks they wait for; "" without arrows."""
+    """Draw a box for each place at which ranks wait, and arrows to the ranks they wait for; "" if there is no arrow."""
     waits = [wait for wait in data.verdict.waits if wait.ranks][:MAX_WAITS]
     if not any(wait.awaited for wait in waits):
         return ""
