@@ -18,7 +18,7 @@ _LIBC = ctypes.CDLL(None)  # loaded at import, because little is safe between fo
 def die_with_parent(parent: int | None = None) -> None:
     """Ask the operating system to kill this process when its parent ends. If the parent has ended, exit at once.
 
-    Linux does this already when the *thread* that started the process ends. So start children from the main thread.
+    Linux kills the process as soon as the *thread* that started it ends. So start children from the main thread.
 
     parent: pid of the process that started this one, if known
     """

@@ -88,8 +88,8 @@ def kill(processes: Iterable[psutil.Process]) -> list[int]:
     All processes are stopped before the first is killed. Otherwise a rank that sees a peer's connection close could
     write to its witness after the verdict, and the files would differ from what was judged.
 
-    An ended process stays until its parent has reaped it. For an orphan the init process does that, which may take
-    seconds.
+    A process that has ended remains in the process table until its parent reaps it. The init process reaps a process
+    without a parent, which may take seconds.
     """
     left = list(processes)
     for process in left:

@@ -1,7 +1,7 @@
 """Collect the facts about the ranks of this host: which processes run or are stopped, their CPU use, lock holders.
 
-A witness shows what a rank did last. The facts show what its process does now. Ranks of other hosts are left out: the
-agent of each host (`repro.hosts.agent`) observes its own.
+A witness shows what a rank did last. The facts show what the process of the rank does now. Ranks of other hosts are
+left out: an agent on each host (`repro.hosts.agent`) observes the ranks of that host.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ SHORTEST_MEASURE_S = 0.1
 class System:
     """Collects the facts about the ranks of this host. Some facts need several calls: deaths, abandoned locks, CPU use.
 
-    patience_s   a lock is reported to have no holder only if this was so for this many seconds: a process that wants
-    the
-                 lock may try only now and then
+    patience_s   A lock is reported to have no holder only after it had none for this many seconds. For a shorter time,
+                 a free lock is normal: a waiting process may test it only now and then.
     """
 
     def __init__(self, patience_s: float, host: Host | None = None) -> None:
@@ -44,8 +43,8 @@ class System:
     def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
         """Collect the facts, with the CPU use of the last measurement.
 
-        running: the result of :meth:`running`, called before the witnesses were read. In the other order, a rank that
-        ends normally between the two would count as dead, because its witness does not yet say that it is done.
+        running: the result of :meth:`running`. Call it before you read the witnesses. Otherwise a rank that ends
+        normally in between would count as dead, because the witness was read before the rank was done.
         """
         return Facts(
             {rank: process is not None for rank, process in running.items()},
@@ -85,7 +84,7 @@ class System:
     def measure(self, pids: Mapping[int, int]) -> None:
         """Measure CPU use since the last measurement or :meth:`begin_measuring`.
 
-        Does nothing if that was too recent.
+        If that was less than SHORTEST_MEASURE_S ago, the CPU use is unknown until the next measurement.
         """
         before, measured_at, stolen_s, late_s = self._used, self._measured_at, self._stolen_s, self._late_s
         self.begin_measuring(pids)

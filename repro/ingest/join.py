@@ -1,8 +1,8 @@
 """Fill in the global rank of a record that has only a GPU or a process id, from records of other lines and files.
 
-For example, a line of the kernel log has a GPU's PCI address, and a line of an NCCL log has the address and the rank.
+For example, a line of the kernel log has a GPU's PCI address, and a line of an NCCL log has this address and the rank.
 The rank in an NCCL communicator is a global rank only if the communicator contains every process that was seen. The
-same process id or PCI address may exist on two hosts. If a record fits ranks on both, it stays without a rank.
+same process id or PCI address may exist on two hosts. A record that could belong to a rank of either host gets no rank.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Ranks:
 
 
 def join(records: Sequence[Observation]) -> list[Observation]:
-    """Return the same records. Where a record lacks a rank that other records show, the rank is filled in."""
+    """Return the same records, with the missing ranks filled in where other records show them."""
     records = _with_workers_of_engines(records)
     members = [record for record in records if isinstance(record, Member)]
     if not members and not any(isinstance(it, Failure) and (it.bus or it.host) for it in records):
@@ -58,7 +58,7 @@ def join(records: Sequence[Observation]) -> list[Observation]:
 def _with_workers_of_engines(records: Sequence[Observation]) -> Sequence[Observation]:
     """Fill in the global ranks of vLLM's workers. Each engine numbers its own workers from 0.
 
-    "VllmWorker-1 of EngineCore_DP2" is rank 5, if each engine has two workers.
+    For example, if each engine has two workers, "VllmWorker-1 of EngineCore_DP2" is rank 2 * 2 + 1 = 5.
     """
     if not any(isinstance(record, Failure) and _WORKER_OF_ENGINE.match(record.process.title) for record in records):
         return records
@@ -119,9 +119,9 @@ def _ranks_of(members: Iterable[Member]) -> _Ranks:
 
 
 def _by_the_world(communicators: Iterable[Sequence[Member]], seen: set[_Key]) -> dict[_Key, int]:
-    """Return process -> rank in the communicator that contains every process in ``seen``; {} if there is none.
+    """Return process -> global rank, from the communicator that contains every process in ``seen``; {} if none does.
 
-    It is the communicator of all ranks, so its ranks are global ranks.
+    Such a communicator contains all ranks, so the ranks in it are global ranks.
     """
     rows = list(communicators)
     largest = max((members[0].size for members in rows), default=0)

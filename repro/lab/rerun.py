@@ -25,7 +25,7 @@ def commands(settings: RunSettings) -> tuple[Command, ...]:
 
 
 def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
-    """Return the command that runs a variant again; with the variant "all", every variant."""
+    """Return the command that runs a variant again. The variant "all" means every variant."""
     plain = _plain(settings)
     flags = list(differences(settings, plain))
     words = _words(flags)
@@ -62,7 +62,10 @@ def _words(flags: Iterable[tuple[Flag, Any]]) -> list[str]:
 
 
 def _changed(plain: RunSettings, flags: Iterable[tuple[Flag, Any]]) -> RunSettings | None:
-    """Apply these values to ``plain``; None if they are valid only together with a setting that has no flag."""
+    """Return ``plain`` with the values of these flags.
+
+    Return None if the values are valid only together with another setting of the run, for which no flag exists.
+    """
     values = {flag.field: value for flag, value in flags}
     engine = {field.removeprefix("engine."): value for field, value in values.items() if field.startswith("engine.")}
     rest = {field: value for field, value in values.items() if not field.startswith("engine.")}

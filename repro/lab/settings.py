@@ -52,12 +52,12 @@ DEFAULT_ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, num_pag
 class RunSettings(Config):
     """The settings of one run of one variant: the content of config.json, and of a user's file for ``--config``.
 
-    kernel_cache     what the run's own cache of compiled kernels contains at the start: "cold" nothing, "warm" all;
-                     "split": every rank has its own cache, and only rank 0's is cold
+    kernel_cache     the state of the run's own kernel cache at the start. "cold": it is empty. "warm": it contains all
+                     compiled kernels. "split": every rank has its own cache, and only the cache of rank 0 is cold
     ring_records     how many events a rank's witness keeps; each group's last collective is kept in any case
-    drawn_for        the number of dp ranks for which requests are drawn. If the run has fewer dp ranks, they share
-                     the requests, so that it serves the same as a larger run. 0: the run's own number of dp ranks
-    group_timeout_s  seconds after which a collective gives up; 0: long after the deadline
+    drawn_for        the number of dp ranks for which requests are generated; 0 means as many as the run has. If the run
+                     has fewer, they share the requests, so that a small run serves the same requests as a large run
+    group_timeout_s  seconds after which a collective gives up; 0 means that it gives up long after the deadline
     """
 
     scenario: str
@@ -104,14 +104,14 @@ class RunSettings(Config):
             )
         if self.drawn_for < 0:
             raise ConfigError(
-                f"{self.drawn_for} is less than 0; 0 draws requests for the dp ranks of this run", "drawn_for"
+                f"{self.drawn_for} is not a number of dp ranks; use 0 for the number that this run has", "drawn_for"
             )
         if self.ring_records < 64 or self.ring_records % 2:
             raise ConfigError(
                 f"{self.ring_records} is not an even number of events in 64..{MAX_RING_RECORDS}", "ring_records"
             )
         if not self.group_timeout_s >= 0:
-            raise ConfigError(f"{self.group_timeout_s} is not a number of seconds from 0", "group_timeout_s")
+            raise ConfigError(f"{self.group_timeout_s} is not a number of seconds of at least 0", "group_timeout_s")
         for name in ("quiet_window_s", "deadline_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{getattr(self, name)} is not a positive number of seconds", name)
@@ -131,8 +131,8 @@ class RunSettings(Config):
         of_a_rank = work.max_requests * (work.max_prompt_tokens + work.max_new_tokens) + work.max_arrival_step
         if num_ranks * of_a_rank > MAX_WORK:
             raise ConfigError(
-                f"up to {num_ranks * of_a_rank} tokens and steps of {num_ranks} dp ranks, but at most {MAX_WORK} are "
-                "allowed; choose smaller max_requests, max_new_tokens or max_arrival_step",
+                f"the requests of {num_ranks} dp ranks may take {num_ranks * of_a_rank} tokens and steps, but at most "
+                f"{MAX_WORK} are allowed; choose a smaller max_requests, max_new_tokens or max_arrival_step",
                 "workload",
             )
 
@@ -175,7 +175,8 @@ class RunSettings(Config):
         """
         if document.get("scenario", flags["scenario"]) != flags["scenario"]:
             raise ConfigError(
-                f"the file is for the scenario {document['scenario']!r}, but {flags['scenario']!r} is to be run", where
+                f"the file is for the scenario {document['scenario']!r}, but the command runs {flags['scenario']!r}",
+                where,
             )
         defaults = defaults or {}
         merged: dict[str, Any] = {**defaults, **document, **flags}
@@ -203,22 +204,25 @@ class RunSettings(Config):
 
     @property
     def starts_unsafe(self) -> bool:
-        """Whether to start a configuration that a server would refuse: with allow_unsafe, and in every `fault` run."""
+        """Whether the engine starts although a server would refuse this configuration.
+
+        It does so if allow_unsafe is set, and in every `fault` run.
+        """
         return self.allow_unsafe or self.variant == "fault"
 
     @property
     def effective_checks(self) -> str:
-        """Return the value of ``checks``.
+        """Return the value of ``checks``, or the default if none is set.
 
-        The default is "observe" in a `fault` run, which must be able to hang, else "agree".
+        The default is "observe" in a `fault` run, because this run must be able to hang. In other runs it is "agree".
         """
         return self.checks or ("observe" if self.variant == "fault" else "agree")
 
     @property
     def effective_kernel_cache(self) -> str:
-        """Return the value of ``kernel_cache``.
+        """Return the value of ``kernel_cache``, or the default if none is set.
 
-        The default is "warm" in a `control` run, which builds nothing, else "cold".
+        The default is "warm" in a `control` run, because this run builds nothing. In other runs it is "cold".
         """
         return self.kernel_cache or ("warm" if self.variant == "control" else "cold")
 
@@ -242,7 +246,7 @@ def _check_bounds(config: Config, where: str = "") -> None:
             _check_bounds(value, f"{path}.")
         elif isinstance(value, str | tuple):
             if len(value) > LARGEST.get(path, 4096):
-                raise ConfigError(f"{len(value)} is longer than {LARGEST.get(path, 4096)}", path)
+                raise ConfigError(f"the length {len(value)} is more than {LARGEST.get(path, 4096)}", path)
         elif isinstance(value, int | float):
             largest = LARGEST.get(path, 1_000_000 if isinstance(value, int) else 1e12)
             if abs(value) > largest:

@@ -36,7 +36,7 @@ class Collection:
     signal    number of a signal at which the job's handler writes stacks; 0 if the user allowed none
     logs      log files that the user named
     numbered  whether the real ranks are unknown, so that the processes are numbered in the order of their start
-    hidden    a sentence for each thing that this user was not allowed to see, with how to allow it
+    hidden    for each thing that this user was not allowed to see: a sentence that names it and says how to get access
     """
 
     run_dir: RunDir
@@ -56,7 +56,7 @@ class Collection:
         return {member.rank: member for member in self.job.members if member.rank is not None}
 
     def collect(self, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Examine the processes LOOKS times; once, ask the interfaces that the job offers, and read the kernel log.
+        """Examine the processes twice. In between, ask the interfaces that the job offers, and read the kernel log.
 
         Raises OSError if a file cannot be written.
         """
@@ -87,7 +87,7 @@ class Collection:
         write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
 
     def _take_stacks(self, number: int) -> dict[int, Threads]:
-        """Take stacks with py-spy; from a process that it cannot read, by torch's worker server or a signal handler."""
+        """Take stacks with py-spy. If it cannot read a process, ask torch's worker server or use a signal handler."""
         pids = list(_pids_with_stacks(self.job))
         program = find_py_spy()
         answers = take_stacks(program, pids) if program else {}
@@ -181,7 +181,10 @@ class Collection:
         write_atomically(folder / f"{name}.{look}.{form}", content)
 
     def _title(self, pid: int) -> str:
-        """Return the title of a process, to be written into its stack file; "" if the file's name has its rank."""
+        """Return the title of a process, to be written into its stack file.
+
+        Return "" if the name of the stack file already shows the rank and the process has set no title.
+        """
         member = next((member for member in self.job.members if member.pid == pid), None)
         if member is None:
             return command_of(pid)[:300]

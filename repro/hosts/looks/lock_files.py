@@ -116,7 +116,7 @@ def _open_inodes(pid: int, proc: Path) -> Iterator[tuple[int, str]]:
 
 
 def _path_of(entry: TableEntry, opened: Mapping[int, Mapping[int, str]]) -> str:
-    """Return the path of a locked file, by which the process of the entry or another one of the job has it open."""
+    """Return the path of a locked file, as a process of the job has opened it; "inode N" if no process has it open."""
     own = opened.get(entry.pid, {}).get(entry.inode)
     paths = [files[entry.inode] for files in opened.values() if entry.inode in files]
     return own or (paths[0] if paths else f"inode {entry.inode}")

@@ -46,7 +46,7 @@ def named(paths: Sequence[Path]) -> list[LogFile]:
 def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
     """Return the regular files that are standard output or error of the job's processes and of their ancestors.
 
-    If this process or an ancestor of it writes to a file too, the file is left out: it has the output of `collect`.
+    A file to which this process or one of its ancestors writes is left out, because it contains `collect`'s own output.
     """
     own = {file for pid in _with_parents([os.getpid()], table) for file, _, _ in _outputs(pid)}
     writers: dict[File, set[int | None]] = {}

@@ -29,8 +29,8 @@ def look_at(
 ) -> dict[str, Any]:
     """Examine the job once. Returns JSON values in the form that `repro.ingest` reads.
 
-    stacks  pid -> its threads at about this moment, if they could be taken
-    hidden  sentences about what this user was not allowed to see
+    stacks    pid -> the threads of the process at about this moment; without processes whose stacks could not be taken
+    hidden    sentences about what this user was not allowed to see
     numbered  whether the real ranks are unknown, so that the processes are numbered in the order of their start
     """
     table = read_all()

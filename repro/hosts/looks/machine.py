@@ -35,9 +35,10 @@ class OtherClock(ValueError):
 
 
 def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL_LOG) -> list[str]:
-    """Return lines of the kernel log: errors of devices, and processes with one of these names that the kernel killed.
+    """Return the lines of the kernel log that report an error of a device, or that the kernel killed a process.
 
-    since_boot_s: only later lines are returned, because earlier ones are older than the job
+    since_boot_s  a time in seconds after boot; lines from before this time are left out, because the job is younger
+    names         kills of processes with other names than these are left out
 
     Raises PermissionError if this user may not read the log. Raises OtherClock in a time namespace, where the age of a
     line is not known. Each line begins with its time in UTC.

@@ -65,7 +65,7 @@ def may_move(threads: Threads, pid: int) -> bool:
 
 
 def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
-    """Yield the lock files of which local variables of the main thread contain the path or the build folder."""
+    """Yield the lock files whose path, or whose build folder, is in a local variable of the main thread."""
     for frame in _frames(main_thread(threads, pid)):
         for _, text in variables_of(frame):
             if match := _TEXT.match(text):

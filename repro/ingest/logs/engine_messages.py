@@ -1,6 +1,6 @@
 """Read what serving engines (vLLM, SGLang, TensorRT-LLM, Ray) print during a hang.
 
-Most of it is no error, but a line that the engine repeats while it waits.
+Most of these lines are not errors: the engine prints them again and again while it waits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a gra
 class Engine:
     """Reads the lines of a serving engine in one file.
 
-    A line at the start of a process has its rank. The reader notes pid and rank, for lines that have only the pid.
+    The first lines of a process contain its rank, later lines only its pid. The reader records which rank has this pid.
     """
 
     def __init__(self) -> None:

@@ -110,10 +110,10 @@ class NcclLog:
         yield Note("world", f"a communicator of {size} ranks", process, str(size), None, source)
 
     def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
-        """Count a launch, and keep its operation.
+        """Count a launch, and add its operation to the communicator's newest operations.
 
-        The line's `opCount` numbers the launches in hexadecimal. Since NCCL 2.27 it is always 0 on a single node; then
-        the lines are counted.
+        `opCount` in the line is the number of the launch, in hexadecimal. Since NCCL 2.27 it is always 0 on a single
+        node. In that case the lines are counted.
         """
         key = (host, process.pid, match[6])
         row = self._communicators.get(key)

@@ -48,7 +48,7 @@ class Line:
     number    the number of the line in its file, from 1
     text      the line without colour codes
     process   the process that wrote the line
-    at_s      its time stamp in seconds since the start of the year; None if it has none
+    at_s      the time stamp of the line, in seconds since the start of the year; None if the line has no time stamp
     """
 
     number: int

@@ -112,8 +112,10 @@ class Watchdog:
 
 
 def _work(number: str) -> int | None:
-    """Parse a counter of operations; None before the first operation. Then torch 2.3 prints a random number, later
-    versions print -1."""
+    """Parse a counter of operations. Return None if there was no operation yet.
+
+    In that case torch 2.3 prints a random number, and later versions print -1.
+    """
     value = int(number)
     return value if 0 <= value < _GARBAGE else None
 
@@ -121,8 +123,8 @@ def _work(number: str) -> int | None:
 def _dump_signal(match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
     """Read a line that says that a watchdog, this rank's or another's, asked this rank for a Flight Recorder dump.
 
-    Only the watchdog of process group 0 prints it. So its counters are those of the default group, even if another
-    group hangs.
+    Only the watchdog of process group 0 prints this line. So the counters in the line are those of the default group,
+    even if another group hangs.
     """
     origin = match[1] or "own"
     who = "its own watchdog" if origin == "own" else f"rank {origin}"

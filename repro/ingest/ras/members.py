@@ -8,9 +8,9 @@ from repro.trace.foreign.records import Member, RasCommunicator
 
 
 def of_the_world(members: Iterable[Member], communicators: Sequence[RasCommunicator]) -> list[Member]:
-    """Return the members of the largest communicator, if only one has this size; else [].
+    """Return the members of the largest communicator; [] if two communicators have the largest size.
 
-    We assume that it contains all ranks, so that the ranks in it are global ranks.
+    We assume that the largest communicator contains all ranks, so that the ranks in it are global ranks.
     """
     sizes = sorted((row.size for row in communicators), reverse=True)
     if not sizes or sizes[1:2] == sizes[:1]:

@@ -70,7 +70,8 @@ class Rows:
 def by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str, str], Rows], array[int]]:
     """Sort the entries of a dump by process group.
 
-    Returns (id, name, description) of a group -> its entries; and for each entry of the dump the index of its group.
+    Returns two values: a table (id, name, description) of a group -> the entries of the group; and an array that has,
+    for each entry of the dump, the index of its group.
     """
     rows: dict[tuple[str, str, str], Rows] = {}
     quick: dict[Any, Rows] = {}
@@ -117,7 +118,7 @@ def short_text(value: Any) -> str:
 def backend_of(entry: Mapping[str, Any]) -> str:
     """Return the part of an entry's name before the colon: the backend, "nccl" in "nccl:all_reduce".
 
-    Dumps of TorchComms have the group's description there.
+    In dumps of TorchComms, this part is the group's description.
     """
     return short_text(entry.get("profiling_name")).rpartition(":")[0]
 

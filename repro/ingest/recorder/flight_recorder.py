@@ -8,10 +8,10 @@ What the format does not say by itself:
 - A dump does not contain its rank. The rank is the last number in the file's name.
 - The field `state` stays "scheduled" on gloo and in dumps of TorchComms. There only `retired` shows that an operation
   is over. On NCCL, an operation that is retired but not completed ran into its time-out.
-- If a later operation of its group has completed, an operation is over, whatever its state says.
-- The parts of a coalesced operation have no completion of their own; that of the whole operation counts.
-- `pg_config` has the groups' names as keys, and `pg_status` their ids. Entries have both. In gloo dumps `pg_config` is
-  empty.
+- An operation is over if a later operation of the same group has completed, whatever the field `state` says.
+- The parts of a coalesced operation are never marked as completed. They are over when the whole operation is over.
+- The keys of `pg_config` are the groups' names, and the keys of `pg_status` are the groups' ids. Entries have both. In
+  gloo dumps `pg_config` is empty.
 - In the names of sends and receives ("recv 1<-0"), the numbers are group ranks.
 """
 

@@ -1,1 +1,1 @@
-"""Read the stacks of threads from the dumps of other tools, and derive from its frames what a thread does."""
+"""Read the stacks of threads from the dumps of other tools, and derive from the frames what each thread does."""

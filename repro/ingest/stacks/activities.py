@@ -87,9 +87,9 @@ def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
 
 
 def _match_outwards(patterns: Sequence[re.Pattern[str]], frames: Sequence[str]) -> list[re.Match[str]] | None:
-    """Match the patterns one after the other, each against the frames outside the one that matched before.
+    """Match the patterns in order, from the innermost frame outwards. Each frame can match only one pattern.
 
-    Returns the match of each pattern; None if a pattern matches no frame.
+    Returns the match of each pattern; None if a pattern matches none of the frames that remain.
     """
     rest = iter(frames)
     matches = []

@@ -56,7 +56,7 @@ MAX_FRAME = 600
 
 @dataclass(slots=True)
 class _Open:
-    """A stack of which not all lines have been read yet."""
+    """A stack whose lines are still being read."""
 
     process: Process
     name: str
@@ -178,8 +178,8 @@ def _start_of(line: str) -> tuple[re.Match[str], bool, bool] | None:
 def _frame(line: str, *, bare: bool) -> str:
     """Return the frame in a line of any of the formats as "function (file:line)"; "" if the line is not a frame.
 
-    bare: whether a line with only a function's name is a frame. It is one in the output of py-spy; in other formats the
-    program itself printed the line.
+    bare: whether a line with only a function's name is a frame. In the output of py-spy such a line is a frame. In
+    other formats the program itself printed the line.
     """
     line = line[:MAX_FRAME].rstrip()
     if match := _FAULT_FRAME.match(line):
@@ -197,9 +197,9 @@ def _frame(line: str, *, bare: bool) -> str:
 
 
 def _pyspy_frame(text: str, bare: bool) -> str:
-    """Return the frame in a line of py-spy, "function (file:line)"; "" if it is none.
+    """Return the frame in a line of py-spy, "function (file:line)"; "" if the line is not a frame.
 
-    The names of native functions and of files may contain brackets, so the last pair of brackets is searched.
+    The names of native functions and of files may contain brackets, so only the last pair of brackets counts.
     """
     depth = 0
     for place in range(len(text) - 1, -1, -1) if text.endswith(")") else ():
@@ -214,8 +214,8 @@ def _pyspy_frame(text: str, bare: bool) -> str:
 def _runs_the_program(frames: Sequence[str]) -> bool:
     """Whether a stack belongs to the thread that runs the program.
 
-    It has Python frames, and its outermost frames are not those with which `threading` starts a thread. TensorRT-LLM
-    runs its main loop in a thread of its own, which counts, too.
+    The stack of this thread has Python frames, and its outermost frames are not those with which `threading` starts a
+    thread. TensorRT-LLM runs its main loop in a separate thread. For this thread, too, the result is true.
     """
     if any("pyexecutor/py_executor.py" in frame and "_loop" in frame for frame in frames):
         return True

@@ -18,10 +18,10 @@ _PEERS = {"send": ("dst", "group_dst"), "isend": ("dst", "group_dst"), "recv": (
 
 
 def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]:
-    """Return the name of the variable that holds the group of the collective, and the names that hold other groups.
+    """Return two values: the variable that holds the group of the collective, and the variables with other groups.
 
-    A name is "variable in function". The first is "default" if the program passed no group to the collective, and "" if
-    the variables do not show the group.
+    A variable is written as "variable in function". The first value is "default" if the program passed no group to the
+    collective, and "" if the variables do not show the group.
     """
     inner = [frame for frame in frames if _is_torch(frame)]
     program = [frame for frame in frames if not _is_torch(frame)]
@@ -40,7 +40,7 @@ def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]
 def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the address of the group that the program passed to the collective.
 
-    "" if it passed none; None if the variables do not show it.
+    Return "" if the program passed no group, and None if the variables do not show the group.
     """
     for frame in reversed(frames):
         variables = dict(variables_of(frame))

@@ -1,4 +1,4 @@
-"""Judge the files of a lab run again: compare its tokens again, and its verdict with the expected one."""
+"""Judge the files of a lab run again: compare the tokens with the reference, and the verdict with the expected one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repro.watch.offline import judge_files
 def compare_again(run_dir: RunDir) -> Comparison:
     """Compare the tokens in a run's files with the reference.
 
-    If a file is damaged, ``missing`` of the result names it.
+    If a file is damaged, the field ``missing`` of the result names the file.
     """
     try:
         comparison, damaged = _compare(run_dir, read_settings(run_dir.config))

@@ -120,7 +120,10 @@ def park(run_dir: RunDir) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run this process's rank. Returns 0, 2 for a usage error, or 125 if the run is not possible on this machine."""
+    """Run the rank of this process. Returns the exit code.
+
+    The code is 2 after a usage error, 125 if this machine cannot do the run, else 0.
+    """
     try:
         environment = RankEnvironment.read()
     except ConfigError as error:  # the rank may not be known yet, so every process prints the error
@@ -179,7 +182,7 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
 
 
 def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
-    """Raise CannotRunHere if this machine lacks what the scenario needs, or a GPU for each rank of this host."""
+    """Raise CannotRunHere if this machine lacks something that the scenario needs, or has fewer GPUs than ranks."""
     require_model()
     if missing := scenarios.load(settings.scenario).missing(settings):
         raise CannotRunHere(f"{settings.scenario}: {missing}")
@@ -188,7 +191,9 @@ def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
     import torch
 
     if (count := torch.cuda.device_count()) < num_local_ranks:
-        raise CannotRunHere(f"--backend nccl needs a GPU for each of {num_local_ranks} ranks of a host; {count} found")
+        raise CannotRunHere(
+            f"--backend nccl needs a GPU for each of {num_local_ranks} ranks of a host, but this host has {count}"
+        )
 
 
 def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> RunDir:

@@ -24,7 +24,7 @@ from repro.lab.settings import RunSettings
 class Expected:
     """The expected verdict of a variant. A field that is None is not checked.
 
-    step, layer    of every culprit; if there is no culprit, of every rank
+    step, layer    the position of every culprit; if there is no culprit, the position of every rank
     error          the type of the exception that every living rank raises
     planned        the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"
     suspects       the ranks that differ from the others, if no culprit can be proven
@@ -42,7 +42,7 @@ class Expected:
     or_else: Expected | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry of verdict.json: verdict and cause always, each other field if it is not None."""
+        """Return the entry of verdict.json. It always has verdict and cause; the other fields only if they are set."""
         optional: dict[str, Any] = {
             "step": self.step, "layer": self.layer, "planned": self.planned, "error": self.error,
             "culprits": _listed(self.culprits), "suspects": _listed(self.suspects),
@@ -72,18 +72,21 @@ REFUSED = Expected("crash", "error", error="ScheduleMismatch")
 class Scenario:
     """A fault and its fix. Each callable is a pure function: its result depends only on its arguments.
 
-    summary    one line: what goes wrong
-    source     the upstream issue or change that it rebuilds
-    policies   settings, rank -> the engine's policies; for the variant "control", the default ones of hybrid_moe_ref
-    hang       settings -> the expected verdict on the fault without the guard, computed from the workload
-    refused    settings -> the expected verdict on the fault under the guard (checks agree or strict)
-    fixed      settings -> the expected verdict on the fix; not clean if a server can end this run only with an error
-    server     settings, rank -> the rank's engine configuration; by default the same on all ranks
-    requests   settings, rank -> the requests that reach this rank
-    before     settings, cache folder of the run: prepares what an earlier start would have left on this machine
-    missing    settings -> why the scenario cannot run on this machine, or ""
-    starts     how often the server starts in one run; its caches stay for the next start
-    defaults   the scenario's changes to a run's defaults, as in config.json; a user's file overrides them
+    Callables are described as "arguments -> result".
+
+    summary    one line that says what goes wrong
+    source     the upstream issue or change whose hang the scenario rebuilds
+    policies   (settings, rank) -> the engine's policies
+    hang       (settings) -> the expected verdict on the fault without the guard, computed from the workload
+    refused    (settings) -> the expected verdict on the fault with the guard (`checks` is "agree" or "strict")
+    fixed      (settings) -> the expected verdict on the fix; a crash if a server can end this run only by an error
+    server     (settings, rank) -> the rank's engine configuration; by default the same on all ranks
+    requests   (settings, rank) -> the requests that reach this rank
+    before     (settings, cache folder of the run) -> nothing; it prepares what an earlier start would have left there
+    missing    (settings) -> why the scenario cannot run on this machine; "" if it can
+    starts     how often the server starts in one run; the cache folder is kept between the starts
+    defaults   the settings in which this scenario differs from the usual defaults, as in config.json; a user's file
+               overrides them
     """
 
     name: str

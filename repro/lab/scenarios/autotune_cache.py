@@ -53,7 +53,12 @@ def _key(tuner: ExpertTuner) -> str:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: each rank saves its own tuning result; fault: one rank saves for all; fix: so, too, and ranks vote."""
+    """Return the policies of a rank.
+
+    control: Each rank saves its own tuning result.
+    fault: One rank saves its result for all ranks.
+    fix: One rank saves its result for all ranks, and the ranks vote on whether to use it.
+    """
     return {
         "control": Policies(),
         "fault": Policies(tuning=SkipWhatIsCached()),
@@ -62,8 +67,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a deadlock in the second start. The rank that saved the result waits in the agreement of step 1, the
-    others in step 0, which is the tuning."""
+    """Predict a deadlock in the second start.
+
+    The rank that saved the result waits in the agreement of step 1. The others wait in step 0, which is the tuning.
+    """
     return Expected("deadlock", "skipped", (SAVER,), 1, "step")
 
 

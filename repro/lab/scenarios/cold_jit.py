@@ -1,11 +1,11 @@
 """One rank compiles kernels in the middle of the first step, while the others wait for its lock and log nothing.
 
 Upstream: vLLM issues 41865 ("worker 0 compiles for 172 s, the others hang") and 46764. On Hopper the GDN prefill is by
-default a module that is compiled at its first use. Under expert parallelism the experts are compiled so, too, at their
-first use after the dispatch of layer 0. One rank builds. The others wait for a lock file, without a time limit and
-without a log line. No rank makes progress, which looks like a deadlock. But no rank departs from the schedule, and the
-rank with the lock does not wait in a collective. The wait ends when the compiler ends, so the verdict must never be a
-deadlock.
+default a module that is compiled at its first use. Under expert parallelism the module of the experts is also compiled
+at its first use, which is after the dispatch of layer 0. One rank builds. The others wait for a lock file, without a
+time limit and without a log line. No rank makes progress, which looks like a deadlock. But no rank departs from the
+schedule, and the rank with the lock does not wait in a collective. The wait ends when the compiler ends, so the verdict
+must never be a deadlock.
 
 The control is the same server on a warm cache. The fix: build before the first collective, log the build and send
 heartbeats, and name the building rank to the ranks that wait.
@@ -50,8 +50,8 @@ class BuildAtFirstUse(KernelBuilds):
 
 @dataclasses.dataclass(frozen=True)
 class BuildEarly(KernelBuilds):
-    """The fix: build before the first collective, as the engine does by default, also if each rank has its own
-    cache."""
+    """The fix: build before the first collective. The engine does this by default; here each rank may have a cache of
+    its own."""
 
     settings: RunSettings
     rank: int
@@ -61,14 +61,19 @@ class BuildEarly(KernelBuilds):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: build at first use, warm cache; fault: the same, cold cache; fix: build before the first collective."""
+    """Return the policies of a rank.
+
+    control: Kernels would be built at first use, but the cache is warm.
+    fault: Kernels are built at first use, because the cache is cold.
+    fix: Kernels are built before the first collective.
+    """
     builds = BuildEarly if settings.variant == "fix" else BuildAtFirstUse
     return Policies(builds=builds(settings, rank))
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the verdict `slow`, in the step that first uses the kernels. With a long quiet window the run may also be
-    `clean`."""
+    """Predict the verdict `slow` in the step that first uses the kernels. With a long quiet window the verdict may also
+    be `clean`. With a cache per rank and a group timeout, predict a crash."""
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN
     if settings.effective_kernel_cache == "split" and settings.group_timeout_s:
@@ -78,7 +83,7 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def missing(settings: RunSettings) -> str:
-    """Return why the kernels cannot be compiled here; "" if they can, or if nothing is compiled."""
+    """Return why the kernels cannot be compiled here; "" if they can be compiled, or if the run compiles none."""
     if settings.backend == "nccl" and settings.engine.moe_backend == "jit":
         return "the compiled experts are C++ for a CPU: with --backend nccl, use --moe-backend auto"
     return extension.missing() if settings.engine.compiles_kernels else ""

@@ -3,10 +3,11 @@
 Upstream: nanochat issue 722, where only the first rank compiles and the others wait in the next collective. That takes
 seconds for a small model and minutes for a large one, prints nothing, and looks like a hang. The rank finishes and all
 ranks go on, unless the collective's timeout is shorter than the compilation. With `--group-timeout 3` the slow start
-becomes a failure; with 60 it does not.
+becomes a failure; with `--group-timeout 60` it does not.
 
-The fix: compile before any rank waits in a collective. One rank of the host compiles. The others wait for its lock,
-which names that rank and has its own deadline, and then load the result. No timeout of a collective runs meanwhile.
+The fix: compile before any rank waits in a collective. One rank of the host compiles under a lock, and the others wait
+for this lock and then load the result. The lock names the rank that compiles, and has a deadline. No rank is in a
+collective during this time, so no timeout of a collective can expire.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LIKELY_S = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class CompileAtFirstUse(Compilation):
-    """The fault: only one rank compiles, each part of the model at its first use."""
+    """The fault: only one rank compiles. It compiles each part of the model at the first use of this part."""
 
     rank: int
 
@@ -40,12 +41,13 @@ class CompileAtFirstUse(Compilation):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: one rank compiles at first use; control and fix: the engine's own policies."""
+    """Return the policies of a rank. In the fault, one rank compiles at first use. Control and fix use the engine's own
+    policies."""
     return Policies(compilation=CompileAtFirstUse(struck_rank(settings))) if settings.variant == "fault" else Policies()
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """control: nothing is compiled; fault and fix: with torch.compile."""
+    """Return the configuration. The control compiles nothing. Fault and fix use torch.compile."""
     config = settings.server()
     if settings.variant != "control":
         return config
@@ -53,8 +55,8 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the verdict `slow`, with the compiling rank as culprit. If the group timeout is shorter than the
-    compilation, predict a crash of any waiting rank."""
+    """Predict the verdict `slow`; the culprit is the rank that compiles. If the group timeout is shorter than the
+    compilation, predict a crash; which waiting rank fails first is not predicted."""
     if 0 < settings.group_timeout_s <= LIKELY_S:
         return Expected("crash", "error")
     may_be_quick = CLEAN if settings.quiet_window_s > 1 else None
@@ -64,13 +66,13 @@ def hang(settings: RunSettings) -> Expected:
 def fixed(settings: RunSettings) -> Expected:
     """Predict the verdict of the variant `fix`, in which all ranks wait for the one rank that compiles.
 
-    The verdict is `clean`, or `slow` if the compilation takes long; never a failure.
+    The verdict is `clean`, or `slow` if the compilation takes long. The run never fails.
     """
     return Expected("clean", or_else=Expected("slow"))
 
 
 def missing(settings: RunSettings) -> str:
-    """Return that the C++ compiler which torch.compile needs on a CPU is missing; "" if it is there."""
+    """Return a sentence if torch.compile lacks the C++ compiler that it needs on a CPU; else ""."""
     compiler = os.environ.get("CXX", "g++")
     if settings.backend == "nccl" or settings.variant == "control" or shutil.which(compiler):
         return ""

@@ -2,8 +2,8 @@
 
 Upstream: vLLM issues 44185 and 49027, and pull requests 29422, 40589 and 44954. Near the maximum length no draft fits
 any more, so the rank skips the drafter. The other ranks run it, and idle ranks run a dummy batch through it. The MTP
-layer contains an MoE, so its passes are collective. The others wait in its dispatch, and the rank that skipped it waits
-in the agreement of the next step.
+layer contains an MoE, so all ranks must run it together. The others wait in the dispatch of the MTP layer, and the rank
+that skipped the layer waits in the agreement of the next step.
 
 The fix: every rank takes part. The number of passes is a setting of the server, and unneeded drafts are discarded.
 """
@@ -27,13 +27,15 @@ class SkipWhenNothingFits(DraftPolicy):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control and fix: the engine's own policies, with the same number of passes on every rank."""
+    """Return the policies of a rank. In the fault, each rank decides by itself whether it runs the drafter. Control and
+    fix use the engine's own policies, in which every rank runs the same number of passes."""
     return Policies(drafts=SkipWhenNothingFits()) if settings.variant == "fault" else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a deadlock in the first step in which some ranks, but not all, have only requests that end within one
-    token.
+    """Predict a deadlock in the first step in which some ranks, but not all, skip the drafter.
+
+    A rank skips the drafter if none of its requests needs more than one further token.
 
     The prediction is exact only if every draft is rejected, because an accepted draft shortens a request. With random
     weights one draft in vocab_size is accepted.

@@ -1,5 +1,4 @@
-"""Each rank decides by itself whether to replay a CUDA graph or to run eagerly, and with which size, although all ranks
-must do the same.
+"""Each rank decides by itself whether to replay a CUDA graph, and of which size, although all ranks must do the same.
 
 Upstream: vLLM pull request 25906 (a dummy run selected the graph for its own, unpadded number of tokens) and
 vllm-ascend pull request 13827 (the ranks' modes were not synchronised, which hung when some ranks were idle and others
@@ -36,12 +35,13 @@ class OwnGraph(GraphChoice):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: each rank decides by itself; control and fix: the engine's own policies."""
+    """Return the policies of a rank. In the fault, each rank decides by itself. Control and fix use the engine's own
+    policies."""
     return Policies(graphs=OwnGraph()) if settings.variant == "fault" else Policies()
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """control: no graphs; fault and fix: with graphs."""
+    """Return the configuration. The control uses no graphs. Fault and fix use graphs."""
     config = settings.server()
     if settings.variant != "control":
         return config
@@ -63,12 +63,13 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def _provable(stated: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the ranks that are provably wrong: each states a size for another rank that all other ranks contradict.
+    """Return the ranks that are provably wrong.
 
-    stated: for each rank, the sizes that it passes to the dispatch, one for each rank
-
-    If several ranks replay graphs of different sizes, nothing is proven: their sizes differ, but do not show which rank
+    Rank r is wrong if it passes a size for rank q that differs from the size that q itself and all other ranks pass. If
+    several ranks replay graphs of different sizes, nothing is proven: the sizes differ, but do not show which rank
     departed from the agreement.
+
+    stated: stated[r][q] is the size that rank r passes to the dispatch for rank q
     """
     everyone = range(len(stated))
 

@@ -66,7 +66,12 @@ class CountEarlyUnderLoad(CountTokens):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: no statistics; fault: placed by local load; fix: placed by the schedule."""
+    """Return the policies of a rank.
+
+    control: No statistics are sent.
+    fault: The number of rows of the rank decides when it sends the statistics.
+    fix: The schedule decides when every rank sends the statistics.
+    """
     return {
         "control": Policies(),
         "fault": Policies(dispatch=CountEarlyUnderLoad),

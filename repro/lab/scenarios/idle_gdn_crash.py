@@ -51,15 +51,18 @@ class LaunchOverSequences(StateBinding):
         return agreed
 
     def grid(self, plan: StepPlan) -> tuple[int, int]:
-        """Return (chunks of the longest sequence, sequences).
+        """Return (number of chunks of the longest sequence, number of sequences).
 
-        The first half of the fault: this fails without sequences.
+        This is the first half of the fault: without sequences there is no longest one, and the computation fails.
         """
         return -(-int(self.lengths(plan).max()) // CHUNK), len(self.lengths(plan))
 
     @staticmethod
     def lengths(plan: StepPlan) -> Tensor:
-        """Return the number of tokens of each sequence: one sequence, for simplicity, or none in an empty batch."""
+        """Return the number of tokens of each sequence; empty for an empty batch.
+
+        For simplicity, all tokens of the step form one sequence.
+        """
         import torch
 
         return torch.tensor([plan.num_tokens] if plan.num_tokens else [], dtype=torch.int64)
@@ -73,7 +76,12 @@ class LaunchOverNothing(LaunchOverSequences):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: idle ranks have a dummy token; fault: none, and the launch fails; fix: none, and the step continues."""
+    """Return the policies of a rank.
+
+    control: An idle rank runs a dummy token.
+    fault: An idle rank runs zero tokens, and the launch fails.
+    fix: An idle rank runs zero tokens, launches no kernel and continues the step.
+    """
     return {
         "control": Policies(),
         "fault": Policies(idle=SwallowIdleErrors(), binding=LaunchOverSequences()),
@@ -82,7 +90,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict that idle ranks skip the rest of their first idle step, and wait in the agreement of the next."""
+    """Predict that idle ranks skip the rest of their first idle step, and wait in the agreement of the next step."""
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks and first_recurrent_layer(settings.model.layer_pattern):

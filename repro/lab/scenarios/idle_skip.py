@@ -1,7 +1,7 @@
 """A rank with nothing scheduled returns before the step's agreement instead of running a dummy batch.
 
 Upstream: vLLM issues 43547 (a rank without tokens returns an empty output, except with one executor backend, and so
-never joins the per-step collective) and 28224. The idle rank has concluded that it has no work left. The others wait
+never joins the collective of the step) and 28224. Here a rank that has served all its requests leaves. The others wait
 for it in the agreement of the next step.
 
 The fix: every rank takes part. A rank without work runs the smallest possible batch.
@@ -16,14 +16,15 @@ from repro.lab.settings import RunSettings
 
 
 class LeaveWhenFinished(IdlePolicy):
-    """The fault: a rank without present or future requests of its own stops taking part."""
+    """The fault: a rank that has no request left, and will get none, stops taking part."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
         return 1 if unfinished else None
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control and fix: the engine's own policies, in which idle ranks take part; fault: idle ranks leave."""
+    """Return the policies of a rank. In the fault, idle ranks leave. Control and fix use the engine's own policies, in
+    which idle ranks take part."""
     return Policies(idle=LeaveWhenFinished()) if settings.variant == "fault" else Policies()
 
 

@@ -3,8 +3,8 @@
 Upstream: vLLM issue 48720 (as of its July update) and FlashInfer issue 2623, where a device kernel does not end: every
 rank has issued the same operation, and the order of collectives is not the cause. A CPU has no such kernel. In gloo a
 separate thread, which gloo calls its device, moves the data through the sockets. Here a signal stops this thread for
-good in every rank: its handler does not return, as the handler of a profiler or driver may not. The main threads are
-healthy, enter the next collective and wait for ever. The symptom is that of the upstream issues; the mechanism is not.
+good in every rank: the signal's handler never returns. The main threads are healthy, enter the next collective and wait
+for ever. The symptom is the same as in the upstream issues, but the mechanism is another one.
 
 A server cannot continue without its transport, but it can stop with an error. With a time limit for one collective, the
 first rank that reaches the limit stops all ranks, and names the layer.
@@ -51,14 +51,15 @@ def stop_threads(name: str) -> None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault and fix: gloo's device stops in every rank. Only the fix has a time limit for a collective."""
+    """Return the policies of a rank. In fault and fix, gloo's device stops in every rank. The fix differs from the
+    fault by its time limit for a collective (`server`)."""
     return Policies() if settings.variant == "control" else Policies(binding=StopDevice())
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the configuration with the fix: a time limit for one collective, here just below the quiet window.
+    """Return the configuration. The fix adds a time limit for one collective, here just below the quiet window.
 
-    Only runs with checks "agree" or "strict" apply the limit. A fault runs with checks "observe".
+    A run applies the limit only if `checks` is "agree" or "strict". By default a fault runs with "observe".
     """
     config = settings.server()
     if settings.variant == "control" or settings.effective_checks == "observe":

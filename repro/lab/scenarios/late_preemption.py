@@ -2,8 +2,9 @@
 
 No upstream report describes exactly this. But there are reports on engines in which the free pages of a rank decide
 which collectives it issues: TensorRT-LLM pull request 14020 (ranks whose free blocks differ by one take part in
-different collectives), sglang issue 30760 (a collective in a loop that each rank leaves by its own free pages), and
-TensorRT-LLM pull request 9659 (a rank cannot run the batch that another rank scheduled, because its own cache is full).
+different collectives), sglang issue 30760 (a loop contains a collective, and the free pages of a rank decide when it
+leaves the loop), and TensorRT-LLM pull request 9659 (a rank cannot run the batch that another rank scheduled, because
+its own cache is full).
 
 Here a rank takes the pages of a step when the model needs them, which is after the ranks have agreed on the step. If no
 page is free, the rank preempts a request and schedules again. The other ranks expect its rows: they wait for it in the
@@ -30,7 +31,7 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class PreemptInTheStep(Preemption):
-    """The fault: pages are requested when the model needs them, and a full cache is handled there."""
+    """The fault: pages are requested when the model needs them. So a full cache is noticed in the middle of a step."""
 
     def before_step(self, make_room: Callable[[], None]) -> None:
         """Do nothing. The fault is to assume that there are enough pages."""
@@ -46,7 +47,8 @@ class PreemptInTheStep(Preemption):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: a rank preempts within the step; control and fix: before the step."""
+    """Return the policies of a rank. In the fault, a rank preempts within the step. In control and fix, it preempts
+    before the step."""
     return Policies(preemption=PreemptInTheStep()) if settings.variant == "fault" else Policies()
 
 
@@ -58,7 +60,8 @@ def pressed(settings: RunSettings) -> EngineConfig:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """control: the cache is never full; fault and fix: it becomes full on some ranks."""
+    """Return the configuration. In the control, the cache is never full. In fault and fix, it becomes full on some
+    ranks."""
     config = settings.server()
     return config if settings.variant == "control" else dataclasses.replace(config, engine=pressed(settings))
 

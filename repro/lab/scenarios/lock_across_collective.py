@@ -2,12 +2,13 @@
 
 No single upstream report describes this. But build locks and collective tuning are both common (the tuner's all-reduce
 per tactic is vLLM issue 54618), and a server that does both under one lock can hang like this. At the first use of the
-experts a rank takes the lock and compiles the module. It then times the ways to run it and averages the times by an
-all-reduce, while it still holds the lock. The others wait for the lock before that all-reduce. The lock names its
-holder, has a deadline and checks the holder's heartbeats, but none of this prevents the hang.
+experts a rank takes the lock and compiles the module of the experts. It then measures several ways to run the module
+and averages the times by an all-reduce, while it still holds the lock. The others wait for the lock before that
+all-reduce. The lock names its holder, has a deadline and checks the holder's heartbeats, but none of this prevents the
+hang.
 
-The fix: a lock protects a build and nothing else. Release it before the ranks communicate, and do both before the first
-step.
+The fix: the lock protects only the build, and is released before the ranks communicate. Build and tuning are done
+before the first step.
 """
 
 from __future__ import annotations
@@ -65,13 +66,21 @@ class TuneAfterLock(KernelBuilds):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: the engine's own builds, without tuning; fault: tune under the lock; fix: tune after its release."""
+    """Return the policies of a rank.
+
+    control: The engine's own policy builds the module, and nothing is tuned.
+    fault: The rank tunes while it holds the lock.
+    fix: The rank tunes after it has released the lock.
+    """
     builds = {"control": KernelBuilds, "fault": TuneUnderLock, "fix": TuneAfterLock}
     return Policies(builds=builds[settings.variant]())
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a deadlock in the profile step. The culprit is the rank that gets the lock first, which is a race."""
+    """Predict a deadlock in the profile step.
+
+    The culprit is the rank that gets the lock first. Any rank may be first, so the prediction names none.
+    """
     return Expected("deadlock", "lock", step=0, layer="moe_experts")
 
 

@@ -1,14 +1,14 @@
 """A Gated DeltaNet layer rebuilds the step's metadata, which takes a collective that idle ranks do not join.
 
-Upstream: ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, binding a GDN layer's state sets a new
-forward context, and setting a context builds the data-parallel metadata by an all-reduce over the DP CPU group. Ranks
-with requests have GDN metadata and bind it. A rank on a dummy batch has none and skips the binding. While every rank is
-busy, all ranks join the extra all-reduce, and the server works. In the first step with an idle rank, the busy ranks
-wait for it in the all-reduce, and it waits for them in the expert dispatch of the same layer. The cycle spans two
-groups; within each group, it only looks as if ranks were absent.
+Upstream: ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, a GDN layer that connects its recurrent
+state to the requests ("binds" it) sets a new forward context, and this builds the data-parallel metadata by an
+all-reduce over the DP CPU group. Only ranks with requests have GDN metadata and bind state; a rank with a dummy batch
+does not. While every rank is busy, all ranks join the extra all-reduce, and the server works. In the first step with an
+idle rank, the busy ranks wait for it in the all-reduce, and it waits for them in the expert dispatch of the same layer.
+The cycle spans two groups. Whoever looks at one of the groups sees only that some ranks are absent.
 
-The fix does not skip the second call. It makes the call free: there is one agreement per step, and later callers get
-its result.
+The fix does not skip the second call. It makes the call local: there is one agreement per step, and later callers get
+the result of this agreement without communication.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class RebindWithMetadata(StateBinding):
-    """The trigger: a rank with requests binds their recurrent state, and this rebuilds the step's metadata."""
+    """The trigger: a rank with requests connects ("binds") the recurrent state of these requests to the GDN layer. This
+    rebuilds the step's metadata."""
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         has_state = plan.num_live > 0
@@ -33,14 +34,19 @@ class RebindWithMetadata(StateBinding):
 
 
 class AgreeOnEveryCall(StepAgreement):
-    """The fault: every build of the metadata communicates, also the second one in a step."""
+    """The fault: every build of the metadata communicates, even the second one in a step."""
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         return exchange(plan, layer)
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: no rebuild; fault: a rebuild communicates; fix: a rebuild uses the result of the step's agreement."""
+    """Return the policies of a rank.
+
+    control: No layer rebuilds the metadata.
+    fault: A layer rebuilds the metadata, and this communicates.
+    fix: A layer rebuilds the metadata from the result of the step's agreement, without communication.
+    """
     return {
         "control": Policies(),
         "fault": Policies(agreement=AgreeOnEveryCall(), binding=RebindWithMetadata()),

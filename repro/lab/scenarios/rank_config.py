@@ -20,7 +20,7 @@ from repro.lab.settings import RunSettings
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """The trigger: one rank was started without --enable-expert-parallel."""
+    """Return the configuration. The trigger: one rank was started without --enable-expert-parallel."""
     config = settings.server()
     if settings.variant == "control" or rank != struck_rank(settings):
         return config
@@ -35,7 +35,8 @@ class OmitDigest(Ballot):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: configurations are not compared; control and fix: they are compared."""
+    """Return the policies of a rank. In the fault, the ranks do not compare their configurations. In control and fix,
+    they do."""
     return Policies(ballot=OmitDigest()) if settings.variant == "fault" else Policies()
 
 

@@ -32,14 +32,15 @@ class KilledInStep(StateBinding):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault and fix: one rank is killed. Only in the fix do ranks check that the others exist (setting `checks`)."""
+    """Return the policies of a rank. In fault and fix, one rank is killed. In the fix, the setting `checks` makes every
+    waiting rank check that the others still exist."""
     killed = settings.variant != "control" and rank == struck_rank(settings)
     return Policies(binding=KilledInStep()) if killed else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
     """Predict a crash with the dead rank as culprit. The other ranks wait, or fail with a broken connection, only
-    because it died."""
+    because this rank died."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP)
 
 

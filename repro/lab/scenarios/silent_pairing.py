@@ -1,10 +1,12 @@
-"""One rank sums a layer's output twice: its second all-reduce pairs with the next one of the others. Nothing hangs.
+"""One rank sums a layer's output twice. Its second all-reduce pairs with the others' all-reduce of the next layer.
 
-Upstream: the question of NCCL issue 1417: mismatched all-reduces hang in some cases, and in others return wrong
-numbers. Under tensor parallelism a step is a sequence of all-reduces of one shape in one group. A rank that issues one
-too many does not hang: for the rest of the run, each all-reduce adds its part of one layer to the others' parts of the
-next layer. Here the fused all-reduce of one rank fails for a single row after it has summed, and the plain all-reduce
-that replaces it sums the result again.
+Nothing hangs, but the numbers are wrong.
+
+Upstream: NCCL issue 1417 asks why mismatched all-reduces hang in some cases, and return wrong numbers in others. Under
+tensor parallelism a step is a sequence of all-reduces of one shape in one group. A rank that issues one all-reduce too
+many does not hang. For the rest of the run, each all-reduce adds this rank's output of one layer to the others' output
+of the next layer. Here the fused all-reduce of one rank fails for a single row after it has summed, and the plain
+all-reduce that replaces it sums the result again.
 
 The fix: choose the path before anything is sent. The guard refuses the extra all-reduce, because it is not the next
 entry of the schedule. The strict check compares the layers before each all-reduce.
@@ -42,7 +44,7 @@ class FallBack(SumOverRanks):
         return self.fall_back(partial_NH)
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
-        """Sum a single row, which the fused path does not support. This is the fix: only the plain path sums."""
+        """Sum a single row, which the fused path does not support. In the fix, only the plain path sums it."""
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
@@ -58,7 +60,12 @@ class AddAgain(FallBack):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: no fused path; fault: one rank's fused path fails after its all-reduce; fix: before it."""
+    """Return the policies of a rank.
+
+    control: No rank has a fused path.
+    fault: The fused path of one rank fails after its all-reduce.
+    fix: The fused path of one rank fails before its all-reduce.
+    """
     if settings.variant == "control" or rank != struck_rank(settings):
         return Policies()
     return Policies(adder=AddAgain if settings.variant == "fault" else FallBack)

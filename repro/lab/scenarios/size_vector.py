@@ -1,10 +1,11 @@
 """One rank dispatches with the sizes of an earlier step, because its own entry in that list has not changed.
 
 Upstream: TensorRT-LLM issue 16745. If all ranks have the same number of rows, the dispatch is one all-gather, else one
-broadcast per rank. Each rank decides this from its own list of sizes, but checks only its own entry in the list. A rank
-with a stale list waits in another operation than the others on one communicator, or in the same operation with other
-lengths. The result depends on the backend. NCCL hangs. gloo hangs if the operations differ, ends a rank by SIGABRT if
-it receives more bytes than its buffer holds, and returns wrong data if the buffer is too large.
+broadcast per rank. Each rank decides this from a list of all ranks' sizes. It keeps this list for the next steps, and
+to see whether the list is still valid, it checks only its own entry. A rank with a stale list may issue another
+operation than the others, or the same operation with other lengths. The result depends on the backend. NCCL hangs. gloo
+hangs if the operations differ, ends a rank by SIGABRT if it receives more bytes than its buffer holds, and returns
+wrong data if the buffer is too large.
 
 The fix: every rank and every layer uses the sizes of the step agreement (the first all-reduce of a step). The guard
 refuses any other sizes before they are issued, and the strict check detects them too.
@@ -41,7 +42,7 @@ class GatherOrBroadcast(AllGatherReduceScatter):
 
 @dataclass(frozen=True)
 class KeepSizes(GatherOrBroadcast):
-    """The fault: a rank reuses the list of an earlier step in which it had the same number of rows itself."""
+    """The fault: a rank that has as many rows as in an earlier step reuses the whole list of that step."""
 
     kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
@@ -61,13 +62,14 @@ def first_stale(settings: RunSettings) -> tuple[int, int] | None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control and fix: the agreed sizes; fault: one rank reuses the sizes of an earlier step."""
+    """Return the policies of a rank. In the fault, one rank reuses the sizes of an earlier step. In control and fix,
+    all ranks use the sizes agreed for this step."""
     first = first_stale(settings) if settings.variant == "fault" else None
     return Policies(dispatch=KeepSizes if first is not None and first[1] == rank else GatherOrBroadcast)
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the rank with the stale list as culprit, because all others agree on each other's sizes."""
+    """Predict that the culprit is the rank with the stale list, because the lists of all other ranks are equal."""
     first = first_stale(settings)
     if first is None:
         return CLEAN

@@ -6,8 +6,10 @@ between, by the out-of-memory killer or an orchestrator's timeout, leaves the fi
 From then on all ranks of every start wait for the file to disappear, without a time limit or a log line. The file is
 empty and names no process. But its creator keeps it open, so a file that no process has open is stale.
 
-Here a real builder is killed while it holds the lock, before the ranks start. The fix: a lock that the operating
-system releases when its holder ends. A rank that holds it can recognise a stale lock file and remove it.
+Here a real builder is killed while it holds the lock, before the ranks start.
+
+The fix: use a lock that the operating system releases when its holder ends. The rank that holds this lock can recognise
+a stale lock file of the loader, and removes it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def kill_a_builder(settings: RunSettings, cache: Path) -> None:
 
 
 def main() -> None:
-    """The builder: take the loader's lock, print a line, and wait to be killed."""
+    """Act as the builder: take the loader's lock, print a line, and wait to be killed."""
     from hybrid_moe_kernels.lab.gdn_prefill import PREFILL
 
     def on_event(event: str, name: str, holder: int) -> None:
@@ -60,7 +62,12 @@ def main() -> None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: the loader's lock without a stale file; fault: with a stale file; fix: the engine's own builds."""
+    """Return the policies of a rank.
+
+    control: Kernels are built under the loader's lock, and no stale lock file exists.
+    fault: Kernels are built under the loader's lock, and a stale lock file exists.
+    fix: The engine builds the kernels under its own lock.
+    """
     return Policies() if settings.variant == "fix" else Policies(builds=BuildAtFirstUse(settings, rank))
 
 

@@ -3,8 +3,9 @@
 This implements the hypothesis of the report, vLLM issue 41862: ranks set up their Mamba or GDN state in different
 orders relative to the expert dispatch. vLLM's own state set-up contains no collective, so there is no evidence that
 this happened there (docs/ROOT-CAUSE.md, H5). If it contained one, the server would hang like this. Here the ranks agree
-in every step on how many slots of state to clear. A rank whose batch has changed needs clean slots, and agrees before
-the first dispatch. A rank whose batch is the same as in the last step agrees after the dispatch.
+in every step on how many entries of the state cache ("slots", one for each sequence) to clear. A rank whose batch size
+has changed issues the collective of this agreement before the first dispatch. A rank whose batch size is the same as in
+the last step issues it after the dispatch.
 
 The fix: the agreed schedule decides when a collective is issued, not the needs of one rank.
 """
@@ -30,7 +31,8 @@ STATE = ScheduleEntry("dp", "all_reduce", "state")
 
 @dataclass(frozen=True)
 class InitialiseState(AllGatherReduceScatter):
-    """The trigger: once per step, before the first dispatch, the ranks agree on the number of state slots to clear."""
+    """The trigger: once per step, before the first dispatch, the ranks agree on how many entries of the state cache
+    to clear."""
 
     rows: list[int] = field(default_factory=lambda: [-1])
 
@@ -54,7 +56,7 @@ class InitialiseState(AllGatherReduceScatter):
         return True
 
     def initialise(self, like: Tensor) -> None:
-        """Agree on the greatest number of slots that any rank must clear."""
+        """Agree on the greatest number of cache entries that any rank must clear."""
         self.comm.all_reduce("dp", like.new_zeros(1, device="cpu"), "max", layer=STATE.layer)
 
 
@@ -68,7 +70,12 @@ class InitialiseWhenNeeded(InitialiseState):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: no collective in the state set-up; fault: placed by local need; fix: placed by the schedule."""
+    """Return the policies of a rank.
+
+    control: The state set-up contains no collective.
+    fault: The batch size of the rank decides when it issues the collective.
+    fix: The schedule decides when every rank issues the collective.
+    """
     return {
         "control": Policies(),
         "fault": Policies(dispatch=InitialiseWhenNeeded),
@@ -77,9 +84,9 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a deadlock in the first step in which only some batch sizes change.
+    """Predict a deadlock in the first step in which the batch size changes on some ranks, but not on all.
 
-    The ranks without a change are culprits.
+    The ranks whose batch size does not change are the culprits.
     """
     before = [settings.engine.max_num_batched_tokens] * settings.num_ranks
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):

@@ -35,7 +35,7 @@ class WriteMetrics(StepAgreement):
         return super().agree(plan, exchange, layer)
 
     def write_metrics(self) -> None:
-        """Write, and delay the step."""
+        """Write the metrics. The step waits until they are written."""
         time.sleep(self.write_s)  # represents a blocking write to a file system that does not answer
 
 
@@ -47,7 +47,12 @@ class WriteMetricsInThread(WriteMetrics):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: no metrics; fault: one rank writes them between two steps; fix: it writes them in a thread."""
+    """Return the policies of a rank.
+
+    control: No rank writes metrics.
+    fault: One rank writes metrics between two steps.
+    fix: One rank writes metrics in a thread.
+    """
     if settings.variant == "control" or rank != struck_rank(settings):
         return Policies()
     kind = WriteMetrics if settings.variant == "fault" else WriteMetricsInThread
@@ -55,7 +60,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the verdict `slow`, with the straggler as culprit, for any quiet window. The guard refuses nothing."""
+    """Predict the verdict `slow` with the straggler as culprit, for any quiet window.
+
+    The guard does not change the verdict, because the straggler keeps to its schedule.
+    """
     return Expected("slow", None, (struck_rank(settings),), STEP)
 
 

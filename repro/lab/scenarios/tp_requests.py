@@ -2,15 +2,15 @@
 
 Upstream: SGLang issue 27221, where each tp rank ran its own scheduler and dropped timed-out requests by its own clock,
 so the ranks of one tp group ran different batches. The ranks of a tp group hold parts of the same layers, so a sum over
-them is correct only if all of them process the same tokens. The result depends on the shapes. A batch of another size
-is a size mismatch in the first all-reduce, which was the hang upstream. A batch of the same size neither hangs nor
-crashes: the ranks sum parts of different sequences and serve wrong tokens. This scenario is the second case, which no
-timeout and no comparison of collectives can detect.
+them is correct only if all of them process the same tokens. The result depends on the shapes. If the batch of one rank
+has another size, the first all-reduce has a size mismatch; this caused the hang upstream. If the batch has the same
+size, nothing hangs or crashes: the ranks sum parts of different sequences and serve wrong tokens. This scenario is the
+second case, which no timeout and no comparison of collectives can detect.
 
 Here one rank receives its first request with another prompt of the same length.
 
 The fix: the step agreement also compares, within a tp group, a hash of the requests and tokens that each rank is about
-to run. A server cannot know which rank is right, so all ranks stop and name both sides.
+to run. A server cannot know which rank is right, so all ranks stop with an error that names the ranks that differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from repro.lab.settings import RunSettings
 
 
 def requests(settings: RunSettings, rank: int) -> list[Request]:
-    """fault and fix: the first prompt of one rank begins with another token than on the ranks of its tp group."""
+    """Return the requests of a rank. In fault and fix, the first prompt of one rank begins with another token than on
+    the other ranks of the tp group."""
     own = settings.requests()[rank]
     if settings.variant == "control" or rank != struck_rank(settings):
         return own

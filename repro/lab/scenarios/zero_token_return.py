@@ -42,7 +42,12 @@ class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: idle ranks have a dummy token; fault and fix: they have none."""
+    """Return the policies of a rank.
+
+    control: An idle rank runs a dummy token.
+    fault: An idle rank runs zero tokens, and returns early from the dispatch.
+    fix: An idle rank runs zero tokens, and takes part in every collective.
+    """
     return {
         "control": Policies(),
         "fault": Policies(idle=IdleWithZeroTokens(), dispatch=ReturnEarlyAtZeroTokens),
@@ -51,7 +56,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict that in the first step with idle ranks these skip the MoE of every layer."""
+    """Predict that idle ranks skip the MoE of every layer, in the first step that has idle ranks."""
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks:

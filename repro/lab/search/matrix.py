@@ -1,12 +1,11 @@
 """Find which part of the commands of vllm#41862 makes a start slow: run all combinations of layout, backends and cache.
 
-    python -m repro matrix             run them, print one table and the phases of every rank
+`python -m repro matrix` runs the combinations, and prints one table and the phases of every rank. `python -m repro
+cells` does the same with vLLM.
 
-`python -m repro cells` does the same with vLLM.
-
-Kernels are compiled when a layer first needs them, as in servers. In two more rows every rank has its own kernel cache
-and only rank 0's is cold, so that the others wait for rank 0 in a collective and not for a lock. With a long group
-timeout they wait until the build is done; with a short one they give up.
+Kernels are compiled when a layer first needs them, as in servers. In two more rows of the table every rank has its own
+kernel cache, and only the cache of rank 0 is cold. So the others wait for rank 0 in a collective and not for a lock.
+With a long group timeout they wait until the build is done; with a short timeout they give up.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def cells() -> list[Cell]:
 class Result:
     """The verdict on the run of a cell.
 
-    phases      for each rank, its seconds in each phase; empty if the cell could not run here
+    phases      for each rank, the seconds that it spent in each phase; empty if the cell could not run here
     """
 
     cell: Cell
@@ -92,7 +91,7 @@ class Result:
         return self.verdict.quiet_s if self.verdict.verdict == "slow" else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields of verdict.json, and those of the cell."""
+        """Return the fields of verdict.json, the fields of the cell, and the times."""
         cell = self.cell
         return {
             **to_json(self.verdict), "layout": cell.layout, "gdn_prefill_backend": cell.gdn,

@@ -129,7 +129,10 @@ class Runner:
         return document
 
     def write_replay(self, result: Result) -> None:
-        """Set ``result.source`` to the smallest run as one file, with its fix if the fix ends as expected."""
+        """Set ``result.source`` to the text of a Python file that repeats the smallest run.
+
+        The file also contains the fix if the run with the fix has the expected verdict.
+        """
         if self.settings != result.after:  # the last trial had other settings and another verdict
             self(result.after)
         fault = self.last

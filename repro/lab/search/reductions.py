@@ -36,7 +36,10 @@ def _predicts(scenario: Scenario, settings: RunSettings, target: Expected) -> bo
 
 
 def _change(settings: RunSettings, part: str = "", **changes: Any) -> Iterator[RunSettings]:
-    """Yield the settings with these changes, or nothing if they are invalid or change nothing."""
+    """Yield the settings with these changes. Yield nothing if the result is invalid or equal to the settings.
+
+    part: the nested config that the changes are for, such as "model"; "" for the settings themselves
+    """
     try:
         inside: Any = dataclasses.replace(getattr(settings, part), **changes) if part else None
         changed = dataclasses.replace(settings, **({part: inside} if part else changes))

@@ -230,7 +230,7 @@ def test_what_a_build_lacks_is_named_and_ninja_is_found_beside_the_interpreter(t
         (["cold_jit"], "cold_jit: kernels are compiled on this machine, but there is no C++ compiler /nowhere/c++"),
         (
             ["metadata_rebuild", "--backend", "nccl"],
-            "--backend nccl needs a GPU for each of 2 ranks of a host; 0 found",
+            "--backend nccl needs a GPU for each of 2 ranks of a host, but this host has 0",
         ),
     ],
 )
