@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 ep_deadlock.py         hangs; after 5 s prints which ranks wait where, and exits with 1
     torchrun --nproc-per-node 8 ep_deadlock.py --fix   finishes the same requests, and exits with 0
 
-2 to 8 ranks, NCCL where there is a GPU for each of them, else gloo on CPU. Needs torch, nothing else.
+It runs on 2 to 8 ranks, with NCCL if each rank has a GPU, else with gloo on the CPU. It needs only torch.
 
 In each step, all ranks agree on their token counts with an all-reduce over the data-parallel CPU group. Then every
 layer runs Gated DeltaNet (GDN, without communication) and an MoE, whose tokens are all-gathered to the experts' ranks
@@ -14,11 +14,11 @@ collectives.
 THE FAULT  A rank with requests prepares GDN state, and this builds the step's metadata again, with one more all-reduce.
            As long as all ranks have requests, all of them issue it. The first rank without requests has no state to
            prepare. It goes on to the all-gather and waits there for the others, which wait for it in the all-reduce.
-THE CURE   One agreement per step. A layer that needs the metadata again gets the result of that agreement.
+THE CURE   The ranks agree once per step. A layer that needs the metadata again gets the result of that agreement.
 
-Shows: that this fault (ROCm/ATOM pull request 1690) causes a hang without an error; in which collectives the ranks wait
-then; that the cure serves the same requests with the right numbers.
-Does not show: that the hang of any other server has this cause; anything about speed.
+It shows that this fault (ROCm/ATOM pull request 1690) causes a hang without an error, in which collectives the ranks
+then wait, and that the cure serves the same requests with the right numbers. It does not show that the hang of any
+other server has this cause, and it shows nothing about speed.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def at(where):
 
 
 def watch():
-    """Wait until no rank has moved for --quiet seconds. Then rank 0 prints the position of each rank, and all end."""
+    """Wait until no rank has moved for --quiet seconds. Then rank 0 prints the position of each rank, and all ranks
+    end."""
     seen, since = None, time.monotonic()
     while True:
         time.sleep(0.25)
@@ -119,7 +120,7 @@ class GatedDeltaNet(torch.nn.Module):
 
 
 class MoE(torch.nn.Module):
-    """Every rank computes its own experts for the tokens of all ranks."""
+    """A mixture-of-experts layer: each rank has some of the experts, and computes them for the tokens of all ranks."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,6 @@
 """Write and read bundles as zip files. Equal files give equal bytes, and a zip from outside is not trusted.
 
-Files of a zip are read by name from a closed list and up to a size limit. ``extractall`` is never used.
+Only files whose names a bundle can have are read, up to a size limit. ``extractall`` is never used.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
     total = 0
     for entry in entries:
         if not entry.filename:  # the zipfile module reads the last letter of a name, and fails on an empty one
-            raise ArchiveError(f"{where}: an entry without a name")
+            raise ArchiveError(f"{where}: the zip has an entry without a name")
         name = entry.orig_filename.rstrip("/") if entry.is_dir() else entry.orig_filename
         shown = escape_control_characters(name, 120)
         mode = entry.external_attr >> 16
@@ -138,7 +138,9 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) 
 
 
 def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
-    """List the differences between the files and MANIFEST.json, one in a line.
+    """Return a line for each difference between the files and MANIFEST.json.
+
+    sums: file -> SHA-256
 
     Raises ArchiveError if MANIFEST.json is missing.
     """
@@ -146,7 +148,7 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
         document = read_json(folder / MANIFEST)
         promised = {str(name): str(row["sha256"]) for name, row in document["files"].items()}
     except FileNotFoundError:
-        raise ArchiveError(f"{where}: no {MANIFEST}: not a bundle") from None
+        raise ArchiveError(f"{where}: this is not a bundle, because it has no {MANIFEST}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ArchiveError(f"{where}: {MANIFEST} cannot be read") from None
     found = {name: digest for name, digest in sums.items() if name != MANIFEST}
@@ -161,18 +163,21 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
 
 
 def verify(path: Path) -> list[str]:
-    """List the problems of a bundle, one in a line. Raises ArchiveError if it is not a bundle or not safe to open."""
+    """Return a line for each file that differs from the manifest of a bundle.
+
+    Raises ArchiveError if the zip is not a bundle or not safe to open.
+    """
     with scratch_folder("repro-verify-") as folder:
         return differences(folder, unpack(path, folder), str(path))
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """Yield the run directory of ``path``. A bundle is unpacked into a temporary folder, which lasts as long as the
-    ``with``.
+    """Yield the run directory of ``path``. A bundle is unpacked into a temporary folder, which is removed at the end of
+    the ``with`` block.
 
-    Raises ArchiveError for a zip that is not a bundle, is not safe to open, or differs from its manifest. Inside the
-    ``with``, the error of a file that cannot be used is raised as ArchiveError, too.
+    Raises ArchiveError for a zip that is not a bundle, is not safe to open, or differs from its manifest. An error of
+    the ``with`` block about an unusable file in the bundle is raised as ArchiveError, too.
     """
     if not path.is_file():
         yield path
@@ -213,7 +218,7 @@ def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Add a file to the zip. No time is stored, so equal bytes give an equal zip."""
+    """Add a file to the zip. Its time is always the same, so equal files give an equal zip."""
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     entry.external_attr = (0o755 if name.endswith((".sh", ".py")) else 0o644) << 16
     archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)

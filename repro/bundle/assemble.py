@@ -66,10 +66,11 @@ _TEXTS: Mapping[str, Callable[[str, Recogniser], str]] = {
 
 @dataclass
 class Made:
-    """The result of making a bundle: its files, and what was left out of them.
+    """The result of making a bundle: the zip, and what it does not contain.
 
-    left_out   how much was left out or replaced, by the keys of recognise.LEFT_OUT
-    notes      files that were left out or shortened, and what else the reader should know
+    size       size of the zip in bytes
+    left_out   kind of content (a key of recognise.LEFT_OUT) -> how many pieces were left out or replaced
+    notes      sentences about files that were left out or shortened, and what else the reader should know
     """
 
     path: Path
@@ -85,7 +86,7 @@ Judge = Callable[[RunDir], Verdict]
 def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict:
     """Judge a run from its files.
 
-    comparison: the result of the comparison of its tokens with the reference; None counts as not compared
+    comparison: compares the run's tokens with the reference; None if the tokens were not compared
     """
     comparison = comparison or Comparison(missing="the results in the bundle were not compared")
     return judge_files(run_dir, options_of(read_description(run_dir.description)), comparison).verdict
@@ -150,7 +151,7 @@ def _family(root: Path) -> dict[str, Path]:
 
 
 def _hosts(run: Path) -> Iterator[str]:
-    """Collect the names of all hosts in the ranks' files, because any file may name any host."""
+    """Yield the name of each rank's host. All names are needed before any file is redacted: each may name any host."""
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
@@ -205,10 +206,10 @@ def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -
 
 
 def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: list[str]) -> None:
-    """Write the copy's verdict.json, with evidence and sentences from a judgement of the copy.
+    """Judge the copy, and write the evidence and the sentences of this judgement into the copy's verdict.json.
 
-    Lines of the run's own evidence that are recognised are kept, because observations of the watcher cannot be made
-    again from the copy.
+    Recognised lines of the run's own evidence are kept, because some of them are observations of the watcher, which
+    cannot be made again from the copy.
     """
     path = copy / "verdict.json"
     if not path.exists():
@@ -216,7 +217,7 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
     document, before = read_json(path), read_json(run / "verdict.json")
     if not isinstance(document, dict):
         return
-    # These lines exist only in a slow run, whose evidence cannot be produced again from the copy.
+    # The judge reads these lines only for a slow run, whose evidence cannot be produced again from the copy.
     recognised = _prose(before.get("evidence"), [], recogniser)
     write_json(path, document | {"evidence": recognised, "sentences": []})
     again: dict[str, Any] = {}
@@ -239,7 +240,10 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
 
 
 def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
-    """Keep each recognised line of the run's evidence; replace the others by what the judgement of the copy says."""
+    """Keep each recognised line of the run's evidence; replace the others by lines of the judgement of the copy.
+
+    before: the run's lines; again: the lines of the judgement of the copy, in the same order
+    """
     if not isinstance(before, list):
         return []
     again = [line.replace("\n", " ") for line in again]
@@ -257,7 +261,7 @@ def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
 
 
 def _environment(recogniser: Recogniser) -> str:
-    """Return the output of torch.utils.collect_env on this machine, which runs in a separate process."""
+    """Run torch.utils.collect_env in a child process, and return its redacted output."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     intro = (
         "torch.utils.collect_env, on the machine and at the time at which this bundle was made.\nThe files in env/ "

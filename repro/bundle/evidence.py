@@ -29,7 +29,7 @@ def make_of_evidence(
     """Write the bundle of a job's evidence.
 
     with_logs: keep messages that no rule recognises, if a search finds nothing suspicious in them
-    others: name -> evidence of further runs with one setting changed; the issue then has a table of all verdicts
+    others: name -> evidence of a further run with one setting changed; if given, ISSUE.md has a table of all verdicts
 
     Raises LeakError if a private name was found, OSError if the zip cannot be written.
     """
@@ -70,7 +70,10 @@ def _differences(after: Diagnosis, before: Diagnosis) -> Iterable[tuple[str, obj
 
 
 def _alone(runs: Mapping[str, Evidence], recogniser: Recogniser) -> dict[str, Diagnosis]:
-    """Return name -> diagnosis of each run by itself. A name that is not recognised is replaced by the run's number."""
+    """Diagnose each run by itself. Returns name of the run -> diagnosis.
+
+    A name that is not recognised is replaced by the run's number.
+    """
     return {
         recogniser.recognised(name) or f"run {number}": diagnose(redact_evidence(evidence, recogniser).records)
         for number, (name, evidence) in enumerate(runs.items(), 1)

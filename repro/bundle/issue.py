@@ -45,7 +45,7 @@ def commands_script(data: RunData) -> str:
 def issue(data: RunData, others: list[RunData], left_out: int = 0) -> str:
     """Return ISSUE.md: what a maintainer needs to see first, in at most MAX_ISSUE_LINES lines.
 
-    left_out: how many strings, lines and fields of the run the bundle leaves out or replaces
+    left_out: how many strings, lines and fields of the run are left out of the bundle or replaced
     """
     verdict = data.verdict
     again = commands(data)[:-1]
@@ -117,7 +117,10 @@ def _issue_table(data: RunData) -> list[str]:
 
 
 def _versions(data: RunData) -> list[str]:
-    """Return the software versions that the ranks loaded; equal ranks share an entry. At most MAX_VERSIONS lines."""
+    """Return the software versions that the ranks loaded, in at most MAX_VERSIONS lines.
+
+    Ranks with the same versions are listed together.
+    """
     together: dict[str, list[int]] = {}
     for rank in range(data.num_ranks):
         text = read_text(data.run_dir.environment(rank))
@@ -142,14 +145,14 @@ def _mechanism(data: RunData) -> str:
 
 
 def _line(text: str) -> str:
-    """Return one line of Markdown in which an untrusted text cannot act as markup."""
+    """Return an untrusted text as one line of Markdown, escaped so that none of it acts as markup."""
     plain = escape_control_characters(shorten_rank_lists(text), 300).replace("\n", " ").replace("|", "\\|")
     return plain.replace("<", "&lt;").replace("`", "'").replace("[", "\\[")
 
 
 def _fenced(text: str) -> str:
-    """Return one line for a fenced code block, without escapes, so that it can be copied.
+    """Return an untrusted text as one line of a fenced code block, which the text cannot end.
 
-    The line cannot end the block.
+    Nothing else is escaped, so that a user can copy the line.
     """
     return escape_control_characters(text, 4000).replace("\n", " ").replace("```", "'''")

@@ -16,7 +16,7 @@ _GENERATED = ("report.html", "timeline.svg", "trace.json", "repro.py", "ISSUE.md
 
 
 class LeakError(RuntimeError):
-    """The copy still contains a private name, so nothing was written."""
+    """A redacted file still contains a private name, so no bundle was written."""
 
 
 def private_values(variables: Mapping[str, str]) -> set[str]:
@@ -33,7 +33,10 @@ def private_values(variables: Mapping[str, str]) -> set[str]:
 
 
 def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
-    """Raise LeakError if a private name is left. This search does not use the rules that recognise harmless text."""
+    """Raise LeakError if a file still has a private name.
+
+    This search does not use the rules of redaction, so it also finds their mistakes.
+    """
     patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
     page = [style().encode(), script().encode()]
     for path in sorted(folder.rglob("*")):

@@ -1,8 +1,8 @@
 """Write a run as one script to paste into an issue: it repeats each rank's collectives and locks in order.
 
-Only what the ranks sent each other is kept, not the model. A hang that follows from the order of the ranks' collectives
-hangs again. A hang that needs the model's arithmetic, a device, a death or a race in a backend does not, and is
-refused.
+Only the collectives and locks are kept, not the model. A hang that follows from the order of the ranks' collectives
+happens again. A hang that needs the model's arithmetic, a device, a race in a backend or the death of a rank cannot be
+replayed, and is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def is_that_of_ep_deadlock(verdict: Document) -> bool:
 
 
 def of_runs(fault: RunData, fix: Path | None) -> str:
-    """Return the source of a reproducer of the faulty run. With --fix it replays the fixed run, up to the same step.
+    """Return the source of a script that replays the faulty run, and with --fix the fixed run, up to the same step.
+
+    fix: the run directory of the fixed run; None for a script without --fix
 
     Raises ReplayError if a run is not a hang that a replay can repeat, or if witnesses are incomplete.
     """
@@ -95,8 +97,8 @@ def _refuse_what_would_not_hang(verdict: Document) -> None:
     if verdict.verdict != "deadlock":
         reason = f"the verdict is {verdict.verdict}" if verdict.verdict else "there is no verdict"
         raise ReplayError(
-            f"{reason}; only a deadlock follows from the order in which ranks issue collectives, so only "
-            "a deadlock can be replayed"
+            f"{reason}; only a deadlock can be replayed, because it follows from the order in which ranks issue "
+            "collectives"
         )
     meetings: dict[tuple[str, int], set[tuple[str, tuple[int, ...]]]] = {}
     for p in verdict.ranks:
@@ -114,7 +116,7 @@ def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict
     if refused or not witnesses:
         raise ReplayError(refused[0] if refused else f"{root}: no rank has left a witness file")
     if len(witnesses) != next(iter(witnesses.values())).writer.num_ranks:
-        raise ReplayError(f"{root}: {len(witnesses)} witnesses: the witnesses of some ranks are missing")
+        raise ReplayError(f"{root} has only {len(witnesses)} witnesses: the witnesses of some ranks are missing")
     groups: dict[str, tuple[int, ...]] = {}
     programs = {}
     for rank, witness in sorted(witnesses.items()):
@@ -168,7 +170,10 @@ def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
 
 
 def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[Act, int]) -> str:
-    """Return the ranks' programs as Python source. Ranks with equal programs share one. number: action -> its number"""
+    """Return the ranks' programs as Python source. Ranks with equal programs share one.
+
+    name: the variable to which the source assigns the programs; number: action -> its number
+    """
     together: dict[tuple[int, ...], list[int]] = {}
     for rank, program in programs.items():
         together.setdefault(tuple(number[act] for act in program), []).append(rank)

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make a bundle and print what was left out, or verify a bundle.
 
-    Returns 0, or 1 if it differs from its manifest.
+    Returns 0, or 1 if a verified bundle differs from its manifest.
     """
     if args.verify:
         wrong = verify(args.run)
@@ -89,13 +89,14 @@ def _made(args: argparse.Namespace) -> Made:
     evidence = evidence_of([root])
     if not evidence.records:
         raise ConfigError(
-            f"neither a run directory nor evidence: {(evidence.not_understood or ['no files'])[0]}", str(args.run)
+            f"this is neither a run directory nor evidence: {(evidence.not_understood or ['it has no files'])[0]}",
+            str(args.run),
         )
     return make_of_evidence(evidence, target, args.with_logs, {path.name: evidence_of([path]) for path in args.others})
 
 
 def _judge(run_dir: RunDir) -> Verdict:
-    """Judge the copy of a run as `watch` judges it. The imports are here because other evidence does not need them."""
+    """Judge the copy of a run in the same way as `watch`. The imports are here because other evidence needs none."""
     from repro.attach import recording
 
     if recording.is_recording(run_dir):

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     machine = Machine.here()
     cells = grid.matching(grid.all_cells(args.ranks, args.eager, on_a_cpu=not machine.gpus), args.only)
     if not cells:
-        raise ConfigError(f"no cell has all of {args.only!r}; --list prints them", "--only")
+        raise ConfigError(f"no cell has all the words of {args.only!r}; --list prints the cells", "--only")
     console = Console(stderr=args.json)
     if args.list:
         for cell in cells:

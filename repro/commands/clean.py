@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove the run directories. A folder that may not be a run is kept.
+    """Remove the run directories below --out. A folder is kept unless its name and its files are those of a run.
 
     Raises ConfigError for a folder that does not exist, OutputError for a run that cannot be removed.
     """

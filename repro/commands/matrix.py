@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if words <= {cell.layout, cell.gdn, cell.moe, cell.cache}
     ]
     if not chosen:
-        raise ConfigError(f"no cell has all the words of {args.only!r}", "--only")
+        raise ConfigError(f"no cell has all the words of {args.only!r} in its name", "--only")
     lab.refuse_junit(args)
     require_model()
     if args.config:

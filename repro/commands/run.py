@@ -33,8 +33,8 @@ from repro.watch.document import Document
 class Planned:
     """One requested run.
 
-    unsafe    reasons why the run may hang; empty unless the run is allowed to start in spite of them
-    refused   why one scenario of `run all` cannot run with these flags; "" if it can
+    unsafe    reasons why the run may hang; not empty only if the settings allow the run in spite of these reasons
+    refused   with `run all`: why this scenario cannot run with these flags; "" if it can
     """
 
     settings: RunSettings
@@ -115,7 +115,8 @@ def _preflight(settings: RunSettings) -> list[str]:
 class Session:
     """Runs the requested runs of one command, prints each verdict as it comes, and writes the reports.
 
-    unreported   run directories without a report so far: a report shows all variants, so it is written after the last
+    unreported   run directories whose report is not written yet: a report shows all variants of a scenario, so it is
+                 written after the last variant
     """
 
     args: argparse.Namespace
@@ -125,7 +126,12 @@ class Session:
     _printed: set[str] = field(default_factory=set)
 
     def run(self, planned: Planned, series: Series, count: str) -> None:
-        """Run one variant and add its verdict to ``documents``. Raises CannotRunHere if it is the only scenario."""
+        """Run one variant and add its verdict to ``documents``.
+
+        If the variant cannot run here, that is noted as its verdict; if nothing else has run, CannotRunHere is raised.
+
+        count: the beginning of the progress line, such as "[3/21] "
+        """
         settings = planned.settings
         num_ranks = settings.num_ranks if not planned.refused else self.args.num_ranks or settings.num_ranks
         title = f"{count}{settings.scenario} {settings.variant}: {num_ranks} ranks, seed {settings.seed}"
@@ -147,7 +153,7 @@ class Session:
 
     @contextlib.contextmanager
     def _shown(self, planned: Planned, title: str) -> Iterator[Display]:
-        """Yield a progress display. If the run may hang, the first reason is printed once before it."""
+        """Yield a progress display. If the run may hang, the first reason is printed before it, once per command."""
         for finding in {*planned.unsafe[:1]} - self._printed:
             say(self.console, f"unsafe: {finding}")
             self._printed.add(finding)

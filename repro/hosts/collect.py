@@ -23,7 +23,8 @@ def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> dict
 
     pids: rank -> pid. Each process must have called `signals.dump_on_signals`, or the signal would end it.
 
-    Returns rank -> the files that it did not write, such as "Flight Recorder dump". A stopped process writes none.
+    Returns rank -> what it did not write, as the end of a sentence "rank 1 left no …": "stack", or
+    "stack and no Flight Recorder dump". A stopped process writes neither.
     """
     requests: list[tuple[int, str, Path, int]] = []
     for rank, pid in pids.items():
@@ -53,7 +54,8 @@ def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
 
 
 def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
-    """Return a sentence about ranks that never began, with the last error in the launcher's log, else its last line."""
+    """Return a sentence about ranks that never began. It quotes the last error in the launcher's log, or the log's last
+    line if there is no error."""
     lines = [line.strip() for line in read_text(run_dir.launcher_log).splitlines() if re.search(r"\w", line)]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     last = (errors or lines or ["nothing"])[-1]

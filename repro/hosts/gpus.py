@@ -7,10 +7,10 @@ import sys
 
 
 def count_gpus() -> int:
-    """Return the number of CUDA devices; 0 without torch.
+    """Return the number of CUDA devices; 0 if torch is not installed.
 
-    A child process counts them: after a process has used CUDA, it cannot fork ranks any more. This process also need
-    not import torch.
+    A child process counts them, because a process that has used CUDA cannot fork ranks any more, and because this
+    process should not have to import torch.
     """
     ask = "import torch; print(torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)

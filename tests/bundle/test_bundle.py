@@ -102,7 +102,7 @@ def changed(root: Path, **verdict) -> Path:
         (
             "slow",
             None,
-            "the verdict is slow; only a deadlock follows from the order in which ranks issue collectives",
+            "the verdict is slow; only a deadlock can be replayed, because it follows from the order",
         ),
         ("crash", "dead_rank", "the verdict is crash"),
         ("clean", None, "the verdict is clean"),

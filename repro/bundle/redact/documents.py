@@ -51,7 +51,10 @@ def config(document: Any, recogniser: Recogniser) -> Any:
 
 
 def description(document: Any, recogniser: Recogniser) -> Any:
-    """Redact run.json: drop commands that are not recognised, and the family, which depends on dropped settings."""
+    """Redact run.json: drop commands that are not recognised, and the field `family`.
+
+    `family` identifies the variants of one run by their settings, and some of the settings are dropped.
+    """
     kept = _known(document, RUN, recogniser)
     if isinstance(kept, dict) and isinstance(commands := kept.get("commands"), list):
         kept["commands"] = [command for command in commands if isinstance(command, dict) and command.get("words")]
@@ -91,7 +94,10 @@ _OF_KIND: Mapping[str, Callable[[Recogniser, Any], Any]] = {
 
 
 def _known(value: Any, names: frozenset[str], recogniser: Recogniser) -> Any:
-    """Keep the known fields of a value. Keys that are numbers also stay, because they are ranks or groups."""
+    """Redact a JSON value: keep the fields with these names, and redact their strings.
+
+    Keys that are numbers also stay, because they are ranks or groups.
+    """
     if isinstance(value, list):
         return [_known(item, names, recogniser) for item in value]
     if isinstance(value, str):
@@ -110,7 +116,7 @@ def _known(value: Any, names: frozenset[str], recogniser: Recogniser) -> Any:
 
 
 def _lines(lines: Any, recogniser: Recogniser) -> list[str]:
-    """Return the recognised lines of a list."""
+    """Return the lines of a list that are recognised."""
     return [text for line in lines if (text := recogniser.line(str(line)))] if isinstance(lines, list) else []
 
 
@@ -141,7 +147,7 @@ def _detail(text: str, recogniser: Recogniser) -> str:
 
 
 def _references(text: str, recogniser: Recogniser) -> str:
-    """Redact the upstream reports that a run rebuilds, as words and references: "generic; vllm#41862, nccl#1417"."""
+    """Keep a list of upstream reports if all words and projects in it are known: "generic; vllm#41862, nccl#1417"."""
     for word in re.split("[,;]? ", text):
         reference = _REFERENCE.fullmatch(word)
         if reference[1] not in _PROJECTS if reference else recogniser.recognised(word) is None:
@@ -151,7 +157,7 @@ def _references(text: str, recogniser: Recogniser) -> str:
 
 
 def _command(words: Any, recogniser: Recogniser) -> list[str]:
-    """Return the words of a command if all are recognised; else [], because a part of it would be another command."""
+    """Return the words of a command if all are recognised, else []: a part of a command would do something else."""
     before = ""
     for word in map(str, words) if isinstance(words, list) else ():
         known = (

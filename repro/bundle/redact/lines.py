@@ -55,7 +55,7 @@ def _log_lines(text: str, recogniser: Recogniser) -> Iterator[str | None]:
 
 
 def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
-    """Rebuild one line from its recognised parts. Returns None if no part is recognised."""
+    """Rebuild one line from its recognised parts. Returns None if no part is recognised. before: the line above."""
     if not line.strip():
         return ""
     prefix, rest = _prefix(plain(line), recogniser)
@@ -86,7 +86,7 @@ def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
 
 
 def _rebuilt(match: re.Match[str], recogniser: Recogniser) -> str:
-    """Rebuild a prefix without its host. A path in it is shortened, or dropped if it is not recognised."""
+    """Rebuild a prefix. A host name becomes a stand-in; a path is shortened, or dropped if it is not recognised."""
     text, names = match[0], match.groupdict()
     if (host := names.get("host")) is not None:
         return text.replace(host, recogniser.hosts.get(host, "host"), 1)
@@ -125,7 +125,7 @@ def stack(text: str, recogniser: Recogniser) -> str:
 
 
 def _joined(lines: Iterable[str | None]) -> str:
-    """Join the lines. Each run of None becomes a line with the count of dropped lines."""
+    """Join the lines. None is a dropped line: consecutive ones are replaced by one line with their number."""
     kept: list[str] = []
     gone = 0
     for line in (*lines, ""):

@@ -47,7 +47,8 @@ class Recogniser:
 
     private    names that are never recognised, even if they consist of known words: "gpu-node"
     search     decides about text that is not recognised: True keeps the text. Without a search, all of it is left out
-    left_out   how many strings, lines and fields were left out or replaced, by the keys of LEFT_OUT
+    left_out   kind of content (a key of LEFT_OUT) -> how many pieces were left out or replaced
+    hosts      host name -> its stand-in
     """
 
     private: frozenset[str] = frozenset()
@@ -199,7 +200,11 @@ class Recogniser:
         return token.replace(bare, self.path(located["path"]) + located["line"]) if located else None
 
     def _is_stand_in(self, bare: str) -> bool:
-        """Whether a token is a stand-in of this bundle, possibly with a file name, a line, or a transfer's ends."""
+        """Whether a token is a stand-in of this bundle.
+
+        A file name and a line ("folder-001/runner.py:7"), or the two ranks of a point-to-point transfer
+        ("name-001:0>1"), may follow. bare: the token without the punctuation around it.
+        """
         match = _STAND_IN.fullmatch(bare)
         return (
             match is not None

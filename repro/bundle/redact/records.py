@@ -151,7 +151,7 @@ class _Redactor:
         return replace(record, **changed)
 
     def refusal(self, text: str) -> str:
-        """Redact "file:offset: what", the remark about a file that was not understood."""
+        """Redact a remark about a file that was not understood, of the form "file:offset: what"."""
         name, _, rest = text.partition(":")
         offset, _, what = rest.partition(": ")
         return f"{self.files[name]}:{offset if offset.isdecimal() else 0}: {self.text(what)}"
@@ -198,7 +198,7 @@ class _Redactor:
         return self._form(call)._replace(source=self._source(call.source))
 
     def _frame_of(self, frame: str) -> str:
-        """Redact "function (file:line)". In a native frame, the library has the place of the file."""
+        """Redact "function (file:line)". A native frame names a library instead of a file."""
         match = _FRAME.fullmatch(frame)
         if match is None:
             return self._of.function(frame)
@@ -244,7 +244,11 @@ def _files_of(records: Iterable[Observation]) -> set[str]:
 
 
 def _stand_ins_of_files(names: Iterable[str], recogniser: Recogniser) -> Mapping[str, str]:
-    """Redact file names. If one is not recognised, each name gets its sorted position and its recognised part."""
+    """Return file name -> redacted name.
+
+    If any name is not recognised, each name is replaced by its position in the sorted list and its recognised parts, so
+    that the names keep their order.
+    """
     ordered = sorted(names)
     reduced = {name: _reduced(name, recogniser) for name in ordered}
     changed = sum(name != kept for name, kept in reduced.items())

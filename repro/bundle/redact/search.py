@@ -1,8 +1,8 @@
 """Search free text for private content. A line with anything suspicious is dropped completely.
 
-This is used only with --with-logs. A dropped line costs little, and a published password costs much. Three independent
-searches are made: for words that introduce a secret, a person or a machine, for forms that no plain sentence has, and
-by the detectors of the package detect-secrets.
+This is used only with --with-logs. A dropped line costs little, and a published password costs much. There are three
+independent searches: for words that introduce a secret, a person or a machine; for forms that no plain sentence has;
+and the detectors of the package detect-secrets.
 """
 
 from __future__ import annotations
@@ -67,14 +67,17 @@ class Search:
 
 
 def literals_of(environment: Mapping[str, str]) -> set[str]:
-    """Return values of environment variables that may be secret, whole and by line: a token may span lines."""
+    """Return the values of environment variables that may be secret, and the parts of these values.
+
+    A log may show only a part, such as the password of a URL.
+    """
     values = [value for value in environment.values() if not is_value(value)]
     pieces = (piece for value in values for piece in re.split(r"[\s:/@,;=&?'\"]+", value))
     return {text for text in (*values, *pieces) if len(text) >= 6 and not is_token(text)}
 
 
 def _is_plain(token: str) -> bool:
-    """Whether a token is a listed word, a small number, or looks like a natural-language word."""
+    """Whether a token is recognised, or looks like a word of a natural language."""
     if is_token(token):
         return True
     if re.search(r"[-./']", token):

@@ -10,7 +10,9 @@ from repro.trace.witness.parse import parse_header
 
 
 def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:
-    """Redact the header and the strings of a witness, and shorten the file. Each string keeps its number.
+    """Redact the header and the strings of a witness, and leave out the unused space of the file.
+
+    Each string keeps its number, because events refer to strings by number.
 
     Raises WitnessError if the file is not a witness, ValueError if the new strings take more space than a file has.
     """

@@ -66,7 +66,8 @@ def is_name(text: str) -> bool:
 
 
 def _is_identifier(text: str) -> bool:
-    """Whether a name in snake or camel case consists of listed words, with at most as many single letters as words."""
+    """Whether a name in snake or camel case consists of listed words and single letters, and not more letters than
+    words."""
     if text in NAMES or _SPECIAL.fullmatch(text):
         return True
     parts = [part for part in text.split("_") if part]
@@ -130,13 +131,13 @@ def _is_core(text: str) -> bool:
 
 
 def _is_transfer(text: str) -> bool:
-    """Whether a token is the group of a point-to-point transfer with the transfer's two ends: "ep:0>1"."""
+    """Whether a token names a point-to-point transfer by its group and its two ranks: "ep:0>1"."""
     match = _TRANSFER.fullmatch(text)
     return match is not None and is_name(match[1])
 
 
 def _is_joined(text: str) -> bool:
-    """Whether a token consists of recognised parts that are joined as words, options, calls or name=value."""
+    """Whether a token is made of recognised parts: an option, name=value, a call, a list, a path or joined words."""
     if text.startswith("-"):
         option, equals, value = text.lstrip("-").partition("=")
         return all(map(is_word, option.split("-"))) and (not equals or is_token(value))
