@@ -116,7 +116,7 @@ def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict
     if refused or not witnesses:
         raise ReplayError(refused[0] if refused else f"{root}: no rank has left a witness file")
     if len(witnesses) != next(iter(witnesses.values())).writer.num_ranks:
-        raise ReplayError(f"{root} has only {len(witnesses)} witnesses: the witnesses of some ranks are missing")
+        raise ReplayError(f"{root}: the witnesses of some ranks are missing; there are only {len(witnesses)}")
     groups: dict[str, tuple[int, ...]] = {}
     programs = {}
     for rank, witness in sorted(witnesses.items()):
