@@ -4,8 +4,8 @@ A lock of the operating system (flock, fcntl) ends with the process that holds i
 with O_EXCL, such as torch's FileBaton, and remain when the holder ends. Their creator keeps the file open, so an open
 file shows that the holder lives.
 
-Processes of other pid namespaces are invisible here, and so are those whose open files this user may not read. But the
-attempt to take a lease (fcntl F_SETLEASE) shows whether any process of this host has the file open. It does not show
+/proc does not show processes of other pid namespaces, nor the open files that this user may not read. But the attempt
+to take a lease (fcntl F_SETLEASE) shows whether any process of this host has the file open. A lease does not show
 processes of other hosts. So on a file system that several hosts share, and where no lease is possible, the answer is
 UNKNOWN instead of NOBODY.
 """
@@ -27,9 +27,11 @@ LOOKS = 3
 
 
 def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
-    """Return the pid of the process of this host that holds the lock file; NOBODY or UNKNOWN.
+    """Return the pid of the process of this host that holds the lock file.
 
-    waiting: pids that wait for the lock, and may have the file open for that
+    Return NOBODY if no process holds it, and UNKNOWN if this cannot be found out.
+
+    waiting: pids of processes that wait for the lock, and may have opened the file for this purpose
     """
     if not os.path.isabs(path):
         return UNKNOWN  # the name is not the name of a file
@@ -45,8 +47,8 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
         with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             if pid not in waiting and _has_open(pid, status, os.path.basename(path)):
                 return pid
-    # No visible process has the file open, but a hidden process may. A lease would fail then. Try several times,
-    # because a process that waits for the lock may have the file open for a moment.
+    # No visible process has the file open, but a hidden process may have. In that case a lease fails. Try several
+    # times, because a process that waits for the lock may have the file open for a moment.
     unopened = any(who_has_open(Path(path)) == 0 for _ in range(LOOKS))
     return NOBODY if unopened and os.path.exists(path) else UNKNOWN
 
@@ -67,7 +69,7 @@ def _holders_in_table(status: os.stat_result) -> Iterator[int]:
 
 
 def _has_open(pid: int, status: os.stat_result, name: str) -> bool:
-    """Whether a process has the file open. In another mount namespace the path may differ, but the name does not."""
+    """Whether a process has the file open. In the process's mount namespace the file may be in another folder."""
     folder = f"/proc/{pid}/fd"
     for descriptor in os.listdir(folder):
         try:

@@ -30,8 +30,8 @@ def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> 
     the process after TERM_PATIENCE_S; until then its stacks can be taken. With ``interrupts``, SIGINT ends the process
     after INT_PATIENCE_S, and creates a file that tells the watcher that the user has requested the end of the run.
 
-    A Python signal handler does not run while the main thread is blocked inside a collective. These handlers do:
-    faulthandler writes the stacks in C, and a thread, which signal.set_wakeup_fd wakes, does the rest.
+    A Python signal handler does not run while the main thread is blocked inside a collective. So the stacks are written
+    by faulthandler, which runs in C. The rest is done by a thread, which signal.set_wakeup_fd wakes.
     """
     # faulthandler keeps the descriptor, so the file stays open as long as the rank runs
     stack_file = run_dir.stack(rank).open("w")

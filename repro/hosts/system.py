@@ -63,8 +63,8 @@ class System:
         here = {rank: writer for rank, writer in writers.items() if writer.pid and self.is_here(writer)}
         processes = self._find(here)
         if any(process is None and rank not in self._died for rank, process in processes.items()):
-            # A process that was checked before the dead one may have died by now, too. So check all again, so that all
-            # deaths up to now get the same time.
+            # A process that was checked before the dead one may have died by now, too. So check all processes again:
+            # all deaths up to now then get the same time.
             processes = self._find({rank: here[rank] for rank, process in processes.items() if process}) | {
                 rank: None for rank, process in processes.items() if process is None
             }

@@ -133,5 +133,5 @@ LINES = (
 """The readers of log lines. A line goes only to the first reader that returns a record for it."""
 
 ENGINES = LineFormat("vLLM, SGLang, TensorRT-LLM, Ray", engine_messages.NEEDLES, engine_messages.Engine)
-"""The reader of serving engines gets every line that contains one of its needles, also if a reader in LINES understands
-it: it finds out which process wrote the line."""
+"""The reader of serving engines. It gets every line that contains one of its needles, even if a reader in LINES
+understands the line, because it finds out which process wrote the line."""

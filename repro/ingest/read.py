@@ -181,7 +181,9 @@ def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str
             return
         if len(data) > MAX_STRUCTURED_BYTES:
             most = MAX_STRUCTURED_BYTES >> 20
-            evidence.not_understood.append(f"{inner}:0: larger than {most} MiB: unpack the zip and give the folder")
+            evidence.not_understood.append(
+                f"{inner}:0: the file is larger than {most} MiB: unpack the zip and give the folder"
+            )
         else:
             yield inner, io.BytesIO(data)
 
@@ -203,5 +205,5 @@ def _records(file: BinaryIO, name: str) -> list[Observation]:
 def _whole(file: BinaryIO) -> bytes:
     data = file.read(MAX_STRUCTURED_BYTES + 1)
     if len(data) > MAX_STRUCTURED_BYTES:
-        raise ValueError(f"larger than {MAX_STRUCTURED_BYTES >> 20} MiB")
+        raise ValueError(f"the file is larger than {MAX_STRUCTURED_BYTES >> 20} MiB")
     return data

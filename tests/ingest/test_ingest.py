@@ -88,7 +88,9 @@ def test_a_zip_that_unpacks_to_too_much_is_left_and_its_good_file_used(tmp_path,
         archive.writestr("good.log", "[rank0]: KeyError: 'x'\n")
     evidence = read([tmp_path / "bomb.zip"])
     assert evidence.files == ["bomb.zip/good.log"]
-    assert evidence.not_understood == ["bomb.zip/zeros:0: larger than 1 MiB: unpack the zip and give the folder"]
+    assert evidence.not_understood == [
+        "bomb.zip/zeros:0: the file is larger than 1 MiB: unpack the zip and give the folder"
+    ]
 
 
 def test_a_list_that_holds_itself_many_times_over_is_no_work(tmp_path):

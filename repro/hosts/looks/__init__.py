@@ -1,2 +1,2 @@
-"""Observe the processes of a job from outside, without changing them: by /proc, py-spy, and interfaces that the job
-offers."""
+"""Observe the processes of a job from outside, without changing them. The sources are /proc, py-spy, and interfaces
+that the job offers."""

@@ -22,7 +22,7 @@ from repro.store.run_dir import RunDir, write_json
 
 LOOKS = 2
 SAMPLES = ("b", "c", "d")
-"""Names of additional stacks between the two looks, for ranks whose first stack may be a wait or progress."""
+"""Names of additional stacks between the two looks, for ranks whose first stack does not show whether they wait."""
 MAX_CHILD_STACKS = 64
 _PYTHON = ("python", "pt_main", "pt_data")
 NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install py-spy"
@@ -147,7 +147,7 @@ class Collection:
             return
         size = self.job.world_size
         complete = size is not None and set(self.ranks) >= set(range(size))
-        # if all ranks are there, the kernel has killed none of them, so only errors of devices matter
+        # if all ranks are there, the kernel has killed none of them, so only errors of devices are of interest
         names = set() if complete else {row.name for row in rows}
         try:
             lines = machine.kernel_lines(min(row.started_s for row in rows), names)

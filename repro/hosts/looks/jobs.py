@@ -121,7 +121,7 @@ def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]
     chosen = [job for job in jobs if wanted & {*_with_launchers(job, table), *_below(job, table)}]
     rest = wanted - {pid for job in chosen for pid in (*job.pids, *_below(job, table))}
     rest -= {above for job in chosen for pid in job.pids for above in _ancestors(pid, table)}
-    rest -= {above for pid in rest for above in _ancestors(pid, table)}  # leaves out wrappers, such as a shell or srun
+    rest -= {above for pid in rest for above in _ancestors(pid, table)}  # without wrappers such as a shell or srun
     if not rest:
         return chosen
     candidates = {row.pid: row for row in _candidates(table)}

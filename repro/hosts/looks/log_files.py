@@ -29,7 +29,10 @@ File = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class LogFile:
-    """A file to copy: `path` opens it, `name` is its name in messages, `rank` is the only rank that writes to it."""
+    """A file to copy: `path` opens it, `name` is its name in messages.
+
+    rank  the rank that writes to the file; None if it is not known or if several processes write to the file
+    """
 
     path: Path
     name: str

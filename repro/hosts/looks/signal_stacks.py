@@ -36,7 +36,10 @@ def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
 
 
 def _error_file(pid: int, number: int) -> Path | None:
-    """Return the file that is a process's standard error; None if it is no file, or if the process has no handler."""
+    """Return the file to which a process's standard error goes.
+
+    Return None if standard error is not a regular file, or if the process has no handler for the signal.
+    """
     status = read_status(pid)
     path = PROC / str(pid) / "fd" / "2"
     try:

@@ -33,7 +33,11 @@ def main_thread(threads: Threads, pid: int) -> Mapping[str, Any]:
 
 
 def ranks_by_variables(stacks: Mapping[int, Threads]) -> tuple[dict[int, int], int | None]:
-    """Return (pid -> rank, number of ranks) from variables of the main threads; {} unless every rank is different."""
+    """Return (pid -> rank, number of ranks) from variables of the main threads.
+
+    The table is {} if a process shows no rank, or if two processes show the same rank. The number is None if no
+    variable shows it.
+    """
     ranks: dict[int, int] = {}
     sizes: set[int] = set()
     for pid, threads in stacks.items():
@@ -56,8 +60,8 @@ def waits_for_lock(threads: Threads, pid: int) -> bool:
 def may_move(threads: Threads, pid: int) -> bool:
     """Whether the process may be making progress, although its stack looks like a wait.
 
-    Its main thread may be running inside a collective. Or it waits for its next task, as a worker of a serving engine
-    does between two steps.
+    This is so if the main thread uses a processor inside a collective, or if it waits for its next task, as a worker of
+    a serving engine does between two steps.
     """
     thread = main_thread(threads, pid)
     activity = activity_of(frames_of(_frames(thread)))[0]

@@ -70,7 +70,7 @@ class _Log:
         self._last: deque[Observation] = deque(maxlen=KEPT_RECORDS)
 
     def read(self, block: bytes) -> None:
-        """Read one block. It ends with a line, with the file, or inside a line that is longer than MAX_LINE."""
+        """Read one block. A block ends at the end of a line or of the file, or inside a line longer than MAX_LINE."""
         present = [mark for mark, data in self._marks if data in block]
         if not present and not self._stacks.open and self._number > 3 and b"pid=" not in block:
             self._number += block.count(b"\n")

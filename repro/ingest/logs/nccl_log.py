@@ -43,7 +43,7 @@ _TYPES = (
 
 @dataclass(slots=True)
 class _Communicator:
-    """What the lines read so far say about one communicator in one process.
+    """What a log shows about one communicator in one process, up to the current line.
 
     begun      whether the log shows the start of the communicator, so that ``count`` counts all launches
     numbered   whether NCCL numbers the launches (`opCount`)
@@ -99,8 +99,8 @@ class NcclLog:
 
     def _joined(self, match: re.Match[str], process: Process, host: str, source: Source) -> Iterator[Observation]:
         pointer, rank, size, bus, name = match[1], int(match[2]), int(match[3]), match[4], match[5]
-        # Lines of older NCCL have no communicator id. Assume that the k-th communicator of a size in one process is the
-        # k-th of this size in every other process.
+        # Lines of older NCCL have no communicator id. Assume that the k-th communicator of a size in one process is
+        # also the k-th communicator of this size in every other process.
         if not name:
             place = self._inits[host, process.pid, size] = self._inits.get((host, process.pid, size), 0) + 1
             name = f"communicator {place} of {size} ranks"

@@ -58,7 +58,10 @@ class Line:
 
 
 def parse(number: int, raw: str, owner: Process) -> Line:
-    """Parse a line. `owner`: the process to which the file belongs; it is the writer if the line names no other."""
+    """Parse a line.
+
+    owner: the process to which the file belongs. A line that names no process was written by the owner.
+    """
     text = _ANSI.sub("", raw).rstrip("\r\n") if "\x1b" in raw else raw.rstrip("\r\n")
     head = text[:240]
     return Line(number, text, writer_of(head, owner), time_of(head))

@@ -42,7 +42,7 @@ _NO_ANSWER = re.compile(
 
 @dataclass(slots=True)
 class _Communicator:
-    """What the lines read so far say about one communicator."""
+    """What an answer shows about one communicator, up to the current line."""
 
     row: RasCommunicator
     missing: list[int] = field(default_factory=list)
@@ -56,7 +56,7 @@ def looks_like(head: str) -> bool:
 
 
 def no_answer(file: str, text: str) -> Note | None:
-    """Return a note for a file without an answer: it is empty, or has an error of the RAS client. Else None."""
+    """Return a note if the file of a RAS answer is empty or contains an error of the RAS client; None otherwise."""
     if not re.search(r"ras(?![a-z])", file.rpartition("/")[2].lower()) or len(text) > 4096:
         return None
     why = next((line.strip() for line in text.splitlines() if _NO_ANSWER.search(line)), "")

@@ -1,4 +1,4 @@
-"""Find what a thread does, such as to wait in a collective or to build a kernel, from the frames of its stack.
+"""Find what a thread does from the frames of its stack: for example, it waits in a collective or builds a kernel.
 
 The rules are rows of the table activities.toml beside this file.
 """

@@ -71,7 +71,7 @@ class _Open:
             frames = tuple(reversed(self.frames)) if self.outermost_first else tuple(self.frames)
             name = self.name
             if not self.named_by_python and _runs_the_program(frames):
-                name = "MainThread"  # as a thread's name the system shows the process title, cut short
+                name = "MainThread"  # the system's name for this thread is the beginning of the process title
             yield _stack(self.process, frames, name, self.source, self.lock)
 
 

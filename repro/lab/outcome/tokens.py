@@ -19,7 +19,7 @@ def compare_tokens(
     """Compare all ranks' outputs with reference.json. Returns None if that file does not exist yet.
 
     reference_alive  whether the process that writes reference.json still runs
-    final            do not wait for the file: if it does not exist, the result says that it is missing
+    final            whether to return a result even if reference.json does not exist; it says that the file is missing
     """
     if not run_dir.reference.exists():
         if reference_alive() and not final:

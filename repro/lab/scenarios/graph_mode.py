@@ -88,7 +88,8 @@ SCENARIO = Scenario(
     hang=hang,
     server=server,
     defaults={
-        # With one size and busy ranks, mostly a single rank differs in the first such step, so it can be named.
+        # With one graph size and many busy ranks, mostly a single rank differs in the first step in which ranks differ.
+        # Then the verdict can name this rank.
         "engine": {"mode": "graphs", "capture_sizes": (4,)},
         "workload": {"max_requests": 6, "max_idle_ranks": 1, "max_arrival_step": 0},
     },

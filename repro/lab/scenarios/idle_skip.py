@@ -35,7 +35,7 @@ def hang(settings: RunSettings) -> Expected:
         max(step for step, ranks in enumerate(live) if rank in ranks) for rank in range(settings.num_ranks)
     ]
     first = min(last_live_step)
-    # Step 0 is the profile run, so serve step i is step i + 1. It is the last step in which the culprits took part.
+    # Step 0 is the profile run, so serve step i is step i + 1. Step first + 1 is the culprits' last step.
     return Expected(
         "deadlock", "skipped", tuple(r for r, step in enumerate(last_live_step) if step == first), first + 1
     )

@@ -32,7 +32,8 @@ PATIENCE_S = 60.0
 
 
 def kill_a_builder(settings: RunSettings, cache: Path) -> None:
-    """The trigger: start a builder and kill it in the middle of its build, as in an earlier start of the server."""
+    """The trigger: start a builder and kill it in the middle of its build. This stands for an earlier start of the
+    server that was killed."""
     if settings.variant == "control":
         return
     parent = os.getpid()

@@ -87,7 +87,7 @@ class Result:
 
     @property
     def stalled_s(self) -> float:
-        """Return how many seconds all ranks were silent, if the run was slow."""
+        """Return how many seconds no rank recorded an event; 0 if the verdict is not `slow`."""
         return self.verdict.quiet_s if self.verdict.verdict == "slow" else 0.0
 
     def to_json(self) -> dict[str, Any]:

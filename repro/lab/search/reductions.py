@@ -80,7 +80,7 @@ def _experts(settings: RunSettings) -> Iterator[RunSettings]:
 
 
 def _tokens(settings: RunSettings) -> Iterator[RunSettings]:
-    """Yield settings with fewer prompt tokens or new tokens. Then a run has fewer steps."""
+    """Yield settings with fewer prompt tokens or new tokens, because fewer tokens make fewer steps."""
     work = settings.workload
     for prompt in sorted({1, 2, 4, work.max_prompt_tokens}):
         for short in sorted({1, 2, work.short_new_tokens}):
