@@ -1,8 +1,8 @@
 """The command line of the reference model: python -m hybrid_moe_ref {params,pages,generate,check,bench}
 
-Exit status: 0; 1 when `check` finds a difference or cannot compare; 2 with one line on standard error for arguments,
-files or sizes that cannot be used; 125 for a failure of this program or a package that is not installed; 130 when
-interrupted. HMR_DEBUG=1 shows tracebacks.
+The exit status is 0 for success, 1 if `check` finds a difference or cannot compare, 2 (with one line on standard error)
+if arguments, files or sizes cannot be used, 125 if this program fails or a package is not installed, and 130 if the
+program is interrupted. With HMR_DEBUG=1, the program prints the traceback of an error.
 """
 
 import argparse

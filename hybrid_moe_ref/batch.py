@@ -1,11 +1,11 @@
 """The tokens of one step, flattened over all sequences, with one row per token.
 
-Sequences with the same number of tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
-group with T = 1. A mixer processes several groups at once, as a part of the step. A part has either all groups of one
-token, or all groups of more tokens.
+Sequences with the same number of new tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
+group with T = 1. The groups that a mixer processes in one call are a part of the step. In a part, either every
+sequence has one new token, or every sequence has more than one.
 
-Shapes: N rows of the step, B sequences of a group, T new tokens of each of them (in a part: all its rows), X = 1 + the
-number of sequences of a part.
+Shapes: N rows of the step, B sequences of a group, T new tokens of each sequence of a group (for a part: its number of
+rows), X = 1 + the number of sequences of a part.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Cached(Protocol):
-    """A cached sequence, as far as a batch needs it: its number of tokens so far, and the cache's device."""
+    """What a batch uses of a cached sequence: its number of tokens so far, and the device of its cache."""
 
     length: int
 
@@ -48,13 +48,13 @@ class Group(Generic[S]):
 
 @dataclass(frozen=True, eq=False)
 class Part(Generic[S]):
-    """Groups that the mixers process together. The part's rows are in the order of the groups.
+    """Groups that a mixer processes in one call. The part's rows are in the order of the groups.
 
-    Either every sequence has one token (decode), or every sequence has more.
+    Either every sequence has one new token (decode), or every sequence has more than one.
 
-    cached   indices of the groups among the cached groups of the step; empty if the tokens are not cached
-    is_step  whether the part is the whole step, with its rows in order
-    tables   rotary tables that were computed for this part. Key: all that they depend on, except the positions
+    cached   index of each group in the list of the step's cached groups; empty if the tokens are not cached
+    is_step  whether the part is the whole step, with the rows in the same order
+    tables   rotary tables that were computed for this part. A key has all arguments of a table except the positions
     """
 
     groups: tuple[Group[S], ...]
@@ -64,7 +64,7 @@ class Part(Generic[S]):
 
     @property
     def is_decode(self) -> bool:
-        """Whether every sequence has one token."""
+        """Whether every sequence has one new token."""
         return self.groups[0].length == 1
 
     @property
@@ -158,7 +158,8 @@ class Batch(Generic[S]):
     def parts(self) -> tuple[Part[S], ...]:
         """Return the groups of the step, combined into parts; one call of a mixer processes one part.
 
-        The groups of a part are all cached or all uncached, and all have one token per sequence or all have more.
+        The groups of a part are either all cached or all uncached. In a part, either every sequence has one new token,
+        or every sequence has more than one.
         """
         members: dict[tuple[bool, bool], list[Group[S]]] = {}
         for group in self.groups:
@@ -175,10 +176,10 @@ class Batch(Generic[S]):
 
     @cached_property
     def order_N(self) -> Tensor:
-        """For each row of the step, return its index in the list of the rows of all parts, one part after another."""
+        """Return, for each row of the step, its index in the concatenated rows of all parts."""
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property
     def sequences(self) -> list[tuple[S, int]]:
-        """Return the cached sequences with their numbers of new tokens."""
+        """Return each cached sequence with its number of new tokens."""
         return [(sequence, group.length) for group in self.groups for sequence in group.sequences]

@@ -21,7 +21,7 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
 
     model       one rank's model, on the meta device
     num_pages   pages of one rank's cache
-    num_ranks   number of ranks on this machine, which have the same sizes
+    num_ranks   number of ranks on this machine; all of them have the same sizes
     suggestion  end of the error text: what to change
 
     Raises ConfigError with the memory that is needed and the memory that is available.
@@ -46,7 +46,7 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
 
 
 def container_limit(root: Path = _CGROUPS, of_process: Path = Path("/proc/self/cgroup")) -> float:
-    """Return the bytes that the control groups of this process allow it; infinity if there is no limit."""
+    """Return how many bytes the control groups of this process let it use; infinity if there is no limit."""
     limits = [float("inf")]
     with contextlib.suppress(OSError):
         for line in of_process.read_text().splitlines():

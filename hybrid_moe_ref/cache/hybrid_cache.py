@@ -21,7 +21,10 @@ from hybrid_moe_ref.config import ModelConfig
 
 
 def cache_layout(config: ModelConfig, dtype: torch.dtype) -> PageLayout:
-    """Return the page layout of a cache in `dtype`. Recurrent states are float32, or float64 for float64."""
+    """Return the page layout of a cache in `dtype`.
+
+    Recurrent states are float64 if `dtype` is float64, otherwise float32.
+    """
     return page_layout(config, dtype.itemsize, ssm_itemsize=wide(dtype).itemsize)
 
 
@@ -92,7 +95,7 @@ class HybridCache:
         self._attention = [number for number, group in enumerate(self.layout.groups) if group.kind == "A"]
         self._recurrent = [number for number, group in enumerate(self.layout.groups) if group.kind != "A"]
         self._table = PageTable(len(self._attention), len(self._recurrent), self.device)
-        # views[g][i] is the cache of layer i for group g, in the form in which this layer reads it.
+        # views[g][i] is buffer i in the form in which the i-th layer of group g reads it.
         self._views = [
             [self._view(group.kind, self.buffers[i]) for i in range(len(group.layers))] for group in self.layout.groups
         ]
@@ -111,7 +114,10 @@ class HybridCache:
         return len(self._free)
 
     def allocate(self) -> Sequence:
-        """Allocate an empty sequence. It takes its recurrent states now, and KV pages when tokens are added."""
+        """Allocate an empty sequence.
+
+        Its recurrent states take their pages now. `begin` takes the pages for KV entries when tokens are added.
+        """
         counts = [0 if group.kind == "A" else 1 for group in self.layout.groups]
         self._need(sum(counts), "a new sequence")
         pages = [self._take(count) for count in counts]
@@ -141,9 +147,9 @@ class HybridCache:
         return copy
 
     def snapshot(self, sequence: Sequence) -> Snapshot:
-        """Save the state that `restore` needs to undo later tokens.
+        """Save what `restore` needs to undo later tokens: the length and the recurrent states.
 
-        These are the length and the recurrent states. KV entries after the end of a sequence are never read.
+        KV entries are not saved, because `restore` shortens the sequence, and entries after its end are never read.
         """
         self._check(sequence)
         pages = self._state_pages(sequence)
@@ -181,7 +187,8 @@ class HybridCache:
     def begin(self, batch: Batch[Sequence]) -> list[list[Past]]:
         """Take pages for the batch's tokens. Returns what each layer reads and writes for each group of sequences.
 
-        Raises CacheExhausted before any page is taken, and ValueError for a batch that is outdated or of another cache.
+        Raises CacheExhausted before any page is taken. Raises ValueError for a batch that was built before the last
+        step of its sequences, or whose sequences belong to another cache.
         """
         missing: list[tuple[Sequence, int]] = []
         for sequence, count in batch.sequences:
@@ -209,7 +216,7 @@ class HybridCache:
         return pasts
 
     def _num_token_pages(self, sequence: Sequence) -> int:
-        """Return a sequence's number of pages in each attention group. All attention groups have the same number."""
+        """Return a sequence's number of pages in one attention group. All attention groups have the same number."""
         return len(sequence.pages[self._attention[0]]) if self._attention else 0
 
     def _extend(self, sequence: Sequence, count: int) -> None:

@@ -1,7 +1,7 @@
 """The page numbers of all live sequences, kept on the device: one row for each sequence.
 
-A row is written only when its sequence takes pages. Otherwise each step would send all page numbers to the device for
-every layer group.
+A row is written only when its sequence takes pages. Without this table, each step would send all page numbers to the
+device for every layer group.
 
 Shapes: G layer groups of a kind, R rows, W pages of a row, B sequences of a step.
 """
@@ -13,10 +13,11 @@ FIRST_SIZE = 8
 
 
 class PageTable:
-    """Rows of page numbers for `num_attention` layer groups, and of state slots for `num_recurrent` groups.
+    """A row per sequence, with its pages in `num_attention` layer groups and its slots in `num_recurrent` layer groups.
 
-    A row repeats its last page up to the width of the table, because a step reads rows of one width for sequences of
-    different lengths. The entries of the repeated page are finite, and attention masks them.
+    The slot of a sequence is the number of the page that holds its recurrent states. A row repeats its last page number
+    up to the width of the table, because a step reads equally wide rows for sequences of different lengths. The KV
+    entries of the repeated page are finite, and attention masks them.
     """
 
     def __init__(self, num_attention: int, num_recurrent: int, device: torch.device) -> None:
@@ -25,7 +26,7 @@ class PageTable:
         self._free = list(reversed(range(FIRST_SIZE)))
 
     def add(self, slots_G: list[int]) -> int:
-        """Add a row for a new sequence, with these state slots and no pages; return its index."""
+        """Add a row for a new sequence that has these slots and no KV pages yet. Return the index of the row."""
         if not self._free:
             num_rows = self._slot_GR.shape[1]
             self._free = list(reversed(range(num_rows, 2 * num_rows)))
@@ -36,8 +37,10 @@ class PageTable:
         return row
 
     def extend(self, row: int, start: int, pages: list[list[int]]) -> None:
-        """Write new pages into a row, from index `start` on. pages: for each attention group, equally many page
-        numbers."""
+        """Write new page numbers into a row, from index `start` on.
+
+        pages: the new page numbers of each attention group; all groups have equally many
+        """
         new_GW = torch.tensor(pages, dtype=torch.long, device=self._page_GRW.device)
         end = start + new_GW.shape[1]
         while end > self._page_GRW.shape[2]:
@@ -50,17 +53,17 @@ class PageTable:
         self._free.append(row)
 
     def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
-        """Return the first `width` pages of the sequences in these rows: [B, width]."""
+        """Return the first `width` page numbers of the sequences in these rows: [B, width]."""
         return self._page_GRW[group, rows_B, :width]
 
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
-        """Return the state slots of the sequences in these rows: [B]."""
+        """Return the slots of the sequences in these rows: [B]."""
         return self._slot_GR[group, rows_B]
 
 
 @torch.inference_mode(False)
 def _joined(x: Tensor, more: Tensor, dim: int) -> Tensor:
-    """Concatenate two tensors of one shape. The result can be written to inside and outside of inference mode."""
+    """Concatenate two tensors of the same shape. The result can be written to inside and outside of inference mode."""
     joined = x.new_empty([*x.shape[:dim], 2 * x.shape[dim], *x.shape[dim + 1 :]])
     joined.narrow(dim, 0, x.shape[dim]).copy_(x)
     joined.narrow(dim, x.shape[dim], x.shape[dim]).copy_(more)

@@ -45,9 +45,11 @@ class PageLayout:
 
     tokens            tokens of an attention page; 0 without attention layers
     page_bytes        bytes of a page of one layer
-    padding           share by which the largest state grows to fill a page; 0 without recurrent layers
+    padding           unused bytes of a page that holds the largest state, as a fraction of this state; 0 without
+                      recurrent layers
     bytes_per_token   bytes of one token's KV entries in one layer
     states            sizes of the states, by layer kind
+    groups            the groups of layers that take pages together
     group_size        number of layers in a group
     """
 
@@ -127,11 +129,12 @@ def page_layout(
 ) -> PageLayout:
     """Return the page layout of `config` on one of `tp_size` ranks.
 
-    itemsize      bytes of a number in the model's dtype, which the state of the convolution also has
-    kv_itemsize   bytes of a number of keys and values; None: the same as `itemsize`
-    ssm_itemsize  bytes of a number of a recurrent state
+    itemsize      bytes of a number in the model's dtype; the states of the convolutions have this dtype too
+    kv_itemsize   bytes of a number in keys and values; None: the same as `itemsize`
+    ssm_itemsize  bytes of a number in a recurrent state
 
-    If there are fewer KV heads, key heads or Mamba-2 groups than ranks, several ranks hold copies of one.
+    If there are fewer KV heads, key heads or Mamba-2 groups than ranks, several ranks hold copies of the same head or
+    group.
 
     Raises ConfigError if the sizes cannot be divided over the ranks.
     """

@@ -1,4 +1,7 @@
-"""What a layer sees of the cache in a step: the past of each sequence of a group, to read and to extend.
+"""What a layer sees of the cache in a step: one "past" for each group of sequences.
+
+A past gives access to the KV entries or states of the group's sequences. The layer reads them, and adds those of the
+new tokens.
 
 Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, S tokens to attend to, K KV heads, D head
 dim, C conv channels, W remembered conv inputs.
@@ -15,7 +18,11 @@ from torch import Tensor
 class KVPast:
     """One attention layer's view of a group's sequences.
 
-    lengths_B   number of tokens of each sequence, with the new ones
+    kv_PL2KD    keys and values of all pages of the layer
+    page_BT     page in which each new token is stored
+    offset_BT   index of each new token in its page
+    table_BP    page numbers of each sequence
+    lengths_B   number of tokens of each sequence, including the new ones
     length      the largest of `lengths_B`
     """
 
@@ -43,8 +50,15 @@ class KVPast:
 
 @dataclass(frozen=True, eq=False)
 class KVRun:
-    """One attention layer's view of a single sequence with consecutive pages. The layer reads them as one slice,
-    without a gather."""
+    """One attention layer's view of a single sequence with consecutive pages.
+
+    The layer reads all KV entries of the sequence as one slice, without a gather.
+
+    kv_PL2KD           keys and values of the sequence, in the form of a single page
+    start              number of earlier tokens
+    table_BP           the number of this page: [[0]]
+    lengths_B, length  number of tokens, including the new ones
+    """
 
     kv_PL2KD: Tensor
     start: int
@@ -64,9 +78,11 @@ class KVRun:
 
 @dataclass(frozen=True, eq=False)
 class StatePast:
-    """One recurrent layer's view of a group's sequences: pools of states, and the slot of each sequence in them.
+    """One recurrent layer's view of a group's sequences. The kernels change the two pools in place.
 
-    The kernels change the pools in place.
+    conv_PWC   pool of the last inputs of the convolution
+    ssm_P___   pool of recurrent states
+    slots_B    index of each sequence in both pools
     """
 
     conv_PWC: Tensor
@@ -84,7 +100,7 @@ class StatePast:
 
     @classmethod
     def joined(cls, pasts: "list[StatePast]") -> "StatePast":
-        """Join the views of several groups of one layer, which have the same pools."""
+        """Join one layer's views of several groups. All of these views have the same pools."""
         if len(pasts) == 1:
             return pasts[0]
         return cls(pasts[0].conv_PWC, pasts[0].ssm_P___, torch.cat([past.slots_B for past in pasts]))

@@ -114,12 +114,15 @@ def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
 
 
 def family_in(folder: str | Path) -> str:
-    """Return the name of the family of a folder."""
+    """Return the model family of a checkpoint folder: the model_type in its config.json."""
     return str(read_json(Path(folder) / "config.json").get("model_type"))
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
-    """Return the dtype. Multimodal configurations may have it in text_config only, older ones under an older key."""
+    """Return the name of the dtype in which the tensors are saved; None if the config does not say.
+
+    A multimodal config may have the dtype only in text_config. In an older config, the key is torch_dtype.
+    """
     for where in (raw, raw.get("text_config")):
         for key in ("dtype", "torch_dtype"):
             value = where.get(key) if isinstance(where, dict) else None
@@ -157,9 +160,11 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _agreed(said: dict[str, Any]) -> Any:
-    """Return the one value that a setting has at several paths of a config; None if no path has a value.
+    """Return the value of a setting that a config may have at several paths; None if no path has a value.
 
-    said: path -> value at this path, or None. Raises ConfigError if two values differ.
+    said: path -> value at this path, or None
+
+    Raises ConfigError if two values differ.
     """
     there = [(path, value) for path, value in said.items() if value is not None]
     for path, value in there[1:]:
@@ -227,9 +232,10 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
 
 
 def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return theta and the rotated fraction.
+    """Return theta, and the fraction of a head's dimensions that the rotary embedding rotates.
 
-    Multimodal sections are ignored, because text has one position on all axes.
+    The keys mrope_* are ignored. They divide the dimensions between the axes of an image, but a text token has the same
+    position on each axis.
     """
     keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     places = {prefix: text}

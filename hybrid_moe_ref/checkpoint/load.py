@@ -1,8 +1,8 @@
 """Copy the tensors of a folder into the parameters of a model, a few rows at a time.
 
 A model may hold only a part of its parameters: some experts of each layer, or the slices in `model.slices`. Then only
-that part is read. Columns are cut from whole rows, because a rank's part of a row is mostly smaller than a page of the
-file.
+the rows that it holds are read. If it holds only some columns of a row, the whole row is read all the same: the columns
+are mostly less than one memory page of the mapped file, so that nothing would be saved.
 
 Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """
@@ -54,7 +54,7 @@ class Piece:
 def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.device | str = "cpu") -> Shards:
     """Fill all parameters. The model is not changed until every tensor is found and has the right shape.
 
-    device: where parameters that are on the meta device go
+    device: the device for parameters that are on the meta device
 
     Returns the opened folder, which counts the bytes that were read. Raises CheckpointError.
     """
@@ -74,8 +74,8 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
 def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     """Return `config` with as many MTP layers as the folder has tensors for.
 
-    The config.json of Qwen3-Next does not name them. transformers drops the tensors when it saves, but keeps the key of
-    Qwen3.5.
+    The config.json of Qwen3-Next has no key for MTP layers. The config.json of Qwen3.5 has such a key, but when
+    transformers saves a model, it keeps the key and drops the tensors.
 
     Raises CheckpointError if config and tensors contradict each other, or if there is more than one layer.
     """
@@ -195,7 +195,11 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     k, v = (k[0] - M * K, k[1] - M * K), (v[0] - 2 * M * K, v[1] - 2 * M * K)
 
     def piece(kind: str, linear: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
-        """Make one piece. parts: for each of q, k, v, z, b or a: the range held, its size and offset in a block."""
+        """Make one piece, which fills the weight of `linear`.
+
+        parts: for each of q, k, v, z, b or a in this weight: the range of its rows that this rank holds, its number of
+        rows in a block, and its first row in a block
+        """
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
         held = tuple(rows for part in parts for rows in _in_blocks(*part, block))
         part = Slice((M * block, H), ((0, held),))
@@ -210,9 +214,10 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
 
 
 def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
-    """Convert a range of elements to ranges of rows in the checkpoint.
+    """Convert a range of rows of q, k, v, z, b or a to ranges of rows in the checkpoint.
 
-    Each block of `block` rows has `size` of the elements, from row `offset` of the block on.
+    The checkpoint consists of blocks of `block` rows. In each block, `size` rows belong to q (or k, ...); the first of
+    them is row `offset` of the block.
     """
     start, stop = held
     while start < stop:
@@ -255,7 +260,7 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
 
 
 def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
-    """List what is wrong with a tensor and its scales, one problem in a line."""
+    """Yield a line if a tensor or its float8 scales cannot be used."""
     entry, name = shards[piece.name], f"{piece.name}_scale_inv"
     where = f"{entry.file}: {piece.name}"
     if entry.shape != piece.shape:

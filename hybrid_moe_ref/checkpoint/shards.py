@@ -32,7 +32,7 @@ BLOCK_BYTES = 1 << 23
 
 @dataclass(frozen=True)
 class Entry:
-    """The file of a tensor, its dtype by the name in the file, and its shape."""
+    """The file of a tensor, its dtype as safetensors names it (such as "BF16"), and its shape."""
 
     file: Path
     dtype: str
@@ -73,9 +73,9 @@ class Shards:
     def rows(
         self, name: str, index: int | None = None, ranges: Iterable[Range] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield a tensor on the CPU some rows at a time: the number of the first row, and a block of rows.
+        """Yield a tensor in blocks of rows on the CPU, each as (number of its first row, block).
 
-        index    read only this row, as a tensor of its own
+        index    read only the rows of `tensor[index]`, such as one expert of a layer
         ranges   read only the rows in these ranges, in this order
 
         A block has at most BLOCK_BYTES, or one row if a row is larger. It is a view of the file: do not write to it.

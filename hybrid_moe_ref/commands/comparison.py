@@ -1,14 +1,15 @@
 """Compare a loaded checkpoint with transformers on the same folder: logits, token by token.
 
-First both models compute in float64. Even then, transformers by itself computes norms, softmax, router, rotary table
-and recurrence in float32; for one forward pass these casts are widened. Then only the order of sums differs, so a
-relative error of more than LIMIT means another constant, another cast or another formula. A difference of 1e-14 changes
-no choice of experts.
+First, both models compute in float64. Even a float64 model of transformers computes norms, softmax, router, rotary
+table and recurrence in float32, so the comparison replaces these casts to float32 by casts to float64. Then the two
+models differ only in the order of sums. A relative error of more than LIMIT means that a constant, a cast or a formula
+differs. (A difference of only 1e-14 in the router does not change its choice of experts.)
 
-Then the model is compared in the requested dtype. The error of its median token against the float64 logits may be at
-most FACTOR times that of transformers in the same dtype. The median is used because bfloat16 changes a third of the
-routings, and a few tokens that were routed differently would decide a mean. For 32 small bfloat16 MoE models with
-random weights this ratio was 0.80 to 1.24, with a median of 1.01.
+Then both models compute in the requested dtype, and the error of each token is measured against the float64 logits of
+transformers. Our median error may be at most FACTOR times the median error of transformers. The median is used because
+bfloat16 changes a third of the router's choices, and a mean would depend on a few tokens that have other experts. For
+32 small bfloat16 MoE models with random weights, the ratio of the two medians was between 0.80 and 1.24; the median of
+these ratios was 1.01.
 """
 
 import contextlib
@@ -37,7 +38,8 @@ class NotCompared(Exception):
 def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
     """Compare `model`, loaded from `folder`, with transformers.
 
-    Returns the version of transformers, the errors, and as "agrees" whether they keep the limits. Raises NotCompared.
+    Returns the version of transformers, the errors, and under "agrees" whether the errors are within the limits. Raises
+    NotCompared.
     """
     if read_json(Path(folder) / "config.json").get("model_type") == OWN:
         raise NotCompared("no other implementation has this stack of layers")
@@ -71,9 +73,9 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
 
 
 def their_logits(folder: str | Path, dtype: torch.dtype, tokens_BT: Tensor) -> Tensor:
-    """Return the logits [B, T, V] of transformers' model of the folder.
+    """Return the logits [B, T, V] that transformers computes with the model in the folder.
 
-    For float64, the whole computation is in float64.
+    If `dtype` is float64, the whole computation is in float64.
     """
     import transformers
 
@@ -117,7 +119,10 @@ def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
 
 
 def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> dict[str, Any]:
-    """Judge logits [B, T, V] of a narrower dtype: return both median errors, and whether ours is within FACTOR."""
+    """Judge logits [B, T, V] of a narrower dtype.
+
+    Returns the median errors of both models, and whether ours is at most FACTOR times theirs.
+    """
     ours, theirs = (float(errors(x_BTV, truth_BTV).median()) for x_BTV in (ours_BTV, theirs_BTV))
     return {"median_error": ours, "their_median_error": theirs, "agrees": ours <= FACTOR * theirs}
 

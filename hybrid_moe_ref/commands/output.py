@@ -21,7 +21,7 @@ def show(answer: dict[str, Any], as_json: bool) -> None:
 
 
 class Printer(Protocol):
-    """Prints each token when it arrives, and at the end the text that was held back."""
+    """Prints each token when it arrives. `end` prints what is not printed yet, such as an incomplete character."""
 
     def show(self, token: int) -> None: ...
     def end(self) -> None: ...

@@ -68,7 +68,7 @@ class Source:
 def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) -> "HybridMoE":
     """Load the model with the options `--dtype`, `--device`, `--kernels` and `--seed`.
 
-    lengths: of the sequences that the model's cache must hold
+    lengths: number of tokens of each sequence that the model's cache must hold
 
     Raises InputError if model and cache do not fit into memory, or if the device cannot compute in the dtype.
     """
@@ -89,7 +89,7 @@ def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) 
 
 
 def use_kernels(choice: str | None) -> None:
-    """Use the kernels `choice`, or by default those of HMR_KERNELS, in this process and its children.
+    """Use the kernels `choice` in this process and its children. None: the current choice, which HMR_KERNELS may set.
 
     Raises ConfigError.
     """

@@ -19,8 +19,8 @@ class EngineConfig(Config):
     max_num_batched_tokens
                        largest number of tokens of a step. Running requests come first; new prompts get the rest
     num_pages          pages of a rank's cache; if they are too few for all requests, the youngest requests wait
-    protocol           a version of vLLM: the ranks exchange the same numbers, in the same steps, as this version does.
-                       "0.20" or "0.33"
+    protocol           a version of vLLM, "0.20" or "0.33": the ranks exchange the same numbers, in the same steps, as
+                       this version does
     unfinished_interval
                        number of steps between two "anyone unfinished?" all-reduces; the ranks can stop only after
                        one of them. 0: the number that `protocol` gives
@@ -36,7 +36,8 @@ class EngineConfig(Config):
                        backend of these layers: "auto" selects one from the kernels' registry, "jit" is compiled on this
                        machine, "triton" needs a GPU
     num_drafts         number of tokens that the MTP layer drafts for each request
-    collective_limit_s a rank that waits this many seconds in one collective while serving stops all ranks; 0: no limit
+    collective_limit_s seconds that a rank may wait in one collective while serving; then it stops all ranks.
+                       0: no limit
     """
 
     max_num_seqs: int = 8

@@ -1,20 +1,21 @@
 """The server: its start-up phases in order, then the serve loop.
 
-    load        build this rank's part of the model                      no collective
-    page_setup  choose one page size for KV and recurrent states         no collective
-    prepare     builds and other lazy local work, then one vote          a small all-reduce over all ranks
-    profile     one full-size dummy step                                 C1, then those of the layers (C2, C3, tp);
-                before them, those of tuning, if configured
-    compile     torch.compile, if configured, then one vote              none, or the same as in prepare
-    allocate    pages for the cache                                      no collective
-    capture     two dummy steps for each captured size, if configured    none, or the same as in profile, per step
-    serve       steps until no rank has work left                        the same as in profile; one more in the steps
-                that ask for unfinished work
+    phase       what a rank does                                         its collectives
+    load        build this rank's part of the model                      none
+    page_setup  choose one page size for KV and recurrent states         none
+    prepare     build kernels, do other lazy local work, then vote       a small all-reduce over all ranks
+    profile     tune, if configured; then run one full-size dummy step   tuning: a vote and timings; step: C1, then the
+                                                                         collectives of the layers (C2, C3, tp)
+    compile     if configured, run torch.compile, then vote              as in `prepare`
+    allocate    allocate the pages of the cache                          none
+    capture     if configured, run two dummy steps for each size         in each step: as in the step of `profile`
+    serve       run steps until no rank has work left                    in each step: as in the step of `profile`; some
+                                                                         steps end with the "unfinished" all-reduce
 
 The order is vLLM's, except that `prepare` comes before the first model execution. So work that may build, tune or fail
-on one rank alone is done before any rank depends on it. `profile` allocates the activations of the largest step, which
-the memory check before a start (`memory.check_memory`) does not count: if they do not fit, that shows here and not
-while serving.
+on one rank alone is done before other ranks wait for that rank. `profile` allocates the activations of the largest
+step, which the memory check before a start (`memory.check_memory`) does not count. If they do not fit into memory, the
+error comes in this phase and not while serving.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ T = TypeVar("T")
 class Engine:
     """One rank of the server. The constructor runs every phase before `serve`; :meth:`serve` runs the loop.
 
-    Raises PrepareFailed on every rank if one of them cannot take part, ConfigError for sizes that do not fit, Refused
-    for a configuration that could deadlock, and RuntimeError for a communicator that was stopped before. A rank that
-    fails in a phase other than `prepare` raises its own error, and all others raise ScheduleMismatch with its text. In
-    `serve` with checks="observe" the others are not stopped, and wait until their collective's timeout.
+    Raises PrepareFailed on every rank if a rank could not prepare or has another configuration, ConfigError for sizes
+    that do not fit, Refused for a configuration that could deadlock, and RuntimeError for a communicator that was
+    stopped before. A rank that fails in a phase without a vote raises its own error, and all other ranks raise
+    ScheduleMismatch with the text of this error. With checks="observe", a rank that fails in `serve` does not stop the
+    other ranks: they wait until the timeout of their collective.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:
@@ -103,7 +105,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:
-        """If this rank fails inside the ``with``, stop the others with its error."""
+        """Stop the other ranks with this rank's error if the body of the ``with`` raises one."""
         try:
             yield
         except PrepareFailed:
@@ -129,7 +131,7 @@ class Engine:
             self.comm.start_watchdog()
 
     def _load(self) -> tuple[HybridMoE, ModelRunner]:
-        """Build this rank's part of the model. It is cut on the meta device, so no rank ever holds the whole model."""
+        """Build this rank's part of the model. The model is cut on the meta device, so no rank ever holds all of it."""
         model = HybridMoE(self.config.served_model, device="meta", dtype=self._dtype)
         context = apply_layout(model, self.comm, self.config.parallel, self._policies.dispatch, self._policies.adder)
         self._extensions = apply_backends(model, self.config.engine, self.comm.device)
@@ -189,7 +191,10 @@ class Engine:
         return StartVote(self.config, self.comm, self._policies.ballot)
 
     def _take_first_uses(self) -> None:
-        """Let the policies of this engine, not those of a later one, load each module at its first use."""
+        """Let this engine's policies load the modules that kernels load at their first use.
+
+        The process has one such loader, which may still be that of another engine.
+        """
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 
     def _build_place(self) -> BuildPlace:
@@ -202,7 +207,7 @@ class Engine:
         return BuildPlace(cache, self.comm.rank, self.comm.observer, self.comm.stopped_by, sum_up)
 
     def _tuner(self) -> ExpertTuner:
-        """A tuner for the numbers of rows that the experts process in a decode step and in a full step."""
+        """Return a tuner for the numbers of rows that the experts process in a decode step and in a full step."""
         engine, parallel = self.config.engine, self.config.parallel
         num_senders = parallel.dp_size if parallel.expert_parallel else 1
         rows = (engine.max_num_seqs * num_senders, engine.max_num_batched_tokens * num_senders)

@@ -27,10 +27,10 @@ NewTokens = list[tuple[str, int]]
 
 
 class StepAgreement:
-    """How the ranks agree on a step.
+    """Lets the ranks agree on a step, by one collective per step.
 
-    There is one agreement per step: later callers within the step get the same answer without a collective. A second
-    collective would be joined only by the ranks that ask again, and no rank can know whether the others will.
+    Later calls within the step return the same answer without a collective. Only the ranks that call again would join a
+    second collective, and no rank knows whether the other ranks call again.
     """
 
     def __init__(self) -> None:
@@ -46,32 +46,35 @@ class StepAgreement:
 
 
 class StateBinding:
-    """How a recurrent layer gets the step's metadata when it binds its state.
+    """Chooses the metadata with which a rank goes on at the first recurrent layer of a step.
 
-    The engine calls this at the first recurrent layer of every step. The agreement from before the model ran stays
-    valid, so binding state is local.
+    The ranks have agreed on this metadata before the model ran, and the agreement is still valid. So a rank needs no
+    collective when its recurrent layers look up their states.
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """Return the metadata with which this rank runs the step: ``agreed``, so that no collective is needed."""
+        """Return the metadata with which this rank goes on. This class returns ``agreed``, without a collective.
+
+        rebuild: builds the metadata again, by another call of the policy `agreement`
+        """
         return agreed
 
 
 class GraphChoice:
-    """Whether a step replays a graph, and of which size.
+    """Decides whether a step replays a graph, and of which size.
 
-    In C1 a rank proposes what it could run. It then runs what the ranks agreed on.
+    In C1 each rank proposes the mode that it could run. Every rank then runs the mode on which the ranks agreed.
     """
 
     def choose(self, plan: StepPlan, agreed: AgreedStep) -> AgreedStep:
-        """Return the mode and sizes with which this rank runs the step: those of ``agreed``."""
+        """Return the mode and sizes with which this rank runs the step. This class returns those of ``agreed``."""
         return agreed
 
 
 class Tuning:
-    """How the ranks choose a tactic (a way to compute the experts).
+    """Lets the ranks choose a tactic (a way to compute the experts).
 
-    They use their saved choices if every rank has one. Otherwise they time the tactics together.
+    If every rank has a saved choice, the ranks use their saved choices. Otherwise they time the tactics together.
     """
 
     def tune(self, tuner: ExpertTuner) -> None:
@@ -90,12 +93,13 @@ class Tuning:
         return tuner.load(f"rank{tuner.rank}.json", tuner.key)
 
     def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:
-        """Save a choice, each rank in its own file."""
+        """Save a choice. Each rank has its own file."""
         tuner.save(f"rank{tuner.rank}.json", tuner.key, chosen)
 
 
 class Compilation:
-    """Which ranks compile, and when: every rank, before the first step in which other ranks would wait for it."""
+    """Decides which ranks compile, and when. Here all ranks compile in the phase `compile`, so that no rank compiles in
+    a step while other ranks wait for it."""
 
     def prepare(self, compiler: Compiler) -> None:
         """Compile. The engine calls this on every rank in the phase `compile`, before a vote."""
@@ -103,17 +107,17 @@ class Compilation:
 
 
 class IdlePolicy:
-    """What a rank without requests does in a step: it takes part, with as few rows as the kernels allow."""
+    """Decides what a rank without requests does in a step. Here it takes part, with a dummy batch of one row."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
-        """Return the number of rows of the dummy batch. 0 is allowed; None ends the serve loop.
+        """Return the number of rows of the dummy batch, which may be 0. If the answer is None, the serve loop ends.
 
         unfinished: whether requests will still arrive at this rank
         """
         return 1
 
     def run(self, execute: Callable[[], None]) -> None:
-        """Run the dummy batch. An error in it fails this rank, and the others with it."""
+        """Run the dummy batch. If it raises an error, this rank fails, and the engine stops the other ranks."""
         execute()
 
 
@@ -129,8 +133,9 @@ class Ballot:
 
 
 class Preemption:
-    """When a rank whose cache is full preempts: before the step, so that the ranks agree on the rows that it will have.
+    """Decides when a rank whose cache is full preempts requests.
 
+    Here this happens before the step, so that the number of rows on which the ranks agree does not change afterwards.
     ``make_room`` preempts this rank's youngest requests, if necessary, until the others have their pages.
     """
 
@@ -139,18 +144,23 @@ class Preemption:
         make_room()
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
-        """Run the step. Returns its new tokens by request. An error in it fails this rank, and the others with it."""
+        """Run the step. Returns the new tokens of each request.
+
+        If the step raises an error, this rank fails, and the engine stops the other ranks.
+        """
         return step()
 
 
 class DraftPolicy:
-    """How often a rank runs the drafter after a step's forward pass.
+    """Decides how often a rank runs the drafter after the forward pass of a step.
 
     The drafter has experts, so its passes are collective, like the forward pass.
     """
 
     def num_passes(self, num_drafts: int, room: int | None) -> int:
-        """Return the number of passes: ``num_drafts``, a setting of the server, on every rank, whether needed or not.
+        """Return the number of passes. This class returns ``num_drafts``, a setting of the server.
+
+        So all ranks run equally many passes, even if some ranks do not need the drafts.
 
         room: largest number of drafts that a request of this rank can still use; 0 if all requests are about to end,
         None without requests

@@ -74,7 +74,7 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _depth(data: bytes) -> int:
-    """Return how deeply lists and mappings are nested; 0 if there are too few of them to be nested too deeply."""
+    """Return how deeply lists and mappings are nested; 0 if there are at most MAX_JSON_DEPTH of them."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return 0  # too few brackets to be nested too deeply
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)

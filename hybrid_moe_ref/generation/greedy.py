@@ -29,10 +29,10 @@ def stream(
     """Yield the next token of every sequence, [B], up to `max_new_tokens` times.
 
     prompts        [B, T], or a list of B prompts of any lengths
-    cache          None: a cache that is just large enough
+    cache          the cache to use; None: a new one that is just large enough
     prefill_chunk  largest number of tokens of a prompt in one step; None: all
-    stop_ids       tokens that end a sequence; None: the model's. A sequence that has ended repeats its last token, and
-                   the stream ends when all have ended
+    stop_ids       tokens that end a sequence; None: `model.stop_ids`. A sequence that has ended repeats its last token,
+                   and the stream ends when all sequences have ended
 
     Raises InputError for invalid arguments and CacheExhausted for a cache that is too small, before the first step.
     """

@@ -55,7 +55,9 @@ def draft_cache(model: "HybridMoE", num_tokens: int, num_sequences: int) -> Hybr
 class MTPDrafter:
     """Proposes tokens by the model's MTP layer, one after another.
 
-    max_length: largest number of tokens of the sequence. Raises InputError if the model has no MTP layer.
+    max_length: largest number of tokens of the sequence
+
+    Raises InputError if the model has no MTP layer.
     """
 
     def __init__(self, model: "HybridMoE", max_length: int) -> None:
@@ -94,8 +96,8 @@ def speculative_stream(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` greedy tokens after one prompt, up to and including one of `stop_ids`.
 
-    drafter    None: the model's MTP layer
-    stop_ids   None: the model's
+    drafter    proposes the drafts; None: the model's MTP layer does
+    stop_ids   tokens that end the text; None: `model.stop_ids`
 
     Raises InputError for invalid arguments, before the first step.
     """

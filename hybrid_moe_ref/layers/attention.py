@@ -2,8 +2,8 @@
 
 The query projection also computes the gate.
 
-Shapes: T rows of a part (in a group: new tokens of each of its B sequences), S tokens to attend to, H hidden, Q query
-heads, K KV heads, D head dim, R half of the rotary dim.
+Shapes: T rows of a part (after B: new tokens of each sequence), B sequences of a group, S tokens to attend to, H
+hidden, Q query heads, K KV heads, D head dim, R half of the rotary dim.
 """
 
 from itertools import zip_longest
@@ -56,7 +56,7 @@ class GatedAttention(Mixer):
 
 
 def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-    """Attend within one group. New keys and values are cached detached, so no gradient flows through a cache."""
+    """Attend within one group. No gradient flows through a cache, because it gets detached keys and values."""
     if past is None:
         return attend(q_BTQD, k_BTKD, v_BTKD, group)
     is_differentiable = torch.is_grad_enabled() and q_BTQD.requires_grad

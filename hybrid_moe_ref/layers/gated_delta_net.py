@@ -38,7 +38,7 @@ class GatedDeltaNet(Mixer):
         self.out_proj = nn.Linear(values, hidden, bias=False)
 
     def mix(self, x_TH: Tensor, part: Part, pasts: list[StatePast]) -> Tensor:
-        past = StatePast.joined(pasts) if pasts else self._nothing(x_TH, part)
+        past = StatePast.joined(pasts) if pasts else self._zero_states(x_TH, part)
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv_TC, z_TI, b_TN, a_TN = project(x_TH, *projections)
         z_TNV = z_TI.unflatten(-1, (self.num_value_heads, self.value_dim))
@@ -78,7 +78,7 @@ class GatedDeltaNet(Mixer):
         o_TNV = self.prefill_rule(q, k, v, g_TN, beta_TN, past.ssm_P___, past.slots_B, part.cu_seqlens_X)
         return self.norm(o_TNV, z_TNV)
 
-    def _nothing(self, x_TH: Tensor, part: Part) -> StatePast:
+    def _zero_states(self, x_TH: Tensor, part: Part) -> StatePast:
         """Return zero states for sequences that are not cached."""
         channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
         state = (self.num_value_heads, self.key_dim, self.value_dim)

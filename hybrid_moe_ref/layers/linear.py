@@ -34,7 +34,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether the module has no hook and no `forward` of its own, so that its call may be skipped."""
+    """Whether the module has no hook and no `forward` of its own, so that a kernel may compute its result instead."""
     have = module.__dict__  # every step does this for every module, and attribute access takes twice as long
     return not (
         have["_forward_hooks"]

@@ -34,7 +34,7 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def mix(self, x_TH: Tensor, part: Part, pasts: list[StatePast]) -> Tensor:
-        past = StatePast.joined(pasts) if pasts else self._nothing(x_TH, part)
+        past = StatePast.joined(pasts) if pasts else self._zero_states(x_TH, part)
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
         (projected_T_,) = project(x_TH, self.in_proj)
         z_TI, xbc_TC, dt_TN = projected_T_.split([inner, inner + 2 * shared, self.num_heads], dim=-1)
@@ -82,7 +82,7 @@ class Mamba2(Mixer):
         )
         return self.norm(y_TNP.flatten(-2), z_TI)
 
-    def _nothing(self, x_TH: Tensor, part: Part) -> StatePast:
+    def _zero_states(self, x_TH: Tensor, part: Part) -> StatePast:
         """Return zero states for sequences that are not cached."""
         channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
         state = (self.num_heads, self.head_dim, self.state_size)

@@ -1,6 +1,6 @@
 """The base class of the three token mixers, which calls `mix` for each part of a step.
 
-A step has one part, or two if some of its sequences have one token and others more.
+A step has several parts if some of its sequences have one new token and others more, or if only some are cached.
 
 Shapes: N rows of the step, T rows of one part, H hidden.
 """
@@ -32,6 +32,6 @@ class Mixer(nn.Module):
     def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
         """Mix the rows of one part, whose sequences follow one another. Return rows [T, H].
 
-        pasts: an entry for each group; empty if the tokens are not cached
+        pasts: the past of each group; empty if the tokens are not cached
         """
         raise NotImplementedError

@@ -32,7 +32,11 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses the top k experts: softmax over all in float32 (float64 for float64), renormalised to sum to one."""
+    """Chooses the top k experts of each token.
+
+    Their weights are a softmax over all experts, computed in float32 (float64 for float64 inputs), then renormalised so
+    that those of the top k sum to one.
+    """
 
     def __init__(self, num_experts: int, top_k: int, hidden_size: int) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class Experts(nn.Module):
         start = first - self.first_expert
         if not 0 <= start <= start + count <= self.num_local:
             raise ValueError(
-                f"experts {first} to {first + count} are not all among the {self.num_local} that this module has"
+                f"experts {first} to {first + count - 1} are not all among the {self.num_local} experts of this module"
             )
         with torch.device("meta"):
             part = type(self)(
@@ -91,7 +95,7 @@ class Experts(nn.Module):
         return part
 
     def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
-        """Return for each row the weighted sum over its experts that this module has; zero if it has none of them."""
+        """Return, for each row, the weighted sum over those of its experts that this module has; 0 if it has none."""
         local_NK = ids_NK - self.first_expert
         y_NH: Tensor = self.mlp(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
         return y_NH

@@ -1,4 +1,4 @@
-"""Root-mean-square norms, computed in float32 (float64 for float64 inputs) and cast last.
+"""Root-mean-square norms, computed in float32 (float64 for float64 inputs). The result is cast to the input's dtype.
 
 Shapes: ... any dimensions, H features, G groups of features.
 """

@@ -1,4 +1,6 @@
-"""Rotary position embedding of the first `rotary_dim` dimensions: it rotates dimension i with i + rotary_dim / 2.
+"""Rotary position embedding of the first `rotary_dim` dimensions.
+
+Dimension i and dimension i + rotary_dim / 2 form a pair, which is rotated by one angle.
 
 Shapes: T rows, H heads, D head dim, R half of the rotary dim.
 """
@@ -14,9 +16,10 @@ from hybrid_moe_ref.batch import Part
 
 
 def rotary_table(part: Part, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine [T, R] for the position of each row, computed in float32 (float64 for float64) and cast.
+    """Return cosine and sine [T, R] for the position of each row.
 
-    The part of a step keeps the result for all layers.
+    They are computed in float32 (float64 if `dtype` is float64), and cast to `dtype`. `part` keeps the result for the
+    other layers.
     """
     key = (rotary_dim, theta, dtype)
     if key not in part.tables:

@@ -106,9 +106,13 @@ class HybridMoE(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, *, family: str | None = None) -> None:
-        """Write a checkpoint folder for `from_pretrained`, and for transformers if it has these layers.
+        """Write a checkpoint folder.
 
-        family: the model type to save as; None: the type that fits. Raises CheckpointError.
+        `from_pretrained` can load it, and so can transformers if it implements the layers of the model.
+
+        family: the model type to save as; None: the type that fits the model's layers
+
+        Raises CheckpointError.
         """
         checkpoint.save(self, folder, family=family)
 
@@ -142,7 +146,7 @@ class HybridMoE(nn.Module):
     def init_weights(self, seed: int, device: torch.device | str = "cpu") -> Self:
         """Fill the parameters with seeded random weights, which do not depend on how the experts are sharded.
 
-        device: where parameters that are on the meta device go
+        device: the device for parameters that are on the meta device
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             self.materialise(device)
@@ -204,7 +208,7 @@ class HybridMoE(nn.Module):
     def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:
         """Decode greedily. Returns the new tokens [B, at most max_new_tokens], without the prompts.
 
-        After a token of `stop_ids`, a row repeats that token until all rows have one.
+        After a token of `stop_ids`, a row repeats that token until all rows have ended.
 
         prompts  [B, T], or a list of B prompts of any lengths
         options  options of `generation.greedy.stream`, which yields each token at once

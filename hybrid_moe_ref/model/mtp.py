@@ -1,7 +1,7 @@
 """Multi-token prediction (MTP): a small layer that predicts the token after the next one.
 
-Its input is the model's hidden state and the embedding of the next token. Checkpoints name it `mtp.*`. It has one
-attention block with its own MLP or MoE; embedding and head are the model's.
+Its input is the model's hidden state and the embedding of the next token. It has one attention block with its own MLP
+or MoE, and uses the embedding and the head of the model. In checkpoints, the names of its tensors begin with `mtp.`.
 
 Shapes: N tokens of a step, H hidden.
 """
@@ -24,7 +24,7 @@ DRAFT_STACK = "mtp.layers"
 
 @functools.lru_cache
 def draft_config(config: ModelConfig) -> ModelConfig:
-    """Return the configuration of a model of one attention layer, for which the MTP layer's cache is made."""
+    """Return the configuration for the MTP layer's cache: that of a model with one attention layer."""
     return dataclasses.replace(config, layer_pattern="A")
 
 
@@ -44,7 +44,7 @@ class MTP(nn.Module):
         """Return hidden states [N, H] for the prediction of token i + 2.
 
         embedded_NH  the embedding of token i + 1
-        hidden_NH    the hidden state at position i; for a further prediction, the previous result
+        hidden_NH    the model's hidden state at position i; after the first draft, this layer's previous result
         """
         both = torch.cat([self.pre_fc_norm_embedding(embedded_NH), self.pre_fc_norm_hidden(hidden_NH)], dim=-1)
         x_NH = self.fc(both)

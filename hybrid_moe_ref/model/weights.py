@@ -1,9 +1,9 @@
 """Fill a model with seeded random weights.
 
-Every parameter has a generator of its own, seeded by (seed, name), and so has every expert. So a rank that holds some
-experts draws only those. If a rank holds a part of another parameter, the whole parameter is drawn and then cut, so the
-peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast, so weights do not depend on the
-device, and on the dtype only by rounding.
+Every parameter has its own random generator, seeded by (seed, name). Every expert has one too, so a rank that holds
+some experts draws random numbers only for these. If a rank holds a part of another parameter, the whole parameter is
+drawn and then cut, so the peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast, so the
+device does not change the weights, and the dtype changes them only by rounding.
 
 Scales follow the fan-in, so that activations keep their size through any number of layers.
 """

@@ -171,5 +171,5 @@ def test_shard_of_a_shard_and_shard_on_meta() -> None:
     part = whole.shard(2, 4).shard(3, 2)
     assert part.first_expert == 3 and torch.equal(part.down_proj, whole.down_proj[3:5])
     assert Experts(8, 4, 6).to("meta").shard(2, 4).gate_up_proj.is_meta
-    with pytest.raises(ValueError, match="experts 6 to 9 are not all among the 8"):
+    with pytest.raises(ValueError, match="experts 6 to 8 are not all among the 8"):
         whole.shard(6, 3)

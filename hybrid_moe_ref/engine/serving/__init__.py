@@ -1,7 +1,9 @@
 """What a rank does between its model executions.
 
-loop           schedule, run, sample, ask whether anyone is unfinished
-scheduler      which requests run, with how many tokens each
-steps          plan the steps of this rank, and run those in which it has no requests
-drafting, verification, sampling   drafts of the MTP layer, their check, the choice of tokens
+loop           schedules, runs and samples each step, and asks whether any rank is unfinished
+scheduler      decides which requests run, and with how many tokens each
+steps          plans the steps of this rank, and runs those in which it has no requests
+drafting       drafts tokens with the MTP layer
+verification   accepts or rejects the drafts
+sampling       chooses the next tokens
 """

@@ -28,7 +28,7 @@ OnToken = Callable[[str, int], None]
 
 
 class ServeLoop:
-    """Serves the requests of a scheduler in one wave, which ends on all ranks after the same step."""
+    """Serves the requests of a scheduler, in steps. The loop ends on all ranks after the same step."""
 
     def __init__(
         self,
@@ -73,7 +73,10 @@ class ServeLoop:
         return scheduler.finished
 
     def _live(self, running: list[Running], asks: bool) -> NewTokens:
-        """Run one step of this rank's requests. Returns the new tokens of each request."""
+        """Run one step of this rank's requests. Returns the new tokens of each request.
+
+        asks: whether the step ends with the question "is anyone unfinished?"
+        """
         for request in running:
             if request not in self._sequences:
                 self._sequences[request] = self._cache.allocate()

@@ -20,6 +20,10 @@ def likeliest_tokens(model: HybridMoE, hidden_NH: Tensor) -> Tensor:
 def last_tokens(
     model: HybridMoE, hidden_NH: Tensor, last_rows: Sequence[int], counts: Sequence[int]
 ) -> list[list[int]]:
-    """Return the most likely token after each of the last ``counts[b]`` rows of request b, up to ``last_rows[b]``."""
+    """Return, for each request, the most likely token after each of its last rows.
+
+    last_rows  index of each request's last row
+    counts     number of last rows to use, for each request
+    """
     rows = [row for last, count in zip(last_rows, counts, strict=True) for row in range(last + 1 - count, last + 1)]
     return [tokens.tolist() for tokens in likeliest_tokens(model, hidden_NH[rows]).split(list(counts))]

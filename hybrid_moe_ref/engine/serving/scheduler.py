@@ -181,8 +181,8 @@ class Scheduler:
     def _share_tokens(self) -> int:
         """Give each running request its number of tokens in the step. Returns the remaining budget.
 
-        Each request gets the tokens of a decode step, for which the budget is always large enough. The oldest requests
-        get the rest.
+        First, each request gets at most the tokens of a decode step, for which the budget is always large enough. Then
+        the requests that need more get them from the remaining budget, the oldest request first.
         """
         decode = 1 + self._config.num_drafts
         budget = self._config.max_num_batched_tokens - sum(min(r.num_wanted, decode) for r in self._running)

@@ -14,7 +14,7 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 
 class Steps:
-    """The steps of one rank, numbered from 0. All ranks take the same steps, so a number is one step on all of them."""
+    """The steps of one rank, numbered from 0. All ranks run the same steps, so a number means the same step on all."""
 
     def __init__(self, config: ServerConfig, runner: ModelRunner, drafting: Drafting, device: torch.device) -> None:
         self._config = config
@@ -28,7 +28,7 @@ class Steps:
     ) -> StepPlan:
         """Return this rank's proposal for the next step.
 
-        It proposes to replay a graph if a captured size is large enough, and to split the step if there are enough
+        The rank proposes to replay a graph if a captured size is large enough, and to split the step if it has enough
         tokens.
 
         num_live         number of live requests; 0 for a dummy batch
@@ -54,7 +54,7 @@ class Steps:
         return plan
 
     def declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """Take a step that issues the collectives of this schedule but does not run the model."""
+        """Begin a step that issues the collectives of this schedule, but does not run the model."""
         self._runner.declare(self.plan([], 0), schedule)
 
     @torch.inference_mode()

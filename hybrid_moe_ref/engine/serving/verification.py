@@ -1,8 +1,8 @@
-"""Accept the drafts of the last step that the model itself would choose, and undo a step whose draft is rejected.
+"""Accept those drafts that the model itself would choose, and undo the step of a request with a rejected draft.
 
 A recurrent state cannot be truncated to the last accepted draft. After a rejected draft the request's state returns to
-the start of the step, and the next step feeds the accepted tokens again, without new drafts. So a rejected draft costs
-rows of the next step, never an extra step that other ranks would not take part in.
+the start of the step, and the next step runs the accepted tokens again, without new drafts. So a rejected draft costs
+rows of the next step. It never costs an additional step, in which the other ranks would not take part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hybrid_moe_ref.engine.serving.scheduler import Running
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """The requests of one step, and a snapshot of the state of each that has drafts."""
+    """The requests of one step. Each request with drafts has a snapshot of its state before the step."""
 
     running: list[Running]
     sequences: list[Sequence]
@@ -33,9 +33,10 @@ class Verification:
 
     @property
     def counts(self) -> list[int]:
-        """Return, for each request, after how many of its last rows to sample: the last known token and the drafts.
+        """Return, for each request, the number of its rows after which the model chooses a token.
 
-        The number is 0 for a request that still has pending tokens.
+        These are the row of the last known token and the rows of the drafts. A request that still has pending tokens
+        after this step has no such row.
         """
         return [1 + len(running.drafts) if running.makes_tokens else 0 for running in self.running]
 
@@ -44,7 +45,7 @@ class Verification:
 
         Restores the cache of a request with a rejected draft to its state before the step.
 
-        chosen: for each request, the model's choice after each of its last `counts` rows
+        chosen: for each request, the model's choices after the rows that `counts` describes
         """
         new = []
         for running, sequence, before, choices in zip(self.running, self.sequences, self.before, chosen, strict=True):

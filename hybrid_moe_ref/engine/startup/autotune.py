@@ -1,8 +1,8 @@
 """Autotuning: at the start, time each tactic (way to compute the experts), and use the one that is fastest on average.
 
 An all-reduce for each tactic and number of rows averages its time over the ranks, so that all ranks choose the same.
-Each rank saves the choice in its own file. A rank that finds its file needs no timing, but the other ranks need it in
-the all-reduces. So the ranks first vote on whether to time at all.
+Each rank saves the choice in its own file. A rank that finds its file needs no timing. But if it skipped the timing,
+the other ranks would wait for it in the all-reduces. So the ranks first vote on whether to time the tactics.
 
 Shapes: N rows, K experts that the router chose for a row, P = N K (row, expert) pairs, H hidden, E experts held, I
 intermediate, J = 2 I.
@@ -97,7 +97,7 @@ class ExpertTuner:
         return tuple(ScheduleEntry("ep", "all_reduce", name) for name in names)
 
     def vote(self, mine: bool) -> bool:
-        """Whether all ranks vote yes. mine: this rank's vote."""
+        """Return whether all ranks vote yes. mine: this rank's vote"""
         ballot = torch.tensor([int(mine)], dtype=torch.int32, device=self._comm.device)
         return bool(self._comm.all_reduce("ep", ballot, "min", layer=TUNING_VOTE.layer).item())
 
@@ -134,7 +134,7 @@ class ExpertTuner:
         return time.perf_counter()
 
     def use(self, chosen: Chosen) -> None:
-        """From now on, all layers compute their experts with the chosen tactics."""
+        """Let all layers compute their experts with the chosen tactics from now on."""
         experts = ChosenExperts(chosen)
         for layer in self._layers:
             layer.mlp = experts

@@ -49,10 +49,13 @@ def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device)
 
 @dataclass(frozen=True)
 class PreparedKernels:
-    """The kernels that one engine has prepared: the registry's choice, and the backend that it gives each operation.
+    """The kernels that one engine has prepared.
 
-    There is one choice for the whole process. An engine that serves after another engine made another choice would run
-    kernels that its ranks did not prepare.
+    choice   the setting of the kernel registry, such as "auto"
+    table    operation -> the backend that this setting gives it
+
+    The whole process has one setting. If another engine changes it, this engine would run kernels that its ranks did
+    not prepare.
     """
 
     choice: str
@@ -62,7 +65,7 @@ class PreparedKernels:
 
     @classmethod
     def of_now(cls, device: torch.device, dtype: torch.dtype) -> Self:
-        """Return the kernels of the current choice."""
+        """Return the kernels of the registry's current setting."""
         return cls(registry.choice(), device, dtype, registry.table(device.type, dtype))
 
     def check(self) -> None:

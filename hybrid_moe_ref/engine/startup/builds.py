@@ -56,7 +56,7 @@ class BuildPlace:
 class KernelBuilds:
     """The policy that decides when modules are built: all of them before the first collective.
 
-    `first_use` loads a module that a forward pass needs but that `prepare` did not get.
+    `first_use` loads a module that a forward pass needs and that is not loaded yet.
     """
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
@@ -145,8 +145,8 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
 def _end_children_but(others: set[int], by_force: bool) -> None:
     """Kill the processes that the build started: all children except ``others``.
 
-    SIGTERM comes first, not SIGKILL: ninja then ends its compilers, also one that it has just started. Such a compiler
-    is not in this list yet, and could not be found once ninja has ended.
+    The first signal is SIGTERM, not SIGKILL, because ninja ends its compilers when it gets SIGTERM. Ninja may just have
+    started a compiler that this function does not see yet, and after the end of ninja nothing could find that compiler.
     """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
@@ -155,10 +155,10 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 
 
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
-    """Delete the extension loader's lock file ("baton") if its holder has ended. torch itself never checks for that.
+    """Delete the extension loader's lock file ("baton") if its holder has ended. torch never checks whether it has.
 
-    If the holder lives, it is a process that does not use this project's lock. This function then waits for it, up to
-    the deadline.
+    If the holder still runs, it is a process that does not use this project's lock. This function then waits until the
+    holder deletes the file, up to the deadline.
     """
     baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():

@@ -1,8 +1,8 @@
 """Compile the row-wise parts of the layers by torch.compile, before any rank waits in a collective for the result.
 
 The compiled parts are norms, routers and shared experts: everything between mixers and collectives. Recurrences and
-collectives are not compiled, so the compiler never sees a hook that communicates. Each part is compiled once for all
-layers that have it, for one row and for more than one.
+collectives are not compiled, so the compiler never sees a hook that communicates. A part is not compiled again for each
+layer. It is compiled twice: for one row, and for any larger number of rows.
 
 One rank of the host compiles first and saves its output (Inductor's cache). The others wait for that rank's lock, which
 has a deadline and names its holder, and load the output.

@@ -1,8 +1,8 @@
 """Refuse, before a server starts, a configuration whose ranks could deadlock.
 
     check_start(config)             raises Refused with one line, which names the flag to change
-    check_start(config, policies)   also tries the policies: as on a rank with requests, on an idle rank, on a rank with
-                                    a tuning cache and on a rank without one
+    check_start(config, policies)   also tries the policies in the roles of different ranks: with and without requests,
+                                    with and without a tuning cache
 
 A policy must lead every rank to the same collectives, whatever the state of that rank is. The trial calls the policy
 with a substitute for the communicator that only counts collectives. An error of the policy ends the start. This finds
@@ -77,7 +77,7 @@ def _leaves_when_idle(config: ServerConfig, policies: Policies) -> Iterator[str]
 
 
 def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """Yield a finding if ranks with requests issue a collective to bind recurrent state and idle ranks do not."""
+    """Yield a finding if ranks with requests would issue more or fewer step agreements in a step than idle ranks."""
     layer = first_recurrent_layer(config.model.layer_pattern)
     if layer is None:
         return
@@ -92,7 +92,7 @@ def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iter
 
 
 def _exchanges(protocol: Protocol, policies: Policies, plan: StepPlan, layer: str) -> int:
-    """Return how many agreements a rank with this plan would issue, from the step agreement to binding its state."""
+    """Return how many step agreements a rank with this plan would issue up to its first recurrent layer."""
     count = 0
 
     def exchange(plan: StepPlan, asker: str) -> AgreedStep:

@@ -53,7 +53,7 @@ class StartVote:
             work()
         except ScheduleMismatch:
             pass  # the rank that stopped the others published the reason
-        except Exception as failure:  # an error stops ranks that still work at once, and all ranks in the vote
+        except Exception as failure:  # stops ranks that still work at once, the other ranks in the vote
             error = f"{type(failure).__name__}: {failure}"
             self._comm.stop_all(f"rank {self._comm.rank} {COULD_NOT_PREPARE}: {error}")
         try:
@@ -83,7 +83,7 @@ class StartVote:
             raise PrepareFailed(f"{CONFIGURED_DIFFERENTLY}: {'; '.join(differences)}: {change}")
 
     def _text_of(self, rank: int, error: str) -> str:
-        """Return the error of one rank, sent to all ranks."""
+        """Send the error of `rank` to all ranks, and return it. error: the error of the rank that calls this"""
         mine = error.encode()[:ERROR_BYTES] if rank == self._comm.rank else b""
         letters = torch.tensor(list(mine.ljust(ERROR_BYTES, b"\0")), dtype=torch.int32)
         return bytes(self._over_all_ranks(letters, "sum", "first error")).rstrip(b"\0").decode(errors="replace")
@@ -104,10 +104,10 @@ class StartVote:
 
 
 def _stopped(message: str) -> RuntimeError:
-    """Convert the message with which another rank stopped this rank to the error to raise.
+    """Return the error to raise for a message with which the ranks were stopped.
 
-    That is PrepareFailed if the other rank could not prepare, and ScheduleMismatch if it was past that phase and its
-    guard refused a collective.
+    The error is PrepareFailed if a rank could not prepare or has another configuration. It is ScheduleMismatch if a
+    rank was past this phase and its guard refused a collective.
     """
     in_prepare = COULD_NOT_PREPARE in message or CONFIGURED_DIFFERENTLY in message
     return PrepareFailed(message) if in_prepare else ScheduleMismatch(message)

@@ -1,9 +1,9 @@
 """Describe the tokens that a rank gives its model in one step, and compare them between tensor-parallel ranks.
 
 The ranks of one tp group hold parts of the same layers, so they must run the same tokens of the same requests. With
-different numbers of tokens, the first all-reduce of a layer aborts or hangs. With different tokens of the same number,
-the answers are wrong and there is no error. So the step agreement (C1) contains a hash of these tokens, the feed. This
-file uses neither torch nor communication.
+different numbers of tokens, the first all-reduce of a layer aborts or hangs. With equally many but different tokens,
+the answers are wrong and there is no error. We call these tokens the feed of the step. The step agreement (C1) contains
+a hash of the feed. This file uses neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def from_text(text: str) -> tuple[Feed, ...]:
 
 
 def feed_differences(feeds_of_rank: Sequence[Sequence[Feed]], tp_size: int) -> Iterator[str]:
-    """Yield a line for each tp group whose ranks have different feeds. The smallest set of equal ranks comes first."""
+    """Yield a line for each tp group whose ranks have different feeds. It begins with the feed of the fewest ranks."""
     for first in range(0, len(feeds_of_rank), tp_size):
         sides: dict[tuple[Feed, ...], list[int]] = {}
         for rank in range(first, first + tp_size):

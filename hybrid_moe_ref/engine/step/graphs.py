@@ -3,8 +3,8 @@
 A captured step has a fixed number of rows and fixed collectives. A step with fewer rows is padded to a captured size.
 All ranks must replay the same size, so mode and size are part of the step agreement (C1). Collectives are not captured:
 on a GPU, the graphs contain the row-wise modules between them. A CPU cannot capture, but runs the same passes with the
-same padding. On both, the rank keeps a list of the collectives of the captured step. If a replay departs from this
-list, it is refused before it issues the wrong collective.
+same padding. On both devices, a rank records which collectives a captured step issues. A replay that departs from this
+record is refused before it issues the wrong collective.
 
 Shapes: N rows of a step, H hidden.
 """

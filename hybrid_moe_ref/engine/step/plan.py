@@ -39,7 +39,7 @@ class StepPlan:
     wants_microbatch     whether this rank would split the step in two
     asks_unfinished      whether the step ends with the "anyone unfinished?" all-reduce
     schedule_hash        64-bit hash of the schedule that this rank is about to run
-    draft_rows           rows of this rank in each pass of the drafter after the first, which has the step's rows
+    draft_rows           rows of this rank in each later pass of the drafter; the first pass has `num_tokens` rows
     feed_hash            64-bit hash of the requests and tokens of this step, equal on the ranks of a tp group; 0 if
                          tp_size is 1
     query_lengths        number of tokens of each request, or of the dummy batch
@@ -65,7 +65,7 @@ class AgreedStep:
     sizes          rows of each dp rank
     mode           graph mode of the step
     microbatch     whether the step is split in two
-    same_schedule  whether all ranks that agreed are about to run the same schedule
+    same_schedule  whether all ranks that took part in the agreement are about to run the same schedule
     same_feed      whether the ranks of each tp group run the same tokens of the same requests
     draft_sizes    rows of each dp rank in the drafter's first pass, which is never padded, and in its later passes
     """

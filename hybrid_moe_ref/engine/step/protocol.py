@@ -12,9 +12,10 @@ steps count from 1.
 `engine.unfinished_interval` replaces the interval, which is 32 or 16. vLLM 0.24 to 0.28 have the rows and steps of
 "0.20" and the payload of "0.33"; 0.32 has the rows of "0.20" and the question of "0.33".
 
-This engine has further rows after those of the vLLM version: the rows of the drafter's later passes, and four rows each
-for the hashes of the schedule and of the tp group's tokens. vLLM has no such rows. Two values are constant here: this
-engine never pauses, and never skips drafts. This file uses neither torch nor communication.
+After the rows of the vLLM version, this engine adds rows of its own: one row with the size of the drafter's later
+passes, four rows with the hash of the schedule, and four rows with the hash of the tp group's tokens. Two of vLLM's
+values are constant here, because this engine never pauses and never skips drafts. This file uses neither torch nor
+communication.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Protocol:
         The mode is the lowest of all ranks. If a graph is replayed, all sizes are padded to one size; otherwise they
         stay uneven. An eager step is split in two if all ranks would do so.
 
-        tp_size: number of consecutive columns of one tp group; the rows of a group count once
+        tp_size: number of ranks of a tp group. Their columns are consecutive and have the same number of tokens, so the
+        result has one size for each tp group.
         """
         rows = dict(zip(self.rows, matrix, strict=False))
         draft_rows, *hash_parts = matrix[len(self.rows) :]
@@ -132,7 +134,7 @@ class Protocol033(Protocol):
         return step == 1 or super().asks(step)
 
     def answer(self, unfinished: bool) -> list[int]:
-        """Return this rank's two numbers: whether it has unfinished work, and whether it will pause (never here)."""
+        """Return two numbers: whether this rank has unfinished work, and whether it will pause, which is always 0."""
         return [int(unfinished), 0]
 
     def _column(self, plan: StepPlan) -> list[int]:

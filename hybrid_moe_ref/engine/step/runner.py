@@ -67,14 +67,14 @@ class ModelRunner:
     def execute(
         self, plan: StepPlan, tokens_N: Tensor, batch: Batch, cache: HybridCache | None, feeds: Sequence[Feed] = ()
     ) -> Tensor:
-        """Run one step and return hidden states [N, H]. feeds: the requests of the tokens.
+        """Run one step and return hidden states [N, H]. feeds: the tokens of each request
 
         Raises ScheduleMismatch on every rank if their schedules differ, if the ranks of a tp group have different
         feeds, or if a rank departs from its schedule.
         """
         schedule = self.schedules.whole(plan.asks_unfinished)
         self._plan = dataclasses.replace(plan, schedule_hash=self.schedules.hash(plan.asks_unfinished))
-        # Only the agreement decides whether the step is split and so issues its collectives twice.
+        # A step that is split in two issues its collectives twice. Only the agreement decides whether it is split.
         self.declare(self._plan, self.schedules.agreement if self._may_split else schedule)
         self._agreed = self._agree(STEP_AGREEMENT)
         if self._agree_on_schedules and not self._agreed.same_schedule:
@@ -125,7 +125,7 @@ class ModelRunner:
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
     def leave(self) -> None:
-        """Raise ScheduleMismatch if the guard is active: this rank would stop to serve while the others go on."""
+        """Raise ScheduleMismatch if the guard is active, because this rank would stop while the others continue."""
         if self._agree_on_schedules:
             self._comm.guard.leave()
 
@@ -148,9 +148,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run one layer of each kind without hooks, so that kernels compile, or fail to, before any rank communicates.
+        """Run one layer of each kind, so that kernels compile, or fail to compile, before any rank communicates.
 
-        Runs one token and two, because decode and prefill are different kernels.
+        Hooks of the layers may communicate, so they are not called. The layers run with one token and with two tokens,
+        because decode and prefill are different kernels.
         """
         parameters = next(self._model.parameters())
         blocks = list({block.kind: block for block in self._blocks}.values()) + self._model.draft_blocks
