@@ -24,7 +24,7 @@ class Case:
     rank_states    rank -> its position, and what the wait-for graph needs to know about it
     ledger         the collectives of all ranks, matched by group and sequence number
     waits          the wait-for graph
-    quiet_s        seconds since the last event of any rank
+    quiet_s        seconds from the last event of any rank to the moment that is judged
     notes          lines of evidence that every verdict on this run lists
     queued         groups whose collectives are recorded when they are queued, not when they run, as on NCCL
     now_s          the moment that is judged, on the clock of ``facts.died``
@@ -63,7 +63,7 @@ class Case:
         return all(aspects in witness.knows for witness in self.witnesses.values())
 
     def unknowing(self, ranks: Collection[int], aspects: Knows) -> list[int]:
-        """Return those of ``ranks`` whose witness does not record all of these aspects, such as times or layers."""
+        """Return the ranks of ``ranks`` whose witness does not record all of these aspects, such as times or layers."""
         return [rank for rank in ranks if rank in self.witnesses and aspects not in self.witnesses[rank].knows]
 
     def ranks(self, *states: str) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from repro.exit_codes import CANNOT_TELL, UNEXPECTED
 
 INTERRUPT, END = "interrupt", "end"
-"""Events outside the job that end it. INTERRUPT: the user pressed Ctrl-C. END: the launcher got a signal and ended the
-ranks."""
+"""Events outside the job that can end the job. INTERRUPT: the user pressed Ctrl-C. END: the launcher got a signal and
+ended the ranks."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class VerdictClass:
     hangs     whether some ranks have not finished; None if this differs from run to run
     final     whether the watcher stops at this class, because no rank can change the verdict any more
     decided   whether the evidence was enough for a verdict
-    causes    cause -> its words in a headline; a verdict of this class may also have no cause
-    outside   INTERRUPT, END: if one of these ended the job, it can explain the same evidence, and the verdict becomes
-              inconclusive
+    causes    name of a cause -> how a headline describes the cause; a verdict of this class may also have no cause
+    outside   the events outside the job (INTERRUPT, END) that leave the same evidence as this class. If one of them
+              ended the job, the verdict becomes inconclusive
     live      whether only a watcher that watches the live job can see this class
     """
 
@@ -60,7 +60,7 @@ _DIFFERENCES = {
     "mismatch": "different collectives under one sequence number",
     "sizes": "sizes that differ",
 }
-"""The ways in which the collectives of ranks can differ: name of the cause -> its words in a headline."""
+"""The ways in which the collectives of ranks can differ: name of the cause -> how a headline describes the cause."""
 
 _LOCK = {"lock": "a lock that is not released"}
 

@@ -16,8 +16,8 @@ class Facts:
     lock_holders   the lock for which the rank waits, and the pid of the process that holds it; 0 if none holds it
     cores          how many processors the process and its descendants kept busy since the previous observation
     starved        share of this time in which its threads could run but got no processor, summed over the threads
-    died           when the end of the process was first noticed, in seconds; all on one clock. Deaths that were
-                   noticed together have the same time
+    died           when the end of the process was first noticed, in seconds on one clock for all ranks. Processes
+                   whose end was noticed together have the same time
     contradicted   what other evidence shows that contradicts the rank's witness
     unanswered     the evidence (stack, Flight Recorder dump) that was requested from the rank but not written
     """

@@ -5,7 +5,7 @@
 3. The waits form a cycle: `deadlock`.
 4. A rank died or failed: `crash`.
 5. Otherwise follow the waits from rank to rank to their end, and judge by what the last rank does
-   (`repro.verdict.rules.waiting`): it works, is done, left no witness, or is in a collective that all have entered.
+   (`repro.verdict.rules.waiting`): the rank works, is done, left no witness, or is in a collective that all entered.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ def judge(
 
     witnesses       rank -> its witness
     facts           observations of the ranks' processes; a rank whose process was not observed counts as alive
-    now_ns          when the witnesses were read: a time on the monotonic clock of the host of ``home``, or rank -> the
-                    time on the clock of the rank's host
+    now_ns          when the witnesses were read: the time on the monotonic clock of one host, or rank -> the time on
+                    the clock of the rank's host
     quiet_window_s  a hang is reported only if no rank has recorded an event for this many seconds
-    home            the process that read the clock; by default the process of the lowest rank
-    wrong_numbers   one line for each result that differs from the reference; if there is one, a clean run is corrupt
+    home            the process that read the clock of this one host; by default the process of the lowest rank
+    wrong_numbers   one line for each result that differs from the reference; with such a line, a run that would be
+                    `clean` is `corrupt`
     queued          groups whose collectives are recorded when they are queued, not when they run, as on NCCL
     """
     usable, notes = _one_run(witnesses, num_ranks)
@@ -103,7 +104,8 @@ def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
     """Return the witnesses that belong to one run, and a line for each other witness.
 
-    If witnesses of several runs are given, take the run with the most. If two runs have equally many, use none.
+    If witnesses of several runs are given, take the run with the most witnesses. If two runs have equally many, take
+    none.
     """
     runs = Counter((witness.writer.run_id, witness.writer.num_ranks) for witness in witnesses.values())
     notes: list[str] = []
@@ -115,12 +117,13 @@ def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int
         writer = witness.writer
         if tied:
             notes.append(
-                f"{witness.name}:0: run {writer.run_id!r}: equally many files belong to different runs: give the files "
-                "of one run only"
+                f"{witness.name}:0: the file belongs to run {writer.run_id!r}, but as many files belong to another "
+                "run: give the files of one run only"
             )
         elif (writer.run_id, writer.num_ranks) != run:
             notes.append(
-                f"{witness.name}:0: belongs to run {writer.run_id!r} of {writer.num_ranks} ranks, not to {run[0]!r}"
+                f"{witness.name}:0: the file belongs to run {writer.run_id!r} of {writer.num_ranks} ranks, not to "
+                f"{run[0]!r}"
             )
         elif writer.num_ranks != num_ranks or writer.rank != rank:
             notes.append(

@@ -179,7 +179,7 @@ def test_records_of_every_kind_are_the_same_after_they_were_saved(tmp_path):
         ((b'["Stack"', b'["Shell"'), "not a record of a known kind"),
         ((b'"order":[0', b'"order":[9'), "$.order: the list does not have each operation"),
         ((b'"wrapped":false', b'"wrapped":NaN'), "NaN is not JSON"),
-        ((b'"form":[0', b'"form":[7'), "a form number that is outside the list of forms"),
+        ((b'"form":[0', b'"form":[7'), "a form number is outside the list of forms"),
         ((b'"rank":0', b'"rank":"0"'), "expected int"),
         ((b'"Note",{', b'"Note",['), ""),
     ],

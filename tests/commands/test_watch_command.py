@@ -251,7 +251,7 @@ def finished_shape():
         (newer, "rank002.wit:8: the witness has version 9, but this release reads only version 2"),
         (cut, "rank002.wit:{half}: damage: the file ends early"),
         (impossible, "rank002.wit:{ring}: damage: event 1 does not match its checksum"),
-        (of_another_run, "rank002.wit:0: belongs to run 'another' of 4 ranks, not to 'test'"),
+        (of_another_run, "rank002.wit:0: the file belongs to run 'another' of 4 ranks, not to 'test'"),
     ],
 )
 def test_a_bad_witness_is_named_with_its_offset_and_the_rest_is_still_used(capsys, tmp_path, damage, words):

@@ -104,7 +104,7 @@ def test_a_lost_live_counter_loses_no_record() -> None:
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
-        (0, b"notawitn", "x:0: not a witness file"),
+        (0, b"notawitn", "x:0: this is not a witness file"),
         (8, struct.pack("<I", 1), "x:8: the witness has version 1, but this release reads only version 2"),
         (16, struct.pack("<I", 3), "x:184?: damage: the header does not match its checksum"),
     ],
@@ -153,7 +153,7 @@ def test_a_record_in_a_groups_slot_that_is_not_its_last_issue_is_named(field: st
     event = Event._make(RECORD.unpack_from(data, at))
     RECORD.pack_into(data, at, *event._replace(**{field: value}))
     CRC.pack_into(data, at + RECORD.size - CRC.size, zlib.crc32(data[at : at + RECORD.size - CRC.size], RESIDUE))
-    line = f"x:{at}: damage: not the last collective issued in group 1"
+    line = f"x:{at}: damage: the slot of group 1 has the record of another event"
     assert line in parse(bytes(data), "x").problems
     RECORD.pack_into(data, at, *event._replace(**{field: value, "n": 900}))  # an event that the ring does not have
     CRC.pack_into(data, at + RECORD.size - CRC.size, zlib.crc32(data[at : at + RECORD.size - CRC.size], RESIDUE))

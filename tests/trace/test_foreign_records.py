@@ -105,7 +105,7 @@ def test_records_are_read_back_as_they_were_written() -> None:
         (1, {"order": [0, 0, 0]}, "records.jsonl:2: $.order: the list does not have each operation"),
         (1, {"order": [0, 0, 0, 0, 1]}, "records.jsonl:2: $.order: the list does not have each operation"),
         (1, {"rank": "1"}, "records.jsonl:2: $.rank: expected int, got str"),
-        (3, {"value": "1" * 13}, "records.jsonl:4: $.value: not a number of at most 12 digits"),
+        (3, {"value": "1" * 13}, "records.jsonl:4: $.value: the number has more than 12 digits"),
     ],
 )
 def test_a_field_that_cannot_be_right_is_refused_with_its_line(line: int, change: dict[str, Any], says: str) -> None:
@@ -129,5 +129,5 @@ def test_columns_of_a_dump_that_do_not_fit_each_other_are_refused(columns: dict[
 
 @pytest.mark.parametrize("row", [b"{}", b"[]", b'["Note"]', b'["Note", {}, 1]', b'[["Note"], {}]', b'["None", {}]'])
 def test_a_line_that_is_no_record_of_a_known_kind_is_refused(row: bytes) -> None:
-    with pytest.raises(DamagedFile, match=r"records\.jsonl:2: not a record of a known kind"):
+    with pytest.raises(DamagedFile, match=r"records\.jsonl:2: the line is not a record of a known kind"):
         read([*written(), row])

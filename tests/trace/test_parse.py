@@ -180,7 +180,7 @@ def test_a_block_of_zeros_in_the_place_of_bytes_is_named(steps: list[tuple[str, 
     try:
         witness = parse(data[:at] + bytes(512) + data[at + 512 :], "x")
     except WitnessError as error:
-        assert str(error) == "x:0: not a witness file"
+        assert str(error) == "x:0: this is not a witness file"
         return
     assert witness.damaged or all(SHAPE.vectors_at <= at + byte < SHAPE.strings_at for byte in (0, 511)), at
 

@@ -191,7 +191,7 @@ def test_a_file_of_another_rank_is_refused(tmp_path: Path) -> None:
     from repro.trace.witness.format import Identity
 
     create(tmp_path / "w", Identity(1, 2))
-    with pytest.raises(WitnessError, match="made for rank 1 of 2, but is opened by rank 0 of 2"):
+    with pytest.raises(WitnessError, match="made for rank 1 of 2, but rank 0 of 2 opens it"):
         recorder_at(tmp_path / "w")
 
 

@@ -51,7 +51,7 @@ class _Columns(msgspec.Struct):
 
 
 class _Dump(msgspec.Struct):
-    """The fields of `RecorderDump` in types that JSON has: `order` is a list, `knows` a number."""
+    """The fields of `RecorderDump` in types that JSON has: `order` is a list, and `knows` is an integer."""
 
     rank: int
     groups: tuple[GroupRecord, ...]
@@ -123,7 +123,7 @@ def encode(records: Iterable[Observation], files: Sequence[str], not_understood:
 
 
 def _written(value: Any) -> Any:
-    """Convert a value that JSON cannot represent: aspects to a number, an array to a list, `Calls` to lists."""
+    """Convert a value that JSON cannot represent: `Knows` to a number, an array to a list, `Calls` to lists."""
     if isinstance(value, Knows):
         return value.value
     if isinstance(value, array):
@@ -167,10 +167,10 @@ def _records(lines: Iterable[Any], where: str) -> Iterator[Observation]:
     for number, row in enumerate(lines, 2):
         place = f"{where}:{number}"
         if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str) or row[0] not in KINDS:
-            raise DamagedFile(f"{place}: not a record of a known kind")
+            raise DamagedFile(f"{place}: the line is not a record of a known kind")
         record = _typed(row[1], KINDS[row[0]], place)
         if isinstance(record, Note) and record.value.isdigit() and not re.fullmatch("[0-9]{1,12}", record.value):
-            raise DamagedFile(f"{place}: $.value: not a number of at most 12 digits")
+            raise DamagedFile(f"{place}: $.value: the number has more than 12 digits, or other digits than 0 to 9")
         try:
             yield record.record() if isinstance(record, _Dump | _Pairs) else record
         except (ValueError, OverflowError) as error:
@@ -191,9 +191,9 @@ def _read(kind: Any, value: Any) -> Any:
     columns = msgspec.convert(value, _Columns)
     rows = (columns.form, columns.seqs, columns.done, columns.times_s, columns.entries)
     if len({len(row) for row in rows}) != 1:
-        raise ValueError("columns of different lengths")
+        raise ValueError("the columns have different lengths")
     if not all(0 <= form < len(columns.forms) for form in columns.form):
-        raise ValueError("a form number that is outside the list of forms")
+        raise ValueError("a form number is outside the list of forms")
     times_s = array("d", (math.nan if at_s is None else at_s for at_s in columns.times_s))
     form, seqs, entries = array("I", columns.form), array("q", columns.seqs), array("q", columns.entries)
     return Calls(columns.forms, form, seqs, bytes(columns.done), times_s, entries, columns.file)

@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 
 TRANSFERS = ("send", "recv")
 NO_NUMBER = -1
-"""Stands in the column of sequence numbers for an operation that has none."""
+"""The value in the column of sequence numbers for an operation without a sequence number."""
 
 
 class Source(NamedTuple):
@@ -99,7 +99,7 @@ class Form(NamedTuple):
 
 
 class Calls(Sequence[Call]):
-    """The operations of one rank in one group, oldest first. A sequence of `Call` that is stored in columns.
+    """The operations of one rank in one group, oldest first: a sequence of `Call`, which is stored in columns.
 
     forms    each different `Form` once
     form     for each operation: its index into `forms`; array of type "I"
@@ -188,7 +188,7 @@ class Calls(Sequence[Call]):
         """Return the highest sequence number; None if there is none.
 
         done    consider only operations that are complete
-        where   consider only operations whose form fulfils this condition
+        where   consider only operations for whose `Form` this returns True
         """
         seqs: Iterator[int] | array[int] = self.seqs
         if where is not None:

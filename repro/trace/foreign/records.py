@@ -127,9 +127,9 @@ class Stack:
                 queue, idle, answer, loading, saving, data, debugger, exit, sleep; "" if unknown
     detail      the collective, the lock's file, the module that is built, or other details of the activity
     look        if the same process was observed several times: the number of the observation, from 0
-    group       for a collective: the variable that holds its process group; "default" if the call names no group,
-                "" if unknown
-    other_groups  names of other variables in these frames that hold another group
+    group       for a collective: name of the variable that holds its process group; "default" if the call names no
+                group, "" if unknown
+    other_groups  for a collective: names of other variables in these frames that hold a process group
     peer        for a send or receive: the rank of the other end in its group; None if unknown
     """
 
@@ -216,7 +216,7 @@ class RasCommunicator:
 
 @dataclass(frozen=True, slots=True)
 class RasAnswer:
-    """One answer of NCCL's RAS service. Answers of one job are sorted by `order`: a time, or else a file name."""
+    """One answer of NCCL's RAS service. Answers of one job are sorted by `order`: a time if known, or a file name."""
 
     communicators: tuple[RasCommunicator, ...]
     version: str = ""
@@ -228,9 +228,11 @@ class RasAnswer:
 class Note:
     """A line of a log that proves nothing by itself: a heartbeat, a warning, a version, a world size.
 
-    kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun, deepep,
-                network, ras, repeated, local rank, engine size (number of workers of a vLLM engine), process (a pid and
-                its rank), sizes (NCCL received a message of another size), unreadable (a tool could not read a process)
+    kind        what the line is about, as a name that the reader chooses: "heartbeat", "version", "world" (number of
+                ranks), "process" (a pid and its rank), "sizes" (NCCL received a message of another size), "unreadable"
+                (a tool could not read a process), and so on
+    text        the line in words, for the report
+    value       the number or name that the line gives, for a rule; "" if there is none
     """
 
     kind: str

@@ -24,8 +24,11 @@ from repro.trace.witness.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """Pack the constant part of a record. Returns its bytes, and their CRC-32, which the checksum of the whole record
-    continues."""
+    """Pack the constant part of a record.
+
+    Returns its bytes and their CRC-32. The checksum of the whole record is computed from this CRC-32 and the other
+    bytes.
+    """
     fixed = FIXED.pack(*fields)
     return fixed, crc32(fixed, RESIDUE)
 
@@ -46,7 +49,10 @@ class Group:
 
 
 class Call:
-    """A collective at one call site. Has the constant parts of its records, packed, each with its checksum so far."""
+    """A collective at one call site.
+
+    ``enter``, ``leave``, ``issue`` and ``wait`` are what `sealed_part` returns for its records of these kinds.
+    """
 
     __slots__ = ("digest", "enter", "entry", "group", "issue", "leave", "num_sizes", "wait")
 

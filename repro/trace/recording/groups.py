@@ -18,7 +18,7 @@ from repro.trace.witness.format import (
 
 
 class Groups:
-    """Gives each group a slot at its first use. Groups for which there is no slot have the index NO_GROUP.
+    """Gives each group a slot in the witness file at its first use. If no slot is left, its index is NO_GROUP.
 
     intern  stores a text in the witness and returns its number
     make    makes a group with an index
@@ -42,7 +42,7 @@ class Groups:
         self._members: dict[str, tuple[int, ...]] = {}
 
     def declare(self, name: str, ranks: Sequence[int]) -> None:
-        """Note the members of a group, before its first collective, and give it a slot."""
+        """Note the members of a group, before its first collective, and give the group a slot in the file."""
         self._members[name] = tuple(ranks)
         self.of(name)
 

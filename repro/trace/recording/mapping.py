@@ -29,11 +29,11 @@ def map_file(
     try:
         planned, shape = parse_header(os.pread(descriptor, HEADER.size + CRC.size, 0), str(path))
         if planned.pid:
-            raise WitnessError(f"{path}:0: already has a writer, process {planned.pid}")
+            raise WitnessError(f"{path}:0: the file already has a writer, process {planned.pid}")
         if (planned.rank, planned.num_ranks) != (rank, num_ranks):
             raise WitnessError(
-                f"{path}:0: made for rank {planned.rank} of {planned.num_ranks}, "
-                f"but is opened by rank {rank} of {num_ranks}"
+                f"{path}:0: the file was made for rank {planned.rank} of {planned.num_ranks}, "
+                f"but rank {rank} of {num_ranks} opens it"
             )
         buffer = mmap.mmap(descriptor, shape.file_bytes)
     finally:

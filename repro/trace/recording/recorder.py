@@ -5,7 +5,7 @@
 
 The layout of the file is described in :mod:`repro.trace.witness.format`. The recorder never reads the file, and it
 allocates no disk blocks after ``open``. A full area of the file raises no error: a further string becomes "?", and a
-further group gets no slot, so that its progress is not tracked.
+further group gets no slot, so that the file does not show its progress.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _POINT_TO_POINT = ("send", "recv")
 
 
 def _move_within(buffer: bytearray, target: int, source: int, count: int) -> None:
-    """Copy bytes within a bytearray, as ``mmap.move`` does within a map. Tests record into a bytearray."""
+    """Copy bytes within a bytearray, as ``mmap.move`` does within a mapped file. Tests record into a bytearray."""
     buffer[target : target + count] = buffer[source : source + count]
 
 
@@ -179,8 +179,8 @@ class Recorder:
     def leave(self, collective: Collective | None, ticket: int = 0, call: Call | None = None) -> None:
         """Record that a collective is complete.
 
-        ticket   what `issue` returned; 0 for the last collective of the group
-        call     what `last_call` was when the collective was issued; if it is given, it need not be searched
+        ticket   what `issue` returned; 0 for the collective of the group that was issued last
+        call     the value of `last_call` after the collective was issued; without it, the recorder searches for it
         """
         if call is None:
             call = self._entered_call if collective is self._entered else None
@@ -245,7 +245,7 @@ class Recorder:
         """Record that the rank begins to wait for an asynchronous collective.
 
         ticket   what `issue` returned
-        call     what `last_call` was when the collective was issued; if it is given, it need not be searched
+        call     the value of `last_call` after the collective was issued; without it, the recorder searches for it
         """
         self._append(*(call or self._call_of(collective)).wait, ticket)
 
@@ -254,9 +254,9 @@ class Recorder:
         self.leave(collective, ticket)
 
     def note_entries(self, entries: list[ScheduleEntry] | None) -> None:
-        """From now on, append (group, operation, layer) of each issued collective to ``entries``. None ends this.
+        """From now on, append (group, operation, layer) of each issued collective to ``entries``, up to MAX_NOTED.
 
-        At most MAX_NOTED are appended. The caller learns from them which collectives a step of the program has.
+        From these the caller learns which collectives a step of the program has. None ends the recording into a list.
         """
         vars(self).pop("enter", None)
         if entries is None:
@@ -303,7 +303,7 @@ class Recorder:
         return self._calls.get(key) or self._make_call(collective, key, frame)
 
     def _call_of(self, collective: Collective | None) -> Call:
-        """Return the `Call` of a collective that is not the last one issued. It has no call site."""
+        """Return the `Call` of a collective that is not the last one issued. Such a `Call` has no call site."""
         assert collective is not None, "either the collective or its call is given"
         group, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group, op, layer, dtype, reduce_op, root, len(sizes))
@@ -312,7 +312,7 @@ class Recorder:
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
         """Make the `Call` for a collective at a call site, and write its strings and its group to the file.
 
-        A send or receive gets a group of its own with the two ranks, "ep:2>5", so that both ends number it alike.
+        A send or receive gets a group of the two ranks, "ep:2>5", so that it has the same number at both ends.
         """
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)

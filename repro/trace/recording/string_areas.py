@@ -46,8 +46,8 @@ class Strings:
     def intern(self, text: str) -> int:
         """Return the number of a text. Store the text if it is new.
 
-        Returns LOST_STRING if the area is full. Also if a signal handler wants to store a new text while the
-        interrupted thread is storing another one.
+        Returns LOST_STRING if the area is full, or if this is called in a signal handler that interrupted the storing
+        of another new text.
         """
         number = self._numbers.get(text)
         if number is not None:
@@ -83,7 +83,7 @@ class Strings:
 class Vectors:
     """The ring buffer of size vectors: new vectors overwrite the oldest ones.
 
-    A vector's offset counts all words that were ever stored before it, also the overwritten ones.
+    A vector's offset is the number of all words that were stored before it, also of the overwritten ones.
     """
 
     def __init__(self, buffer: Buffer, shape: Geometry) -> None:

@@ -52,7 +52,7 @@ _READS = 3
 def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | None = None) -> None:
     """Create a witness file, and allocate all its disk blocks.
 
-    So a full disk raises OSError here. Otherwise it would kill the rank by SIGBUS later.
+    If the disk is full, this raises OSError. Without the allocation, SIGBUS would kill the rank later.
     """
     shape = shape or Geometry()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

@@ -30,7 +30,7 @@ _MAX_MEMBERS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class GroupTrace:
-    """How far one rank has come in one group, from the group's slot or from the ring of events, whichever is newer."""
+    """How far one rank has come in one group: the newer of what the group's slot and the ring of events show."""
 
     name: str
     members: tuple[int, ...]
@@ -49,8 +49,8 @@ def parse_groups(
 ) -> tuple[GroupTrace, ...]:
     """Return the progress of the rank in each group, by group index.
 
-    ring   the newest events; a slot that lacks one of those that ``live`` counts is damaged
-    live   the writer's own counts
+    ring   the newest events
+    live   the counters of the file. A slot that lacks an event which they count is damaged
     """
     newest = _newest_calls(ring)
     traces: list[GroupTrace] = []
@@ -80,8 +80,9 @@ class _Slot:
     ) -> GroupTrace:
         """Combine the slot with the newest events in the ring: the writer updates the ring before the slot.
 
-        issued, left   the newest event in the ring that issues, or completes, a collective of this group
-        counted        the number of events that LIVE counts
+        issued    the newest event in the ring that issues a collective of this group
+        left      the newest event in the ring that completes a collective of this group
+        counted   the number of events that LIVE counts
         """
         name, members = self._names(strings)
         left_seq = self._left(left, counted)
@@ -105,7 +106,7 @@ class _Slot:
         return strings[name], _members(strings[members])
 
     def _left(self, left: Event | None, counted: int) -> int:
-        """Return the sequence number of the last completed collective, from slot or ring, whichever is newer."""
+        """Return the sequence number of the last completed collective: the higher one of slot and ring."""
         in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
         in_ring = left.seq if left is not None else 0
         if in_slot is None:
@@ -128,18 +129,18 @@ class _Slot:
             if any(record) and (issued is None or issued.n <= counted):
                 wrong = f"the last record of group {self.index} does not match its checksum"
         elif not self._may_hold(event, ring):
-            wrong = f"not the last collective issued in group {self.index}"
+            wrong = f"the slot of group {self.index} has the record of another event"
             event = None
         if not wrong and issued is not None and issued.n <= counted and (event is None or event.n < issued.n):
-            wrong = f"group {self.index} lacks its last issue, event {issued.n}"
+            wrong = f"group {self.index} lacks event {issued.n}, which issued its last collective"
         if wrong:
             self.problems.damage(self.at + LAST_AT, wrong)
         return event
 
     def _may_hold(self, event: Event, ring: Ring) -> bool:
-        """Whether an event can belong in this slot: it issues a collective of this group.
+        """Whether this slot may have a copy of an event: the event issues a collective of this group.
 
-        If the ring still has the event of this number, the two must be equal.
+        If the ring still has an event with the same number, it must be equal.
         """
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
@@ -149,7 +150,7 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """Return group index -> the newest events in the ring that issue, and that complete, a collective of the group."""
+    """Return group index -> (the newest event that issues a collective of the group, the newest that completes one)."""
     newest: dict[int, tuple[Event | None, Event | None]] = {}
     for event in ring.events(_RECENT):
         issued, left = newest.get(event.group, (None, None))

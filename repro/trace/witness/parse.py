@@ -50,7 +50,7 @@ class WitnessError(ValueError):
 class Problems:
     """The problems found in one file, as lines: "rank003.wit:38912: damage: event 118 does not match its checksum".
 
-    If a rank dies while it writes, its last record is incomplete ("torn"). That is a problem, but no damage.
+    If a rank dies while it writes, its last record is incomplete ("torn"). This is a problem, but not damage.
     """
 
     name: str
@@ -87,14 +87,14 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """The newest events of a witness, oldest first, up to the first gap or damaged record before them."""
+    """The newest events of a witness without a gap between them, oldest first. A damaged record counts as a gap."""
 
     records: bytes
     torn: bool = False  # whether an incomplete record follows the last one
 
     @property
     def first(self) -> int:
-        """Return the number of the oldest event that can be read; 0 if there is none. The rank's first event has 1."""
+        """Return the number of the oldest event that can be read; 0 if there is none. Events are counted from 1."""
         return self.event(0).n if self.records else 0
 
     @property
@@ -121,7 +121,7 @@ def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
     magic, version, record_bytes, rank, num_ranks, *rest = HEADER.unpack_from(data)
     *areas, pid, start, namespace, offset, run, host, boot = rest
     if magic != MAGIC:
-        raise WitnessError(f"{name}:0: not a witness file")
+        raise WitnessError(f"{name}:0: this is not a witness file")
     if version != VERSION:
         raise WitnessError(
             f"{name}:8: the witness has version {version}, but this release reads only version {VERSION}"
@@ -167,7 +167,7 @@ def parse_heartbeat(data: bytes, problems: Problems) -> tuple[int, int]:
 
 
 def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Problems) -> list[str]:
-    """Return the strings, so that the index is the string's number, up to the first damaged one.
+    """Return the strings up to the first damaged one. The number of a string is its index in the list.
 
     stored   how many strings the writer has counted; None if the counter is damaged
     """
@@ -221,7 +221,7 @@ def parse_vectors(
 def vectors_named(records: bytes, more: Iterable[Event]) -> set[tuple[int, int]]:
     """Return (offset, length) of each size vector that these events refer to.
 
-    Only an event that issues a collective with several sizes does. A single size is stored in the record itself.
+    Only events that issue a collective with several sizes refer to one. A single size is stored in the record itself.
     """
     columns = zip(*(column(records, name) for name in ("kind", "vector", "num_sizes")), strict=True)
     named = {(vector, num_sizes) for kind, vector, num_sizes in columns if num_sizes > 1 and kind in _ISSUES}
@@ -296,14 +296,14 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 def _may_be_torn(record: memoryview, number: int) -> bool:
     """Whether the record looks as if its writer died while it wrote event ``number``.
 
-    A writer clears a record first, and writes its checksum last.
+    A writer first clears the bytes of the record, and writes its checksum last.
     """
     event = Event._make(RECORD.unpack(record))
     return event.check == 0 or (event.n == number and not is_whole(record))
 
 
 def _number(record: memoryview, slot: int, capacity: int) -> int:
-    """Return the number of the event in a slot; 0 if the slot has no intact event, or one that belongs elsewhere."""
+    """Return the number of the event in a slot; 0 if the slot has no intact event, or an event of another slot."""
     if not is_whole(record):
         return 0
     event = Event._make(RECORD.unpack(record))

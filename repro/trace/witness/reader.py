@@ -27,7 +27,7 @@ from repro.trace.witness.parse import (
 
 
 class Signature(NamedTuple):
-    """What must be equal on all ranks that take part in a collective. Sizes and root are stored apart from it."""
+    """What must be equal on all ranks that take part in a collective. Sizes and root are not part of it."""
 
     group: str
     op: str

@@ -16,7 +16,7 @@ _ISSUES = (Kind.ENTER, Kind.ISSUE)
 def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | None:
     """Return the witness as it was when its rank had recorded ``num_events`` events. The later events are removed.
 
-    heartbeat_ns   the last heartbeat at that moment; the file keeps only the newest one
+    heartbeat_ns   the time of the last heartbeat before that moment; the file has only the time of the newest one
 
     Returns None if the file has fewer events, or if too many of the earlier ones have been overwritten. Sizes and
     strings of later events are kept, because nothing refers to them.
@@ -46,7 +46,7 @@ def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | No
 
 
 def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Event]) -> GroupTrace | None:
-    """Return how far the rank had come in a group before the ``later`` events.
+    """Return how far the rank had come in a group at the earlier moment.
 
     kept, later   the group's events before and after that moment
 

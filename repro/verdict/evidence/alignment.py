@@ -56,9 +56,9 @@ class Deviation:
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
     """Find all places in one step where the rank left its declared schedule, in order.
 
-    If the last collective of the step is one that was not due yet, the entries before it are `skipped` if one of them
-    has the same group, or if the step has ended. Otherwise the rank may still issue them later: it has only changed the
-    order between two groups. This deviation is `order`.
+    If the rank issued a collective before it was due, the entries in between count as `skipped`, with one exception:
+    the collective is the last one so far, the step has not ended, and none of these entries has the same group. Then
+    the rank may still issue these entries, and has only changed the order of two groups: the deviation is `order`.
 
     groups   name of a group -> the group with its members
     """
@@ -99,7 +99,7 @@ class _Comparison:
     """Compares the entries of a declared schedule, ``plan``, with the ``entries`` that the rank issued.
 
     `align` calls `explain` once for each deviation, and continues after the entries that the explanation covers. So the
-    time is linear in the number of entries.
+    time grows linearly with the number of entries.
     """
 
     def __init__(self, plan: Sequence[Entry], entries: Sequence[Entry]) -> None:
@@ -140,9 +140,9 @@ class _Comparison:
         return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
 
     def _permuted(self, k: int, i: int) -> int:
-        """Return the smallest n, up to 8, so that the next n issued entries are those of the plan in another order.
+        """Return how many of the next issued entries are the same as in the plan, but in another order.
 
-        0 if there is none.
+        Returns the smallest such number up to 8, or 0. The entries begin at index ``k``, those of the plan at ``i``.
         """
         surplus: Counter[Entry] = Counter()
         for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
@@ -156,11 +156,11 @@ class _Comparison:
 def unshared_deviations(
     witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
 ) -> tuple[list[Deviation], list[Deviation]]:
-    """Find the first deviation of each rank, from step ``since`` on, that the other members of the group did not make.
+    """Find the first deviation of each rank, from step ``since`` on, that not all members of the group made.
 
     A deviation that every member makes in the same step cannot explain a hang. Returns two lists. The first leaves out
-    a deviation that all members together made in any step. The second keeps it: it may explain a hang if nothing
-    else does.
+    deviations that, in some other step, all members made together. The second keeps them, because they may explain a
+    hang if nothing else does.
     """
     by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}
@@ -197,7 +197,7 @@ def inverted_before(
 ) -> list[int]:
     """Return the ranks that in an earlier step issued the same two collectives in the same wrong order.
 
-    There they issued both. This suggests that also now the second one is late, and not skipped.
+    In that step they issued both. This suggests that the missing collective is also now only late, and not skipped.
     """
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []

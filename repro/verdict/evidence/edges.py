@@ -9,11 +9,11 @@ from repro.verdict.evidence.position import RankState
 from repro.verdict.result import Wait, say
 
 MOST_RANKS = 1 << 20
-"""The largest number of ranks in all waits of a verdict together. It limits the size of verdict.json in a large job."""
+"""The largest number of ranks in all waits of a verdict together, to limit the size of verdict.json in a large job."""
 
 
 def list_waits(waits: Waits, rank_states: Mapping[int, RankState]) -> tuple[Wait, ...]:
-    """Return a `Wait` for each collective and lock in which a living rank waits. Those of the cycle come first."""
+    """Return a `Wait` for each collective and lock in which a living rank waits. The waits of a cycle come first."""
     ordered = {node.key: node for node in (*waits.cycle, *waits.nodes.values())}
     listed: list[Wait] = []
     num_ranks = 0

@@ -1,5 +1,5 @@
-"""Build the wait-for graph. A node is a collective or a lock, with the ranks that wait in it. Its edges lead to the
-ranks for which these wait."""
+"""Build the wait-for graph. A node is a collective or a lock, with the ranks that wait in it. The edges of a node lead
+to the ranks for which its ranks wait."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class Node:
 
 @dataclass(slots=True)
 class Waits:
-    """The wait-for graph, and where the waits end if one follows them from rank to rank.
+    """The wait-for graph, and the ranks at which a walk along the waits, from rank to rank, ends.
 
     nodes          all nodes by key
     at             rank -> the node in which the rank waits
     cycle          the nodes of one cycle of waits; [] if there is none
     ends           state -> the ranks in this state for which others wait, and which do not wait themselves
-    outsiders      locks that no rank holds: another process holds them, or none
-    attended       collectives that every member has issued, and none has left
-    left_by_some   collectives that every member has issued, and some have left
+    outsiders      the nodes of locks that no rank holds: the holder is another process, unknown, or nobody
+    attended       the nodes of collectives that every member has issued, and no member has completed
+    left_by_some   the nodes of collectives that every member has issued, and some members have completed
     """
 
     nodes: dict[NodeKey, Node]

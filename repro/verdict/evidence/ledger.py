@@ -1,7 +1,7 @@
 """Match the collectives of all ranks by group and sequence number, and find the numbers under which ranks issued
 different collectives.
 
-It passes once over the events of all ranks, so time and memory are linear in their number.
+This takes one pass over the events of all ranks, so time and memory grow linearly with the number of events.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Call(NamedTuple):
 
 
 class CallVariant(NamedTuple):
-    """One of the different calls that members of a group issued under one sequence number, and the ranks that did.
+    """One of the different calls that members of a group issued under one sequence number.
 
     ranks   the ranks that issued this call
-    left    those of them that completed it
-    site    the call site on one of them
-    t_ns    when the first of them issued it
+    left    the ranks that also completed the call
+    site    the call site on one of these ranks
+    t_ns    when the first rank issued the call
     """
 
     call: Call
@@ -96,7 +96,8 @@ class Ledger:
     def _rows(self, key: GroupKey, seq: int) -> list[tuple[int, Row, Call]]:
         """Return (rank, site and time, call) for each member's first call under a sequence number.
 
-        If members differ under several numbers, all these calls are read in one pass over the events, and kept.
+        If members differ under several numbers, one pass over the events reads the calls of all these numbers, and the
+        ledger keeps them.
         """
         members = [rank for rank in key[1] if rank in self._witnesses]
         numbers = self.diverged.get(key, set())
@@ -115,11 +116,11 @@ class Ledger:
         return self._differing[key][seq]
 
     def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
-        """Find the first collective with different arguments: a backend may never complete it.
+        """Find the first collective with different arguments, which a backend may never complete.
 
         over, upto   search the sequence numbers over + 1 to upto
 
-        Returns its sequence number and the different calls; (0, []) if there is none.
+        Returns the sequence number and the different calls; (0, []) if there is no such collective.
         """
         for seq in sorted(number for number in self.diverged.get(key, ()) if over < number <= upto):
             sides = self.sides(key, seq)
@@ -128,7 +129,7 @@ class Ledger:
         return 0, []
 
     def hidden_divergence(self, but: Collection[str] = ()) -> list[str]:
-        """Find differences between ranks in events that the witnesses no longer contain, by the rolling hashes.
+        """Compare rolling hashes, to find differences between ranks in events that the witnesses no longer contain.
 
         Returns a sentence for each group whose members issued equally many collectives, but have different hashes. A
         group is left out if its difference is in events that are still readable, or if its name is in ``but``.
@@ -163,7 +164,7 @@ class Ledger:
 
 
 def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
-    """Assign each rank whose call is only partly known to the variant that matches it. Drop it if several match.
+    """Assign each rank whose call is only partly known to the call that matches. Drop the rank if several calls match.
 
     A field that is not known, such as sizes that were overwritten, never counts as a difference.
 
@@ -187,7 +188,8 @@ class Row(NamedTuple):
 def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> Iterator[tuple[GroupKey, int, Row, Call]]:
     """Yield (group, sequence number, site and time, call) of each collective that a rank issued, oldest first.
 
-    The witness keeps the last collective of each group apart. If its event is overwritten, it is yielded first.
+    The slot of each group keeps its last collective. If the ring has overwritten the event of this collective, the
+    collective is yielded first.
 
     only, number   if given: yield only the collectives of this group with this number
     """
@@ -239,7 +241,10 @@ def is_transfer(signature: Signature) -> bool:
 def difference(a: Call, b: Call) -> str:
     """Return the greatest difference between two calls under one sequence number of a group.
 
-    "mismatch" (operation, type, reduction or root), else "sizes", else "place" (only layer or step), else "".
+    "mismatch"   operation, type, reduction or root differ
+    "sizes"      these are equal, but sizes differ
+    "place"      only layer or step differ
+    ""           nothing differs
     """
     if is_transfer(a.signature) and is_transfer(b.signature):
         if _differ(a.signature.dtype, b.signature.dtype):

@@ -72,7 +72,7 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """Return the state of the rank, but "hidden" if its witness may lack events.
+        """Return the state of the rank, or "hidden" if its witness may lack events.
 
         The wait-for graph uses this state for a rank that others wait for.
         """
@@ -198,7 +198,7 @@ def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
 
 
 def _blocked_in(witness: Witness) -> Event | None:
-    """Return the event with which the rank began to wait, if it waits; else None.
+    """Return the event with which the rank began to wait; None if the rank does not wait.
 
     DONE and FAILED at the end are ignored: a rank that failed may have waited until it failed.
     """
@@ -224,7 +224,7 @@ def _waits_since(witness: Witness) -> int:
 
 
 def _issue_of(witness: Witness, event: Event) -> Event:
-    """Return the event that issued a collective. event: the event with which the rank began to wait for it."""
+    """Return the event that issued a collective. event: the one with which the rank began to wait for it."""
     if event.kind == Kind.ENTER:
         return event
     issue = (Kind.ISSUE, event.group, event.seq)
@@ -237,9 +237,10 @@ def clocks(
 ) -> tuple[dict[int, int], list[str]]:
     """Return rank -> the moment that is judged, on the monotonic clock of the rank's host; and notes.
 
-    now_ns   a time on the clock of the host of ``home`` (by default, the lowest rank's process), or rank -> time
+    now_ns   the moment on the clock of one host, or rank -> the moment on the clock of the rank's host
+    home     a process of this one host; by default the process of the lowest rank
 
-    A time on another host's clock is computed from the wall clocks of the two hosts, so it is as exact as these agree.
+    The moment on another host's clock is computed from the wall clocks of both hosts. It is as exact as these agree.
     """
     if isinstance(now_ns, Mapping):
         return {rank: now_ns[rank] for rank in witnesses}, []

@@ -18,7 +18,8 @@ def plans_of(
 ) -> dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]]:
     """Return the schedules that the members of a group declared: (step, part of the step) -> schedule -> ranks.
 
-    A schedule here has only the entries that should be equal on all members: those of groups that contain all of them.
+    The schedules have only the entries that must be equal on all members: the entries of groups to which all of them
+    belong.
     Sends and receives are left out, because sender and receiver declare different entries.
     """
     members = set(key[1])
@@ -36,9 +37,9 @@ def plans_of(
 class ScheduleDivergence:
     """The first step for which members of a group declared different schedules.
 
-    part     a step's schedule is declared in parts: the number of the part that differs, from 0
+    part     number of the part of the schedule that differs, from 0; a rank declares the schedule of a step in parts
     sides    schedule -> the ranks that declared it
-    places   rank -> index in the rank's whole schedule of the step, from which on the schedules may differ
+    places   rank -> index of the first entry that may differ, counted in the rank's whole schedule of the step
     """
 
     step: int
@@ -50,7 +51,7 @@ class ScheduleDivergence:
     def comes_after(self, deviation: Deviation) -> bool:
         """Whether the schedules differ only after the place where a rank left its schedule (``deviation``).
 
-        If they differ before it, the deviation cannot be the cause of the difference.
+        If the schedules differ already before that place, the deviation cannot be the cause of the difference.
         """
         place = self.places.get(deviation.rank, deviation.index + 1)
         return (deviation.step, deviation.index) < (self.step, place)

@@ -14,7 +14,7 @@ from repro.verdict.evidence.position import GroupKey
 
 _PHASE, _STEP = int(Kind.PHASE), int(Kind.STEP)
 RECENT_STEPS = 10
-"""How many of the newest steps are compared; more, if ranks paired collectives wrongly in an older step."""
+"""How many of the newest steps are compared, or more if ranks paired collectives wrongly in an older step."""
 
 STEP_CONTENT = Knows.ORDER | Knows.STEPS | Knows.LAYERS
 """The aspects that a witness must record so that its steps can be compared with the declared schedules."""
@@ -109,7 +109,7 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
-    """Return the collectives that every rank issued in every earlier step, if these steps are all equal; else ().
+    """Return the collectives that every rank issued in every earlier step; () if these steps are not all equal.
 
     before: the number of the first step that is not compared.
     """
