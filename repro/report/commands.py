@@ -17,7 +17,7 @@ def commands(data: RunData) -> list[tuple[str, str]]:
 
 
 def place(data: RunData) -> str:
-    """Return the path of the run directory, relative to the working folder if it is inside it."""
+    """Return the path of the run directory as a command should have it: relative if it is below the working folder."""
     if data.place:
         return data.place
     relative = os.path.relpath(data.root)

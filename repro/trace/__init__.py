@@ -1,3 +1,3 @@
-"""What a rank did, from three sources: our witness file (`witness`), the recorder that writes it (`recording`), and the
-evidence of other tools (`foreign`).
+"""What a rank did: our witness file (`witness`), the recorder that writes this file (`recording`), and the records of
+evidence from other tools (`foreign`).
 """

@@ -13,14 +13,14 @@ class Knows(enum.Flag):
     """The aspects that a file of evidence shows about a rank.
 
     ORDER       the order and the sequence numbers of the collectives of each group
-    COMPLETION  which collectives are over
+    COMPLETION  which collectives are complete
     ARGUMENTS   data type, sizes, reduction and root of each collective
     LAYERS      the module that each collective belongs to
     STEPS       where each step begins
     SCHEDULE    the schedule that the rank declared for each step, if it declared one
-    LOCKS       the locks that it waits for and holds, and the builds that it runs
+    LOCKS       the locks that the rank waits for and holds, and the builds that it runs
     TIME        when each event happened
-    LIVENESS    whether the process exists
+    LIVENESS    whether the rank's process exists
     """
 
     ORDER = enum.auto()

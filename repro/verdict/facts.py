@@ -15,7 +15,8 @@ class Facts:
     excused        why the process cannot make progress, whatever its witness shows: "stopped by a signal"
     lock_holders   the lock for which the rank waits, and the pid of the process that holds it; 0 if none holds it
     cores          how many processors the process and its descendants kept busy since the previous observation
-    starved        share of this time in which its threads could run but got no processor, summed over the threads
+    starved        share of the time since the previous observation in which the threads of the process could run but
+                   got no processor, summed over the threads
     died           when the end of the process was first noticed, in seconds on one clock for all ranks. Processes
                    whose end was noticed together have the same time
     contradicted   what other evidence shows that contradicts the rank's witness

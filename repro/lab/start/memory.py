@@ -35,7 +35,7 @@ def refuse_too_large(runs: Iterable[RunSettings]) -> None:
 
 
 def refuse_too_many(runs: Iterable[RunSettings]) -> None:
-    """Raise ConfigError for a run with more ranks than fit into the machine's memory with any model."""
+    """Raise ConfigError for a run with more ranks than this machine has memory for, even with the smallest model."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for settings in runs:
         if (needed := settings.num_ranks * RANK_BYTES) > total:
@@ -47,7 +47,7 @@ def refuse_too_many(runs: Iterable[RunSettings]) -> None:
 
 
 def shortage_of(settings: RunSettings) -> str:
-    """Return the memory that the run needs and that the machine has; "" if it fits. GPU memory is not checked."""
+    """Return a text with the memory needed and the memory available; "" if the run fits. GPU memory is not checked."""
     import torch
 
     from hybrid_moe_ref import memory

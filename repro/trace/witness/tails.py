@@ -12,8 +12,10 @@ from repro.trace.witness.parse import WitnessError
 
 
 class Tails:
-    """The open witnesses of a run, one :class:`Tail` per rank. Times are on the monotonic clock of the host of
-    ``here``, the process that follows them."""
+    """The open witnesses of a run, one :class:`Tail` per rank.
+
+    here   the process that follows the witnesses; all times are converted to the monotonic clock of its host
+    """
 
     def __init__(self, run_dir: RunDir, num_ranks: int, here: Identity) -> None:
         self._run_dir, self._num_ranks, self._here = run_dir, num_ranks, here
