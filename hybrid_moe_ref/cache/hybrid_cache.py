@@ -1,6 +1,6 @@
 """The cache of a model: the KV entries and recurrent states of each sequence, in pages from one pool.
 
-`pages.py` has the arithmetic of pages, `pasts.py` what a layer sees of the cache.
+`pages.py` computes the sizes of pages. `pasts.py` defines what a layer sees of the cache.
 
 Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, K KV heads, D head dim, C conv channels, W
 remembered conv inputs.
@@ -41,7 +41,7 @@ class CacheExhausted(RuntimeError):
 class Sequence:
     """A cached sequence: its number of tokens, and its pages in each layer group.
 
-    Its pages return to the pool when the last reference to it is dropped.
+    The pages return to the pool when the last reference to the sequence is dropped.
     """
 
     cache: "HybridCache"
@@ -70,8 +70,9 @@ class Snapshot:
 class HybridCache:
     """`num_pages` pages for the sequences of one model.
 
-    A step is `pasts = cache.begin(batch)`, the layers, `cache.commit(batch)`; `HybridMoE.step` does all three. If a
-    step fails between begin and commit, free its sequences: their recurrent states may be partly updated.
+    A step calls `pasts = cache.begin(batch)`, runs the layers, and calls `cache.commit(batch)`. `HybridMoE.step` does
+    all of this. If a step fails between `begin` and `commit`, free its sequences, because their recurrent states may be
+    partly updated.
     """
 
     def __init__(
@@ -229,7 +230,7 @@ class HybridCache:
         self._table.extend(sequence.row, start, new)
 
     def commit(self, batch: Batch[Sequence]) -> None:
-        """Add the batch's tokens to the length of their sequences."""
+        """Add the number of new tokens to the length of each sequence of the batch."""
         for sequence, count in batch.sequences:
             sequence.length += count
 

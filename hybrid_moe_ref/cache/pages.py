@@ -1,8 +1,8 @@
 """Compute the page size that KV entries and recurrent states share. Does not import torch.
 
-A recurrent layer keeps a state of fixed size per sequence, an attention layer some bytes per token. One pool of pages
-serves both: an attention page has so many tokens that it is at least as large as the largest state, rounded up to a
-multiple of 16 tokens, and a state is padded to the size of a page.
+A recurrent layer keeps a state of fixed size per sequence, and an attention layer some bytes per token. Both take their
+pages from one pool, so all pages have one size. An attention page has the smallest multiple of 16 tokens with which it
+is at least as large as the largest state. A state is padded to the size of a page.
 
 Layers of one kind form groups of `group_size` layers. The i-th layers of all groups share byte buffer i. A page number
 belongs to one group of one sequence, and addresses the same bytes in every buffer. So a sequence takes one page for
@@ -19,7 +19,10 @@ TOKEN_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class StateSize:
-    """Size of one sequence's state in one recurrent layer: last inputs of the convolution, and the matrix memory."""
+    """Size of one sequence's state in one recurrent layer.
+
+    The state consists of the last inputs of the convolution (conv) and of the matrix memory (ssm).
+    """
 
     conv_shape: tuple[int, int]
     ssm_shape: tuple[int, int, int]

@@ -95,7 +95,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
 
 
 def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
-    """Return the tokens that end a text: eos_token_id of generation_config.json, or else of config.json.
+    """Return the tokens that end a text: eos_token_id of generation_config.json or, if that has none, of config.json.
 
     Raises CheckpointError if the value is neither an id nor a list of ids.
     """

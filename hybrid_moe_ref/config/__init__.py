@@ -1,6 +1,6 @@
 """The configuration of a model, its ranks and its engine: frozen dataclasses that check their own fields.
 
-A `ConfigError` names the field by its path and the numbers that disagree. Nothing here imports torch.
+A `ConfigError` names the path of the field, and the numbers that do not fit together. Nothing here imports torch.
 """
 
 from hybrid_moe_ref.config.base import Config, ConfigError, InputError, nearest

@@ -1,7 +1,7 @@
-"""Run a whole server on this machine for one prompt. Its ranks are forked and meet through a file.
+"""Run a whole server on this machine for one prompt. The ranks are forked processes, which connect through a file.
 
-Rank 0 has the request and prints the text. The tp ranks of rank 0 run the same request; other dp ranks run dummy
-batches.
+Rank 0 has the request and prints the text. The tp ranks of rank 0 run the same request; the other dp ranks
+run dummy batches.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def generate(
 ) -> None:
     """Serve one request on forked ranks.
 
-    Call this before the process uses CUDA. If a rank fails, ends the other ranks and raises ChildProcessError with the
-    error of the rank that failed first.
+    Call this before the process uses CUDA. If a rank fails, this function ends the other ranks, and raises
+    ChildProcessError with the error of the rank that failed first.
 
-    device     "cpu", or "cuda"; with fewer GPUs than ranks, ranks share GPUs
+    device     "cpu" or "cuda"; if there are fewer GPUs than ranks, the ranks share GPUs
     on_token   called in rank 0's process with each new token
     on_end     called in rank 0's process after the last token
     """

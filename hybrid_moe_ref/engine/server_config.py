@@ -69,7 +69,7 @@ class ServerConfig(Config):
     def shared(self) -> dict[str, Any]:
         """Return all settings that must be equal on every rank.
 
-        Paths of folders may differ between hosts; the content of the checkpoint may not.
+        The paths of folders may differ between hosts, but the content of the checkpoint must be equal.
         """
         shared = self.to_mapping()
         del shared["allow_unsafe"], shared["engine"]["cache_dir"]
@@ -78,10 +78,10 @@ class ServerConfig(Config):
 
 
 def content_digest(folder: str) -> str:
-    """Return a digest of a checkpoint that reads only a small part of it.
+    """Compute a digest of a checkpoint from a small part of its bytes.
 
-    The digest covers config, index, and the name, size and last bytes of each weight file. Two copies have the same
-    digest; two trainings of one model have different digests.
+    The digest covers config, index, and the name, size and last bytes of each weight file. Two copies of a checkpoint
+    have the same digest, and two trainings of one model have different digests.
     """
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):

@@ -38,7 +38,7 @@ def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse JSON of bounded depth and size. NaN and numbers beyond a float's range are refused.
+    """Parse JSON of bounded depth and size. NaN and numbers beyond the range of a float are refused.
 
     A single half of a surrogate pair cannot be written to a text file, so it becomes U+FFFD.
 

@@ -1,7 +1,7 @@
 """Open a file that another program may have put there, for reading or for writing.
 
-Reading from a pipe or a device could go on without end, and writing through a link would change another file. Both are
-refused before anything is read or written.
+Reading from a pipe or a device may never end, and writing through a link would change another file. So pipes, devices
+and links are refused before anything is read or written.
 """
 
 import errno
@@ -18,7 +18,7 @@ class DamagedFile(ValueError):
 def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
     """Open a regular file of at most ``most`` bytes for reading.
 
-    Raises DamagedFile if it is larger or not a regular file, OSError if it cannot be opened.
+    Raises DamagedFile if the file is larger or not a regular file, and OSError if it cannot be opened.
     """
 
     def opener(name: str, flags: int) -> int:

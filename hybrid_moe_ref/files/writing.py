@@ -11,7 +11,7 @@ from hybrid_moe_ref.files.opening import open_own
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Write a file so that readers see all of it or none, even when the writer is killed.
 
-    durable: return only after the data is on the disk, so that it survives a crash of the machine
+    durable: return only after the data is on the disk, so that the data survives a crash of the machine
 
     Raises OSError.
     """

@@ -1,6 +1,7 @@
-"""Call `nn.Linear` modules: several of them as one operation if all are plain.
+"""Call `nn.Linear` modules. If all modules of a call are plain, compute them in one operation.
 
-A linear that is replaced, wrapped, parametrized, quantised or has a hook is not plain, and is called as a module.
+A linear is not plain if it is replaced, wrapped, parametrized or quantised, or has a hook. It is then called as a
+module.
 
 Shapes: N rows, H inputs, O outputs.
 """

@@ -218,7 +218,8 @@ class HybridMoE(nn.Module):
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise InputError for an id that is outside the vocabulary.
 
-        On a GPU this synchronises, so `step` does not do it. Check tokens before they go to the device.
+        On a GPU, this check waits for the device, so `step` checks only tokens that are on the CPU. Check tokens before
+        you send them to a GPU.
         """
         check_token_ids(tokens, self.config.vocab_size)
 

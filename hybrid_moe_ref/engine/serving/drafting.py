@@ -56,10 +56,10 @@ class Drafting:
     def draft(
         self, running: list[Running], sequences: list[Sequence], batch: Batch, tokens_N: Tensor, hidden_NH: Tensor
     ) -> None:
-        """Draft the tokens after the last token of each request, for its next step.
+        """Draft the tokens that follow the last token of each request. The next step verifies them.
 
-        sequences: the requests' sequences in the model's cache; the drafter's own cached sequences are cut to their
-        lengths
+        sequences: the requests' sequences in the model's cache. The requests' sequences in the drafter's own cache are
+        cut to the same lengths
         """
         cache = self._cache
         room = [max(0, min(self._engine.num_drafts, request.num_left - 1)) for request in running]
@@ -83,13 +83,13 @@ class Drafting:
         for request, sequence, kept, count, drafts in zip(
             running, mine, sequences, room, zip(*guesses, strict=True), strict=True
         ):
-            # After skipped passes the drafter's cache has fewer tokens than the model's. Its drafts are then worse, but
-            # valid.
+            # If passes were skipped, the drafter's cache has fewer tokens than the model's. Then the drafts are worse,
+            # but valid.
             cache.truncate(sequence, min(kept.length, sequence.length))
             request.drafts = [] if len(request.pending) > 1 else list(drafts[:count])
 
     def draft_dummy(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch) -> None:
-        """Take part in the others' drafting, on a rank without requests."""
+        """Take part in the passes of the drafter on a rank without requests."""
         for number in range(self._policy.num_passes(self._engine.num_drafts, None)):
             hidden_NH = self._runner.draft(number, tokens_N, hidden_NH, batch, None)
             if not number:

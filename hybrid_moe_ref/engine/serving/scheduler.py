@@ -14,7 +14,7 @@ from hybrid_moe_ref.config import ConfigError, EngineConfig
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue greedily by ``max_new_tokens`` tokens, or until one of ``stop_ids``.
+    """A prompt, which is continued greedily by ``max_new_tokens`` tokens, or until a token of ``stop_ids`` is chosen.
 
     arrival_step: the step at which the request reaches its rank
     """
@@ -144,11 +144,11 @@ class Scheduler:
 
     @property
     def num_free_pages(self) -> int:
-        """Return the number of pages that are free after this step; negative if the step needs more than there are."""
+        """Return how many pages are free after this step; negative if the step needs more pages than the cache has."""
         return self._config.num_pages - sum(running.num_pages for running in self._running)
 
     def make_room(self) -> list[Running]:
-        """Preempt the youngest requests until the others have pages for their next step. Returns those preempted.
+        """Preempt the youngest requests until the others have pages for their next step. Returns the preempted ones.
 
         Preempted requests wait before all others, and run from the beginning again. The oldest request is never
         preempted, so all requests are served in the end.
@@ -215,8 +215,8 @@ class Scheduler:
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
     """Return the number of rows of each rank in each serve step until all ranks are idle; 0 for an idle rank.
 
-    Needs no model. The result is exact without drafts and `stop_ids` while no cache is full, because requests then end
-    by length alone.
+    Needs no model. The result is exact if there are no drafts and no `stop_ids`, and no cache gets full, because then a
+    request ends only when it has all its new tokens.
     """
     schedulers = [Scheduler(requests, config) for requests in requests_by_rank]
     steps: list[list[int]] = []

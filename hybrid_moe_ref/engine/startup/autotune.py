@@ -1,6 +1,7 @@
 """Autotuning: at the start, time each tactic (way to compute the experts), and use the one that is fastest on average.
 
-An all-reduce for each tactic and number of rows averages its time over the ranks, so that all ranks choose the same.
+For each pair of a tactic and a number of rows, an all-reduce averages the time over the ranks, so that all ranks make
+the same choice.
 Each rank saves the choice in its own file. A rank that finds its file needs no timing. But if it skipped the timing,
 the other ranks would wait for it in the all-reduces. So the ranks first vote on whether to time the tactics.
 

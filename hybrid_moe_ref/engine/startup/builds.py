@@ -1,7 +1,8 @@
 """Build compiled kernels in the phase `prepare`, before the first collective, on one rank of each host.
 
-The rank that gets the lock first builds, and sends heartbeats meanwhile. The others wait for the lock, which names that
-rank, and load the result. No rank waits beyond a deadline, and all ranks stop when one has failed.
+The first rank that gets the lock builds the kernels, and sends heartbeats while it builds. The other ranks wait for the
+lock, which names the rank that builds, and load the result. Each rank stops waiting at a deadline, and all ranks stop
+when one has failed.
 """
 
 from __future__ import annotations

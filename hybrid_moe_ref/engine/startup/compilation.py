@@ -35,7 +35,7 @@ NUM_ROWS = (1, 2)
 class Compiler:
     """The compiler of one rank: installs compiled parts in the model, and runs them once so that they are compiled.
 
-    place  the cache folder, and the observer and the check that are called during the compilation
+    place  the cache folder, and the observer and the check to call during the compilation
     """
 
     def __init__(self, model: HybridMoE, place: BuildPlace) -> None:
@@ -112,7 +112,7 @@ class Compiler:
 
 
 class _Announcements:
-    """Reports each compilation to the observer, at the first call of a part for a number of rows in NUM_ROWS."""
+    """Reports to the observer when a part compiles: at its first call with one row, and at its first with more."""
 
     def __init__(self, place: BuildPlace) -> None:
         self._place = place
@@ -137,7 +137,7 @@ class _Announcements:
 
 
 class CompiledModule:
-    """A module whose forward is compiled. Zero rows run eagerly, because they would need a compilation of their own."""
+    """A module whose forward is compiled. A call with 0 rows runs eagerly, to save one more compilation."""
 
     def __init__(self, module: nn.Module, compiled: Callable[..., Any], announced: _Announcements) -> None:
         self._module, self._compiled, self._announced = module, compiled, announced

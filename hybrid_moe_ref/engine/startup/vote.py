@@ -1,7 +1,7 @@
 """The vote that ends a phase of local work: all ranks continue, or all stop with the same error.
 
 The vote is the first collective of a server. Without the vote, the other ranks would wait in a step for a rank that
-failed in its local work, and a rank with another configuration would issue other collectives.
+failed in its local work, and a rank with another configuration would issue different collectives.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One model execution on one rank.
 
-plan           this rank's proposal for the step, and the schedule of its collectives
-protocol       the step agreement (C1) and the question whether anyone is unfinished, as a version of vLLM has them
-runner         agree, give the layers the agreed sizes, run the model
-graphs         replay a captured size
-microbatch     split a step in two
-feed           the tokens of the step, compared between tensor-parallel ranks
+plan           defines this rank's proposal for the step, and the schedule of the step's collectives
+protocol       defines what the ranks exchange in the step agreement (C1) and to ask whether anyone is unfinished
+runner         agrees on the step, gives the layers the agreed sizes, runs the model
+graphs         captures steps of a few sizes, and replays them
+microbatch     splits a step in two
+feed           compares the tokens of the step between tensor-parallel ranks
 """

@@ -48,7 +48,10 @@ class Protocol:
         return step % (self.engine.unfinished_interval or self.interval) == 0
 
     def last_step(self, num_steps: int) -> int:
-        """Return the last step of a wave whose requests need `num_steps` steps. The wave ends at the next question."""
+        """Return the last step of a wave whose requests need `num_steps` steps.
+
+        A wave ends only after a question, so it may have more steps than its requests need.
+        """
         step = max(1, num_steps)
         while not self.asks(step):
             step += 1
