@@ -56,8 +56,10 @@ class DeviceGroups(Collection[str]):
 
 
 class RecordedHost(Host):
-    """This host, for the watch over a recorded program. It asks the ranks for their stacks by a file, and sends no
-    signals, because the program may use the signals itself."""
+    """This host, as the watch over a recorded program uses it.
+
+    It requests stacks from the ranks by a file instead of signals, because the program may use the signals itself.
+    """
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
         """Request stacks and Flight Recorder dumps from the ranks.

@@ -41,9 +41,9 @@ LIMITS = (
     (r"(?:.*/)?fr/.*", 32 << 20),
     (r"records\.jsonl", 128 << 20),
 )
-"""Largest size in bytes of a file that is parsed or shown as a whole, by name.
+"""(form of the name, largest size in bytes) of files that are parsed or shown as a whole.
 
-MAX_FILE_BYTES applies to other files.
+For all other files the limit is MAX_FILE_BYTES.
 """
 MANIFEST = "MANIFEST.json"
 _BLOCK = 1 << 20
@@ -72,7 +72,7 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
         mode = entry.external_attr >> 16
         if stat.S_IFMT(mode) not in (0, stat.S_IFDIR if entry.is_dir() else stat.S_IFREG):
             raise ArchiveError(f"{where}: {shown} is not a regular file but a link or a device")
-        if not _NAME.fullmatch(name):  # so no absolute path either, and none that leads out of the folder
+        if not _NAME.fullmatch(name):  # this also refuses absolute paths and paths that lead out of the folder
             raise ArchiveError(f"{where}: {shown} is not a file of a bundle")
         folders.add(name if entry.is_dir() else name.rpartition("/")[0])
         if entry.is_dir():

@@ -80,7 +80,7 @@ class Made:
 
 
 Judge = Callable[[RunDir], Verdict]
-"""A function that judges the copy of a run that goes into the bundle."""
+"""A function that judges the redacted copy of a run, which goes into the bundle."""
 
 
 def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict:

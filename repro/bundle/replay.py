@@ -22,7 +22,7 @@ from repro.watch.document import Document
 
 TEMPLATE = Path(__file__).parent / "replay_template.txt"
 EP_DEADLOCK = Path(__file__).parents[1] / "ep_deadlock.py"
-"""A file with the hang of metadata_rebuild, the model that causes it, and the fix, on at most 8 ranks."""
+"""A script that shows the hang of metadata_rebuild, with a small model and the fix, on at most 8 ranks."""
 
 _USAGE_OF_FIX = """\
     torchrun --standalone --nproc-per-node {} THIS_FILE --fix    the run with the fix, up to the same step, exits with 0

@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other = "evidence of another run with one setting changed; ISSUE.md then has a table of all verdicts"
     parser.add_argument("others", type=Path, metavar="OTHER", nargs="*", default=(), help=other)
     parser.add_argument("--verify", action="store_true", help="compare a zip with its own manifest")
-    parser.add_argument("--to", type=Path, metavar="ZIP", help="default: beside the run")
+    parser.add_argument("--to", type=Path, metavar="ZIP", help="the zip to write; default: beside the run")
     parser.add_argument(
         "--with-logs",
         action="store_true",
         help="also include text that no rule recognises and that does not look like a secret",
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

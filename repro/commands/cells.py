@@ -29,11 +29,13 @@ MOST_RANKS = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("--model", default=grid.REPORT_MODEL, help=f"name or folder; default: {grid.REPORT_MODEL}")
-    parser.add_argument("--ranks", type=int, default=8, metavar="N", help="GPUs, or ranks on a CPU; default: 8")
-    parser.add_argument("--eager", action="store_true", help="also the report's second command")
+    parser.add_argument("--model", default=grid.REPORT_MODEL, help=f"its name or folder; default: {grid.REPORT_MODEL}")
+    parser.add_argument("--ranks", type=int, default=8, metavar="N", help="number of GPUs or CPU ranks; default: 8")
     parser.add_argument(
-        "--only", default="", metavar="WORDS", help='only cells with all these words: "DP8+EP8 jit cold"'
+        "--eager", action="store_true", help="also run the cells of the report's second command (--enforce-eager)"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help='run only cells with all these words: "DP8+EP8 jit cold"'
     )
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help="a new folder, or that of an earlier call; default: runs/<utc>-cells"
@@ -42,13 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--silence", type=float, default=WINDOW_S, metavar="S", help="run collect after S silent seconds; default: 120"
     )
     parser.add_argument(
-        "--limit", type=float, default=LIMIT_S, metavar="S", help="end a start after S seconds; default: 3600"
+        "--limit", type=float, default=LIMIT_S, metavar="S", help="end a server after S seconds; default: 3600"
     )
     parser.add_argument(
         "--needs", type=float, default=NEEDED_GB, metavar="GB", help="free disk space for a start; default: 20"
     )
-    parser.add_argument("--vllm", default="vllm serve", metavar="COMMAND", help='default: "vllm serve"')
-    parser.add_argument("--list", action="store_true", help="print the cells and what cannot start here, and exit")
+    parser.add_argument(
+        "--vllm", default="vllm serve", metavar="COMMAND", help='command that starts a server; default: "vllm serve"'
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print each cell, or why it cannot start on this machine, and exit"
+    )
     parser.add_argument("--json", action="store_true", help="print the outcomes as JSON")
     parser.add_argument(
         "flags", nargs="*", default=(), metavar="-- FLAG…", help="flags of vLLM, instead of those of the report"

@@ -12,7 +12,7 @@ from repro.exit_codes import EXPECTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs; default: runs")
     parser.add_argument(
         "--json", action="store_true", help="print which runs were removed and which still run, as JSON"
     )

@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--match", type=_pattern, metavar="REGEX", help="the job whose command lines match this regular expression"
     )
-    parser.add_argument("--to", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument(
+        "--to", type=Path, default=Path("runs"), metavar="DIR", help="write a new folder into this one; default: runs"
+    )
     parser.add_argument(
         "--interval", type=_seconds, default=INTERVAL_S, metavar="S", help="seconds between two looks; default: 2"
     )
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="logs of the job, also of one that has ended; files that its processes write to are found without it",
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

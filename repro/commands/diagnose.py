@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="files, folders and zips, in any combination"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write the verdict, a page and the text of an issue into this folder"
     )

@@ -1,4 +1,4 @@
-"""``list``: print the scenarios, the upstream issue that each one rebuilds, and the verdict on its fault."""
+"""``list``: print the scenarios, with the upstream issue that each one rebuilds and the verdict on the faulty run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from repro.exit_codes import EXPECTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the scenarios as a JSON list")
 
 
 def run(args: argparse.Namespace) -> int:

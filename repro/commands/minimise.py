@@ -22,11 +22,17 @@ from repro.verdict.classes import class_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("scenario", metavar="SCENARIO")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="default: SCENARIO_minimal.py")
+    parser.add_argument("scenario", metavar="SCENARIO", help="the name of a scenario")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="the file to write; default: SCENARIO_minimal.py")
     flags.add_flags(parser, "num_ranks", "seed")
-    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="S", help=f"default: {BUDGET_S:g}")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        metavar="S",
+        help=f"seconds after which no further run starts; default: {BUDGET_S:g}",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenario", metavar="SCENARIO", help='the name of a scenario, or "all"')
     parser.add_argument("--variant", choices=(*VARIANTS, "all"), default="fault", help="default: fault")
     flags.add_flags(parser, *(flag.field for flag in flags.FLAGS))
-    parser.add_argument("--strict", dest="checks", action="store_const", const="strict", help="as --checks strict")
+    parser.add_argument("--strict", dest="checks", action="store_const", const="strict", help="same as --checks strict")
     lab.add_arguments(parser, launcher_help="torchrun for one run, fork for several")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the requested runs one after another; return the exit code of all verdicts."""
+    """Run the requested runs one after another. Returns the exit code for all verdicts together."""
     refuse_bad_variables()
     planned = plan(args)
     lab.refuse_junit(args)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if able[0].backend == "nccl":
         require_gpus(able[0].num_ranks)
     session = Session(args, Console(stderr=args.json))
-    # torchrun starts the ranks as a server's ranks are started. The fork server imports torch only once for all runs.
+    # torchrun starts ranks in the same way as real servers do. The fork server imports torch only once for all runs.
     launcher = args.launcher or ("fork" if len(planned) > 1 else "torchrun")
     # The user may interrupt at any point; then the verdicts so far are shown.
     with contextlib.suppress(KeyboardInterrupt), job.launcher(launcher) as start:

@@ -25,7 +25,7 @@ def exit_code(documents: Sequence[Document]) -> int:
 
 
 def write_reports(console: Console, roots: Sequence[Path]) -> None:
-    """Write the report of each run; each shows the other variants.
+    """Write the report of each run. Each report also shows the run's other variants.
 
     A failure is printed and does not change the verdicts.
     """

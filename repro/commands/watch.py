@@ -35,13 +35,13 @@ from repro.watch.document import Document
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"The verdicts:\n{describe_classes()}"
-    parser.add_argument("dir", type=Path, metavar="RUN|ZIP")
+    parser.add_argument("dir", type=Path, metavar="RUN|ZIP", help="a run directory or a bundle")
     parser.add_argument(
         "--end", action="store_true", help="watch until the verdict, write verdict.json, then end the run"
     )
     agent = "run the agent of this host for a watcher on another host; RANK is the first rank of this host"
     parser.add_argument("--agent", "--lookout", type=int, metavar="RANK", help=agent)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -37,8 +37,8 @@ EXIT_PATIENCE_S = 5.0
 """Seconds in which ranks may exit by themselves after the verdict. After that the agent kills them."""
 
 OVERTIME_S = 30.0
-"""If the watcher has ended, an agent ends this many seconds after the run's deadline, and kills its ranks before.
-"""
+"""Seconds after the run's deadline until an agent gives up a watcher that no longer answers. It kills its ranks and
+ends."""
 
 STATUS_EXPIRY_S = 10.0
 """Age in seconds from which the last status of an agent is no longer used."""

@@ -160,7 +160,7 @@ def outcomes_of(**verdicts: str) -> dict[str, Outcome]:
 @pytest.mark.parametrize(
     ("verdicts", "words"),
     [
-        ({"dp8ep8_jit_jit_cold": "slow", "dp8ep8_jit_jit_warm": "clean"}, "follows the cold cache: H1 or H2"),
+        ({"dp8ep8_jit_jit_cold": "slow", "dp8ep8_jit_jit_warm": "clean"}, "only the cold start stalls: H1 or H2"),
         ({"dp8ep8_jit_jit_cold": "hung", "dp8ep8_jit_jit_warm": "hung", "tp8_jit_jit_warm": "clean"}, "H4 or H5"),
         ({"dp8ep8_jit_jit_cold": "slow", "dp8ep8_jit_jit_warm": "hung", "tp8_jit_jit_warm": "hung"}, "alone is not"),
         ({"dp8ep8_jit_jit_cold": "clean", "dp8ep8_jit_jit_warm": "hung"}, "only the warm start stalls"),

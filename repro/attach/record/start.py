@@ -27,7 +27,7 @@ HOOKS: dict[str, Hook] = {
     "torch.distributed.pipelining.schedules": modules.hook_schedule,
     "multiprocessing.process": rank.hook_process,
 }
-"""Module -> what to do once it has been imported."""
+"""Module -> the function that is called once the program has imported the module."""
 
 
 def begin(directory: str) -> None:

@@ -47,9 +47,9 @@ def all_gatherv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[in
     """Gather tensors whose lengths differ by rank.
 
     input_  a tensor, or a list of tensors, of ``sizes[rank]`` rows
-    sizes   the rows of each rank of the group; None if they are equal
+    sizes   the number of rows of each rank of the group; None if all ranks have equally many
 
-    Returns the rows of all ranks in the order of the ranks; for a list of tensors, a list.
+    Returns the rows of all ranks in the order of the ranks. For a list of tensors, returns a list.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The hook of dispatch and combine, in which vLLM's ranks exchange rows: each is recorded as one collective."""
+"""The hook of dispatch and combine, in which vLLM's ranks exchange rows. It records each as one collective."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from repro.attach.vllm.harmless import Harmless
 
 
 def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap a method of GroupCoordinator that exchanges rows. It is recorded as one collective, however it is
-    implemented.
+    """Return the wrapper of a method of GroupCoordinator that exchanges rows.
 
-    num_tensors: number of positional arguments before ``dim`` and ``sizes``
+    A call is recorded as one collective, whatever collectives of torch implement it.
+
+    op: the name of the recorded collective
+    num_tensors: number of the method's positional arguments before ``dim`` and ``sizes``
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:

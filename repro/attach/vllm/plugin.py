@@ -1,7 +1,7 @@
 """The entry point ``hmr_record`` of ``vllm.general_plugins``: record vLLM's ranks if HMR_RECORD names a folder.
 
-vLLM calls this in each of its processes (front end, EngineCore, worker, the registry's inspection of a model), before
-the process uses the classes that the hooks replace. vLLM may call it again.
+vLLM calls this in each of its processes (front end, EngineCore, worker, and the process in which the model registry
+inspects a model), before the process uses the classes that the hooks replace. vLLM may call it several times.
 """
 
 from __future__ import annotations

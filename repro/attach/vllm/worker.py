@@ -100,7 +100,7 @@ def after_fork() -> None:
 
 
 def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.init_device, in which the process becomes a rank of torch.distributed."""
+    """Wrap Worker.init_device, to record steps and phases from its end on: the process is a rank then."""
 
     @wraps(original)
     def init_device(self: Any, *args: Any, **options: Any) -> Any:
@@ -115,7 +115,7 @@ def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap a method that is one phase of the start."""
+    """Return the wrapper of a method that is one phase of the start, to record when this phase begins and ends."""
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -144,9 +144,9 @@ def _reporting(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap WorkerProc.shutdown.
+    """Wrap WorkerProc.shutdown, to record that the rank ends normally.
 
-    The engine kills a worker some seconds after this call, which must not count as a crash.
+    The engine kills the worker some seconds later, and this must not count as a crash.
     """
 
     @wraps(original)
@@ -179,7 +179,7 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.execute_dummy_batch, the execution of a rank without requests."""
+    """Wrap Worker.execute_dummy_batch, with which a rank without requests runs the model."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -250,7 +250,10 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap a layer's method; ``attribute`` contains the layer's name."""
+    """Return the wrapper of a layer's method, to record the layer of each collective.
+
+    attribute: the attribute of the layer that has its name
+    """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -275,7 +278,7 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap MessageQueue.dequeue, in which an engine waits for its worker's reply, or an idle worker for its engine."""
+    """Wrap MessageQueue.dequeue, to record waits: of an engine for its worker, and of an idle worker for its engine."""
 
     @wraps(original)
     def dequeue(self: Any, *args: Any, **options: Any) -> Any:

@@ -10,7 +10,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def _record() -> None:
-    """Start recording. Add this project's packages to sys.path if the program's environment lacks them."""
+    """Start recording. Let Python find this project's packages even if the program's environment lacks them."""
     from importlib.machinery import PathFinder
 
     root = os.path.abspath(os.path.join(_HERE, *[os.pardir] * 4))
@@ -30,7 +30,7 @@ def _record() -> None:
 
 
 def _run_next() -> None:
-    """Run the sitecustomize module of the environment, which this file hides."""
+    """Run the sitecustomize module of the program's environment. Python itself runs only the first one, this file."""
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 

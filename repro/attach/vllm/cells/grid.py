@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Return a name for files: "dp8ep8-jit-triton-cold"."""
+        """Return the name of the cell, which its files also have: "dp8ep8-jit-triton-cold"."""
         size = self.ranks
         layout = {TP: f"tp{size}", DP_EP: f"dp{size}ep{size}", DP_EP_EAGER: f"dp{size}ep{size}eager"}[self.layout]
         return f"{layout}-{self.gdn}-{self.moe}-{self.cache}"

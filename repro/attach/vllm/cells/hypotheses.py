@@ -19,15 +19,21 @@ def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[st
         if cold is None or warm is None:
             continue
         if warm and outcomes[warm_cell.name].partial:
-            text = "both starts stall, and the second had an incomplete cache: give a longer --limit, or see the lock"
+            text = (
+                "both starts stall, and the warm start had an incomplete cache: give a longer --limit, or see in "
+                "`where` whether the ranks wait for a lock"
+            )
         elif warm and not cold:
-            text = "only the warm start stalls: no build; the ranks may find different things in the cache (H4)"
+            text = (
+                "only the warm start stalls, so no build is the cause; the ranks may find different things in the "
+                "cache (H4)"
+            )
         elif warm:
-            text = f"it stalls with a warm cache too, {_other_layout(cell, stalls, outcomes)}"
+            text = f"the warm start stalls, too, {_other_layout(cell, stalls, outcomes)}"
         elif cold:
-            text = "the stall follows the cold cache: H1 or H2; the lock in `where` says which"
+            text = "only the cold start stalls: H1 or H2; the lock in `where` says which"
         else:
-            text = "no stall"
+            text = "no stall in either start"
         lines.append(f"{cell.pair}: {text}.")
     return lines
 

@@ -21,7 +21,8 @@ from repro.watch.document import Document
 POLL_S = 0.1
 ASK_READY_S = 1.0
 MAX_LOOKS = 16
-"""How often `collect` is run for one server: when a silence has lasted one window, then each time it has doubled."""
+"""How many times `collect` is run for one server at most. In one silence it is run after one window, and again each
+time that the silence has become twice as long."""
 
 LOADING = "load"
 """The phase of vLLM's recorder in which a rank reads the checkpoint."""
@@ -184,7 +185,7 @@ class Trial:
         return self._log_grew_s
 
     def _loads(self, tails: Sequence[Tail]) -> bool:
-        """Whether all ranks that have begun read the checkpoint, which is the phase `load` of vLLM's recorder."""
+        """Whether all ranks that have begun are reading the checkpoint: they are in the phase `load`."""
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns != self._loads_at[0]:
             self._loads_at = last_ns, bool(tails) and all(phase_of(tail) == LOADING for tail in tails)

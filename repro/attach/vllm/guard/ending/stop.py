@@ -20,8 +20,9 @@ EXIT_CODE = 86
 GRACE_S = 0.7
 """Seconds after a refusal in which vLLM may shut down by itself. After that the guard ends the process."""
 
-
 EXPLAIN_S = 1.0
+"""Seconds that a rank waits for the reason of a collective that failed."""
+
 POLL_S = 0.02
 
 

@@ -1,4 +1,4 @@
-"""What each rank reports in the start vote: its plug-in, its vLLM, and the settings that decide its schedule."""
+"""The ballot of the start vote: each rank reports its plug-in, its vLLM, and the settings that decide its schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from repro.attach.vllm.guard.meeting.vote import differences
 
 PROTOCOL = 1
-"""The version of the data that the ranks exchange. All ranks must have the same."""
+"""The version of the format in which the ranks exchange data. All ranks must have the same version."""
 
 SETTINGS = (
     "parallel_config.data_parallel_size", "parallel_config.tensor_parallel_size",
@@ -66,7 +66,7 @@ def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def unsupported(config: Any) -> str:
-    """Return why the ranks cannot agree with this configuration, and the flag to change; "" if they can."""
+    """Return why the guard does not support this configuration, and the flag to change; "" if it supports it."""
     parallel = getattr(config, "parallel_config", None)
     if getattr(parallel, "enable_fault_tolerance", False):
         return "the guard stops all ranks when one is gone, vLLM's fault tolerance goes on: unset one of the two"

@@ -32,10 +32,12 @@ WAIT_S = 1.0
 """A rank that waits in one collective of an execution for this many seconds asks the other ranks for their state."""
 
 EXPLAIN_S = 10.0
+"""Seconds for which the ranks look for the difference after an agreement whose digests differ."""
+
 CALL_S = 0.2
 TELL_S = 0.3
-"""Seconds between a refusal and the exception, so that all others can read the reason before this process, which may
-be the store's, ends."""
+"""Seconds between a refusal and the exception. The store's server may be in this process, and all other processes must
+read the reason before it ends."""
 
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ class Guard:
     # -- the thread that runs the model -------------------------------------------------------------------------------
 
     def begin_execution(self, requested: bool = True) -> None:
-        """Note that the worker begins to run the model. requested: whether its engine requested it and counts it."""
+        """Note that the worker begins to run the model. requested: whether the engine requested and counts this run."""
         self._num_executions += requested
         self._seen = self.stream.count, self._clock()
         self._executing = True

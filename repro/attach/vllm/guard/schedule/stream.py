@@ -12,15 +12,15 @@ from repro.attach.vllm.guard.schedule.entry import MASK, Entry, digest_of, joine
 from repro.attach.vllm.repeated import Repeated
 
 MAX_SENT = 1024
-"""How many of its last entries a rank posts for the others. A step of a model with 60 layers has 121 entries."""
+"""How many of its last entries a rank posts at most. A step of a model with 60 layers has 121 entries."""
 
 
 class Stream:
     """The sequence of entries of one rank. The thread that runs the model appends entries; other threads only read."""
 
     def __init__(self) -> None:
-        # The kept entries, and the number of the first of them. One tuple, because other threads must read both at
-        # once.
+        # The number of the first kept entry, and the kept entries. Both are in one tuple, so that other threads always
+        # read two that belong together.
         self._kept: tuple[int, list[Entry]] = 0, []
         self._begin = 0  # the number of the first entry after the last agreement
         self._repeated: Repeated[Entry] = Repeated()
