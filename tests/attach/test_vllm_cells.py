@@ -451,7 +451,7 @@ def test_a_disk_that_fills_during_a_start_ends_that_start_and_not_the_experiment
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--only", "TP9"], 2, "--only: no cell has all of 'TP9'"),
+        (["--only", "TP9"], 2, "--only: no cell has all the words of 'TP9'"),
         (["--silence", "0"], 2, "--silence: 0.0 is not a number"),
         (["--ranks", "0"], 2, "--ranks: 0 is not a number of ranks"),
         (["--vllm", ""], 2, "--vllm: no command is given"),
