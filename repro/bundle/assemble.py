@@ -277,9 +277,9 @@ def _environment(recogniser: Recogniser) -> str:
 
 
 def _reproducer(data: RunData, others: list[RunData], notes: list[str]) -> str:
-    """Return the hang as one runnable file.
+    """Return the source of one script that repeats the hang.
 
-    It includes the fix, if a run of the fix ended normally and can be replayed.
+    The script can also repeat the run of the fix, if that run ended normally and can be replayed.
     """
     if replay.is_that_of_ep_deadlock(data.verdict):
         return replay.EP_DEADLOCK.read_text()

@@ -74,6 +74,6 @@ class Host:
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
         """Make ranks write their stacks and Flight Recorder dumps. pids: rank -> pid.
 
-        Returns rank -> the evidence that it did not write.
+        Returns rank -> the evidence that this rank did not write.
         """
         return collect.collect(run_dir, pids, collect.PATIENCE_S)

@@ -2,7 +2,7 @@
 
     plugin.py   the entry point of the recorder; without HMR_RECORD it imports nothing else
     hooks.py    the table: which attribute of vLLM is replaced, in which versions, by what
-    worker.py   the hooks of a worker, which is a rank: phases, steps, dispatch and combine, layers
+    worker.py   the hooks of a worker, which is a rank; they record phases, steps and layers
     engine.py   the hooks of an EngineCore, which writes what it does into a notes file
     front.py    the hooks of a front end, which starts an engine and waits for its outputs
     notes.py    the notes file of an engine or a front end, which the worker of the same rank reads

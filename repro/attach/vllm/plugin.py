@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def _compile_hooks() -> None:
-    """Build the compiled hooks of collectives, unless they are there. If that fails, this server records in Python."""
+    """Build the compiled hooks of collectives, unless they are built. If that fails, use the hooks in Python."""
     if os.environ.get("HMR_RECORD_PURE") == "1":
         return
     from repro.attach.record import compiled

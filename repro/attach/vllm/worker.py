@@ -1,4 +1,4 @@
-"""Hooks for a vLLM worker, which is a rank: phases, steps with their agreement, dispatch and combine, layers.
+"""Hooks for a vLLM worker, which is a rank. They record phases, steps with their agreement, layers and group names.
 
 If vLLM compiles the model, Dynamo traces some of the replaced methods. The hooks of these methods do nothing while
 torch compiles.

@@ -131,7 +131,8 @@ class Recogniser:
     def function(self, text: str) -> str:
         """Redact a function name. A name that is not recognised gets a stand-in.
 
-        With a search (--with-logs), it is kept if one of its words is known and the search finds nothing suspicious.
+        With a search (--with-logs), such a name is kept if one of its words is known and the search finds nothing
+        suspicious.
         """
         partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
         known = is_name(text) and not self.is_private(text)

@@ -123,8 +123,10 @@ class GuardThread:
         return next((gone(process, code) for process, code in codes.items() if code is not None), "")
 
     def refuse_here(self, sentence: str) -> None:
-        """Stop all ranks and raise Refused; in the mode ``observe`` only print the sentence. The main thread calls
-        this."""
+        """Stop all ranks and raise Refused; in the mode ``observe`` only print the sentence.
+
+        Only the main thread calls this method.
+        """
         if not self.stop.agrees:
             self.stop.observe(sentence)
             return

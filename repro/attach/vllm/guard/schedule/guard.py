@@ -1,4 +1,4 @@
-"""The guard of one worker: the step agreement that carries a digest, and the schedule that follows from it.
+"""The guard of one worker. It adds a digest to each step agreement, and learns which schedule follows an agreement.
 
 At each agreement (C1) a rank adds two rows to vLLM's tensor, with one digest. The digest covers the collectives that
 the rank has issued since the last agreement, the schedule that it expects to follow, and how many executions of the
