@@ -34,7 +34,7 @@ MAX_PID = 2**31 - 1
 class LockTimeout(RuntimeError):
     """A process could not take a lock within its deadline.
 
-    The text names the file, its holder, since when it holds the lock, and its heartbeat.
+    The message names the lock file, its holder, how long this process has held it, and the age of its last heartbeat.
     """
 
 
@@ -72,17 +72,17 @@ class Holder:
 
 @dataclass
 class BuildLock:
-    """A lock to hold by ``with``. The holder must call `beat` at least every `stale_s` seconds.
+    """A lock that a process holds inside a ``with`` block. It must call `beat` at least every `stale_s` seconds.
 
-    path         the lock file; created, and removed at the end
-    rank         this process's rank, written into the file; -1 if it has none
+    path         the lock file, which is created at the start of the block and removed at its end
+    rank         this process's rank, which is written into the file; -1 if the process has none
     deadline_s   how many seconds to wait for the lock
     notify       called with (event, name, pid), like `Observer.local`: lock_wait, heartbeat, lock_held, lock_freed
-    check        called while waiting; may raise to give up
-    stale_s      how many seconds to wait for a holder without a heartbeat
+    check        called while this process waits; to give up, it may raise
+    stale_s      how many seconds to wait for a holder that sends no heartbeat
 
-    Raises LockTimeout. Raises OSError if the folder cannot be written to, its file system has no locks, or the path is
-    not a regular file.
+    The start of the block raises LockTimeout if the lock is not free in time. It raises OSError if the folder cannot be
+    written to, its file system has no locks, or the path is not a regular file.
     """
 
     path: Path
@@ -148,7 +148,7 @@ class BuildLock:
             return None
 
     def _try(self) -> bool:
-        """Take the lock if it is free. Returns whether it was. A previous holder may remove the file at any time."""
+        """Take the lock if it is free, and return whether it was free. A previous holder may remove the file then."""
         descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +173,7 @@ class BuildLock:
 
 
 def _open(path: Path, flags: int) -> int:
-    """Open a regular file that has no other name. Raises OSError for a link, a pipe, a device or a folder."""
+    """Open a regular file. Raises OSError for a symbolic or hard link, a pipe, a device or a folder."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:

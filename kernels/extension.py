@@ -6,8 +6,8 @@
 Before torch 2.14, the loader excludes other processes by a lock file ("baton"), which it creates and removes. A builder
 that is killed leaves this file behind. Since torch 2.14, the loader takes a lock of the operating system, which ends
 with its holder. In both cases a process that waits has no time limit and logs nothing. So a server should load its
-extensions before it does anything else (``hybrid_moe_ref.engine.startup.builds``). Without `on_first_use`, `library`
-compiles in `default_cache()`.
+extensions before it does anything else (``hybrid_moe_ref.engine.startup.builds``). If `on_first_use` was not called,
+`library` compiles in `default_cache()`.
 
 This module imports torch only to compile.
 """
@@ -55,8 +55,10 @@ class Extension:
     """A native module: its name and source files. Its functions have C linkage, or register themselves with torch.
 
     sources      .cpp files, and .cu files for a GPU
-    headers      the included headers, so that a change of them rebuilds the module
-    cflags       for the C++ compiler; cuda_cflags for nvcc
+    headers      the headers that the sources include, so that a change of a header rebuilds the module
+    cflags       the flags of the C++ compiler
+    cuda_cflags  the flags of nvcc
+    ldflags      the flags of the linker
     """
 
     name: str
@@ -151,7 +153,7 @@ def on_first_use(load: Callable[[Extension], None]) -> None:
 
 
 def missing() -> str:
-    """Return what this machine lacks to build an extension; "" if nothing. Searches for programs, runs none."""
+    """Return what this machine lacks to build an extension; "" if nothing. Only searches for programs."""
     compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
     if not shutil.which(compiler, path=_search_path()):
         return (
@@ -172,8 +174,8 @@ def _search_path() -> str:
 def loader() -> Iterator[Any]:
     """Yield torch's extension loader. Only one thread can have it at a time.
 
-    Inside the ``with``, the loader finds the programs that `missing` finds. Its ninja ends when this process ends, for
-    whatever reason.
+    Inside the ``with``, the loader finds the programs that `missing` finds. When this process ends, for whatever
+    reason, the ninja that the loader runs ends, too.
     """
     from torch.utils import cpp_extension
 

@@ -1,14 +1,14 @@
 """The C++ kernels as one library: built by torch's extension loader, cached by a digest of the sources, loaded once.
 
-`prepare` builds or loads the library; until then the native backend is missing. The file lies in `folder()`; its name
-carries a digest of the sources, the flags and torch's version, but not of the compiler: remove the file to build it
-with another one. Loading needs no compiler.
+`prepare` builds or loads the library; until then the native backend is missing. The library is a file in `folder()`.
+The file's name has a digest of the sources, the flags and torch's version, but not of the compiler. To build the
+library with another compiler, remove the file. Loading needs no compiler.
 
 A build works in a private folder and moves the complete library into place, so a failed or killed build leaves no
-partial library; the next build removes a killed one's folder. One process builds at a time. The others wait for its
-`build_lock`, for at most LOCK_LIMIT_S.
+partial library. The next build removes the folder that a killed build left. One process builds at a time. The others
+wait for its `build_lock`, for at most LOCK_LIMIT_S.
 
-Loading picks the best instruction set that the processor has; HMR_NATIVE_ISA names another (INSTRUCTION_SETS).
+Loading chooses the best instruction set that the processor has. HMR_NATIVE_ISA chooses another of INSTRUCTION_SETS.
 """
 
 import contextlib
@@ -102,10 +102,10 @@ def path() -> Path:
 
 
 def prepare(tick: Callable[[], None] = _nothing) -> str:
-    """Load the library; build it first if the cache has none. Returns why that failed; "" if it did not.
+    """Load the library; build it first if it is not in the cache. Returns the reason of a failure; "" if none.
 
-    tick: called several times a second meanwhile, for heartbeats. An exception in it ends a wait for another process at
-    once; if this process builds, it is raised at the end of the build
+    tick: called several times a second, for heartbeats, while this process builds or waits for another process that
+    builds. If it raises an exception, such a wait ends at once, but this process's own build is completed first
 
     Raises ValueError, before any build, for an HMR_NATIVE_ISA that no processor has.
     """
@@ -171,7 +171,7 @@ def cannot_build() -> str:
 
 
 def build(target: Path) -> None:
-    """Compile and link into `target`. Raises BuildFailed, OSError."""
+    """Compile the library and link it into `target`. Raises BuildFailed or OSError."""
     if lack := cannot_build():
         raise BuildFailed(lack)
     for left in target.parent.glob(f".{_NAME}+*"):  # left by a killed build, because no other build can run now

@@ -3,7 +3,7 @@
     from hybrid_moe_kernels import gated_delta_rule, registry
 
     y = gated_delta_rule.decode(...)         the call is the same for every implementation
-    registry.use("native")                   for this process; builds or loads the library that the choice needs
+    registry.use("native")                   chooses for this process; builds or loads the library if needed
     with registry.using("torch"): ...
     registry.table("cpu", torch.bfloat16)    {"gated_delta_rule.decode": "native", ...}
 
@@ -14,21 +14,22 @@ function of that name, or none for that dtype, the next backend runs the operati
     auto      triton on CUDA, else torch
     native    C++ on the CPU for float32 and bfloat16
     triton    also on the CPU, through its interpreter (TRITON_INTERPRET=1)
-    torch, fla, mamba_ssm
+    torch     the reference
+    fla, mamba_ssm   the packages of these names, for comparison
 
 Only the reference is differentiable, so it runs every call that autograd must record.
 
-Each call first checks its arguments, unless HMR_KERNEL_CHECKS=0, `python -O` or `unchecked` switch that off. A wrong
-argument then makes a Triton or native kernel read or write outside of its tensors.
+Each call first checks its arguments, unless HMR_KERNEL_CHECKS=0, `python -O` or `unchecked` switch this off. Without
+the check, a wrong argument can make a Triton or native kernel read or write outside of its tensors.
 
 The environment variable HMR_KERNELS sets the initial choice of a process. The library of "native" is built or loaded at
 the first call. If the choice cannot run here (no compiler, no Triton), one log line warns about it and torch runs
 instead.
 
 An implementation module may define
-    DTYPES            of the first argument; absent: any
-    DEVICES           absent: any
-    missing() -> str  what it lacks on this machine, "" if nothing
+    DTYPES            the dtypes that it takes as first argument; any, if this is not defined
+    DEVICES           the devices on which it runs; any, if this is not defined
+    missing() -> str  returns what it lacks on this machine; "" if nothing
 """
 
 import contextlib
@@ -248,8 +249,8 @@ def unchecked() -> Iterator[None]:
 def trusted() -> Iterator[None]:
     """Skip argument checks inside the ``with``, unless the variable HMR_KERNEL_CHECKS is 1.
 
-    A model uses it around its layers, because its own code makes their arguments. A step has 200 checks, which take a
-    tenth of a small model's time on a CPU.
+    A model uses this around its layers, because the model's own code makes the arguments. A step has 200 checks, which
+    take a tenth of a small model's time on a CPU.
     """
     if _wanted == "1":
         yield

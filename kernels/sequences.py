@@ -1,7 +1,7 @@
 """Handle sequences of different lengths in one batch, for implementations in plain torch.
 
-Shapes: T rows of all sequences, one after another, B sequences, X = B + 1, J slots of a pool, Z chunks of all
-sequences, C rows of a chunk.
+Shapes: T rows of all sequences, one after another, B sequences, X = B + 1, J slots of a pool (each holds the state of
+one sequence), Z chunks of all sequences, C rows of a chunk.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def by_length(cu_seqlens_X: Tensor) -> Iterator[tuple[list[int] | slice, Tensor 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Sequences of any lengths, cut into chunks of `size` rows; the last chunk of each is padded with zeros.
+    """Sequences of any lengths, cut into chunks of `size` rows; the last chunk of each sequence is padded with zeros.
 
     Chunks are in the order in which a recurrence needs them: the first chunks of all sequences, then the second ones.
     Sequences are sorted by length, longest first, so those that have an n-th chunk are the first `counts[n]` ones.
@@ -52,7 +52,7 @@ class Chunks:
 
     @classmethod
     def of(cls, cu_seqlens_X: Tensor, size: int) -> "Chunks":
-        """Cut sequences into chunks of `size` rows. If all are shorter, a chunk is as long as the longest."""
+        """Cut sequences into chunks of `size` rows. If all are shorter, a chunk is as long as the longest of them."""
         starts = cu_seqlens_X.tolist()
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
@@ -96,7 +96,7 @@ def differentiable(*tensors: Tensor | None) -> bool:
 
 
 def load(pool_J_: Tensor, slots_B: Tensor, *, copy: bool = False) -> Tensor:
-    """Return the states of the slots: a view if there is one slot on the CPU, else a copy. copy: always copy."""
+    """Return the states in these slots: a view for one slot on the CPU, else a copy. copy: always return a copy."""
     if slots_B.numel() == 1 and not slots_B.is_cuda and not copy:
         return pool_J_.narrow(0, int(slots_B), 1)
     return pool_J_[slots_B]

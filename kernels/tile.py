@@ -40,7 +40,7 @@ def missing() -> str:
 
 
 def config(kernel: str, default: Config) -> Config:
-    """Return the sizes that a kernel is launched with: `default`, unless inside `forcing`.
+    """Return the sizes with which to launch a kernel: `default`, or inside `forcing` the sizes that it was given.
 
     The default must depend on shapes only. There is no autotuning at launch: its choice would differ between ranks, a
     rank that tunes would make its peers wait in a collective, and kernels that update states in place would run several
@@ -74,7 +74,7 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
     They are never freed, because captured graphs hold their address.
 
     Kernels that share counters must not run at the same time, so two decode steps on one device must use one stream.
-    Raises RuntimeError if they would be created during the capture of a CUDA graph, because the capture would only
+    Raises RuntimeError if the counters do not exist yet when a CUDA graph is captured, because the capture would only
     record that they are set to zero.
     """
     return _counters(device, max(1024, triton.next_power_of_2(count)))
@@ -108,13 +108,13 @@ def locate(tile, start_ptr, num_sequences, TILE: tl.constexpr):
 
 @triton.jit
 def product(a, b, KIND: tl.constexpr):
-    """Return a @ b in float32. KIND is the number of bits that a and b keep, which decides the speed on a GPU:
+    """Return a @ b in float32. KIND says how many bits of a and of b are kept, and so how fast this is on a GPU:
 
-    "bf16"    8 and 8; exact for operands that are bfloat16
-    "f16"     11 and 11, as fast; numbers must stay below 65,504
-    "f16x2"   11 and 22, as two such products, half as fast: for an `a` that is float16
-    "bf16x2"  8 and 16, as two such products, half as fast: for two operands of which one is bfloat16
-    "tf32x3"  22 and 22, a sixth as fast
+    "bf16"    8 bits of a and 8 of b; this is exact if both are bfloat16
+    "f16"     11 bits of a and 11 of b; as fast as "bf16", but numbers must stay below 65,504
+    "f16x2"   11 bits of a, which must be float16, and 22 of b; half as fast, because it is two products
+    "bf16x2"  8 bits of the operand that is bfloat16, and 16 of the other one; half as fast, because it is two products
+    "tf32x3"  22 bits of a and 22 of b; a sixth as fast
     """
     if KIND == "tf32x3":
         c = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
@@ -169,7 +169,8 @@ def silu(x):
 def softplus(x):
     """Return log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x|, with a relative error of about 1e-7.
 
-    The device's logarithm has an absolute error near 1, so log(1 + u) = 2 artanh(s), s = u / (2 + u) <= 1/3.
+    The device's logarithm has a large relative error near 1. So log(1 + u) is computed as 2 artanh(s), with
+    s = u / (2 + u) <= 1/3.
     """
     u = tl.exp(-tl.abs(x))
     s = u / (2 + u)
@@ -184,7 +185,8 @@ def softplus(x):
 def convolve(x_at, past_at, weight_at, bias_at, channel, is_in, past_row, W: tl.constexpr):
     """Return the silu of a causal convolution of width W at the newest input, for a vector of channels.
 
-    past has the W - 1 inputs before it, one per row. bias_at None: no bias.
+    past_at points to the W - 1 inputs before the newest one, with one input per row. bias_at is None if there is no
+    bias.
     """
     y = tl.load(x_at + channel, is_in, 0.0).to(tl.float32)
     y *= tl.load(weight_at + channel * W + W - 1, is_in, 0.0).to(tl.float32)
@@ -200,7 +202,7 @@ def convolve(x_at, past_at, weight_at, bias_at, channel, is_in, past_row, W: tl.
 def shift(x_at, past_at, channel, is_in, past_row, W: tl.constexpr):
     """Update the convolution's state: drop the oldest of the W - 1 inputs and append the newest.
 
-    The values of a channel stay in one thread.
+    All values of a channel are read and written by one thread.
     """
     for w in tl.static_range(W - 2):
         tl.store(past_at + w * past_row + channel, tl.load(past_at + (w + 1) * past_row + channel, is_in), is_in)

@@ -19,15 +19,15 @@ def _check(q_BQD: Tensor, kv_PL2KD: Tensor, table_BX: Tensor, lengths_B: Tensor,
     sizes.take("lengths_B", lengths_B, int64)
     if not 1 <= longest <= table_BX.shape[1] * kv_PL2KD.shape[1]:
         most = table_BX.shape[1] * kv_PL2KD.shape[1]
-        raise ValueError(f"longest: {longest}, wanted 1 to X L = {most}")
+        raise ValueError(f"longest: the value is {longest}, but must be from 1 to X L = {most}")
     if not can_read_values(lengths_B):
         return
     for length in lengths_B.tolist():
         if not 1 <= length <= longest:
-            raise ValueError(f"lengths_B: {length}, wanted 1 to longest = {longest}")
+            raise ValueError(f"lengths_B: a length is {length}, but must be from 1 to longest = {longest}")
     for page in table_BX.flatten().tolist():
         if not 0 <= page < kv_PL2KD.shape[0]:
-            raise ValueError(f"table_BX: page {page}, wanted 0 to {kv_PL2KD.shape[0] - 1}")
+            raise ValueError(f"table_BX: a page is {page}, but must be from 0 to {kv_PL2KD.shape[0] - 1}")
 
 
 decode = Op(__name__, "decode", _check)

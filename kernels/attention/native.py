@@ -9,7 +9,7 @@ __all__ = ["DEVICES", "DTYPES", "decode", "missing"]
 
 
 def decode(*args: Any, **options: Any) -> Any:
-    """Attention of one new token of each sequence over a paged KV cache, in C++.
+    """Compute the attention of one new token of each sequence over a paged KV cache, in C++.
 
     Same arguments and result as `reference.decode`.
     """

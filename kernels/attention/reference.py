@@ -12,8 +12,8 @@ from torch import Tensor
 def decode(q_BQD: Tensor, kv_PL2KD: Tensor, table_BX: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
     """Return o [B, Q, D] = softmax(q k^T / sqrt(D)) v.
 
-    A sequence attends to its first `lengths_B` tokens, which are in the pages `table_BX`. longest: the largest of
-    `lengths_B`. The entries of a page after the end of its sequence must be finite.
+    Sequence b attends to its first `lengths_B[b]` tokens, which are in the pages `table_BX[b]`. `longest` is the
+    largest of these lengths. The entries of a page after the end of its sequence must be finite.
     """
     kv_BS2KD = (
         kv_PL2KD[table_BX].flatten(1, 2)[:, :longest] if len(table_BX) != 1 else _run(kv_PL2KD, table_BX, longest)

@@ -1,7 +1,7 @@
 """Depthwise causal convolution over time followed by SiLU, in plain torch.
 
-Shapes: B sequences, T time (of all sequences in `prefill`), C channels, W filter width, S = W - 1 inputs remembered,
-J slots of the pool of states, X = B + 1, P = T + B S.
+Shapes: B sequences, T tokens (in `prefill`, of all sequences, one after another), C channels, W filter width, S = W - 1
+inputs in a state, J slots (each holds the state of one sequence), X = B + 1, P = T + B S.
 """
 
 import torch
@@ -54,11 +54,9 @@ def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Te
 def causal_conv(
     x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, state_BSC: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Convolve sequences of one length, with the states as argument and result instead of in a pool.
+    """Convolve sequences of one length. This function takes and returns the states, instead of using a pool.
 
-    Returns y [B, T, C] and the state [B, S, C] after the last token.
-
-    state None: zeros.
+    Returns y [B, T, C] and the state [B, S, C] after the last token. If no state is given, it is zeros.
     """
     (B, T, C), S = x_BTC.shape, weight_CW.shape[1] - 1
     if state_BSC is None:

@@ -1,11 +1,10 @@
-"""The causal convolution in Triton: prompts by tiles of time and channels, and one token of each sequence.
+"""The causal convolution in Triton. A program computes some channels of some tokens (`prefill`) or of one (`update`).
 
-Memory traffic of `prefill`: x is read once from memory (the W shifted reads of a tile hit the cache), y written once,
-and the W - 1 inputs of the state are read once and written once. `update` reads S + 1 numbers and writes S + 1
-numbers per channel.
+`prefill` reads x once from memory (the W shifted reads of a tile hit the cache), writes y once, and reads and writes
+the state once. `update` reads S + 1 numbers and writes S + 1 numbers per channel.
 
-Shapes: T tokens of all sequences, one after another, B sequences, C channels, W filter width, S = W - 1 inputs
-remembered, J slots of the pool of states, X = B + 1.
+Shapes: T tokens of all sequences, one after another, B sequences, C channels, W filter width, S = W - 1 inputs in a
+state, J slots (each holds the state of one sequence), X = B + 1.
 """
 
 import torch

@@ -1,11 +1,13 @@
 """Gated delta rule: a fast-weight memory that decays, and replaces what it stores for a key by a new value.
 
-Two ops, which update states in a pool in place, by slot: `prefill` for any number of tokens of each sequence, and
-`decode`, the whole of Gated DeltaNet between its input and output projections for one token of each sequence.
+There are two operations, which update the states in their slots in place. `prefill` applies the rule to any number of
+tokens of each sequence. `decode` computes, for one token of each sequence, all of Gated DeltaNet that is between the
+input projection and the output projection.
 
 Shapes: T tokens of all sequences, one after another, B sequences, X = B + 1, M key heads, H value heads (a multiple of
 M; head h reads key head h // (H / M)), K key dim, V value dim, C = 2 M K + H V channels of the convolution in the order
-q, k, v, W filter width, S = W - 1, J slots. States are float32, float64 for float64 inputs.
+q, k, v, W filter width, S = W - 1, J slots (each holds the state of one sequence). States are float32, or float64 for
+float64 inputs.
 """
 
 from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots
@@ -69,7 +71,7 @@ def _check_decode(
     H, K, V = state_JHKV.shape[1:]
     if qkv_BC.shape[1] != 2 * num_key_heads * K + H * V:
         raise ValueError(
-            f"qkv_BC: C = {qkv_BC.shape[1]}, wanted 2 M K + H V = {2 * num_key_heads * K + H * V} "
+            f"qkv_BC: C is {qkv_BC.shape[1]}, but must be 2 M K + H V = {2 * num_key_heads * K + H * V} "
             f"(M = {num_key_heads}, H = {H}, K = {K}, V = {V})"
         )
     sizes.take("slots_B", slots_B, int64)

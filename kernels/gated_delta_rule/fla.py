@@ -1,8 +1,8 @@
-"""The gated delta rule by flash-linear-attention (fla), to compare with. Choose it with `registry.use("fla")`.
+"""The gated delta rule of flash-linear-attention (fla), for comparison. Choose it with `registry.use("fla")`.
 
-`decode` makes the launches of a model without a fused decode step: the update of the convolution, fla's recurrent
-rule with the gates inside, and fla's gated norm. The update of the convolution is this project's, because fla's state
-keeps W inputs and this project's state keeps W - 1.
+`decode` has several launches, like a model without a fused decode step: the update of the convolution, fla's recurrent
+rule with the gates inside, and fla's gated norm. The update of the convolution comes from this project, because fla
+keeps W inputs in the state, and this project keeps W - 1.
 """
 
 import torch

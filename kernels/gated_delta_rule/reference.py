@@ -7,13 +7,13 @@ For every head, with a state S [K, V] that starts at `state` (None: zeros), at e
     S = S + k d^T                     write
     o = S^T q                         read
 
-`prefill` and `decode` implement the operations, with states in a pool. The functions below them take sequences of one
-length, with q and k already normalised, scaled and repeated for every value head; states are arguments and results.
+`prefill` and `decode` implement the operations, with states in slots. The functions below them take sequences of one
+length, with q and k already normalised, scaled and repeated for every value head. They take and return the states.
 
-Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), M key heads, H value heads, K key dim,
-V value dim, Z chunks, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter width, S = W - 1, J slots of
-the pools, X = B + 1. Arithmetic is in float32, or float64 for float64 inputs; the output has v's dtype, the state stays
-in the arithmetic's.
+Shapes: B sequences, T tokens (in `prefill`, of all sequences, one after another), M key heads, H value heads, K key
+dim, V value dim, Z chunks, C tokens of a chunk (in `decode`, the 2 M K + H V channels), W filter width, S = W - 1,
+J slots (each holds the state of one sequence), X = B + 1. All is computed in float32, or in float64 for float64 inputs.
+The states keep this dtype, and the output is cast to the dtype of v.
 """
 
 import torch
@@ -96,7 +96,7 @@ def gates(b__H: Tensor, a__H: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> tup
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Return x / |x| in float32, or float64 for float64."""
+    """Return x / |x| in float32, or in float64 if x is float64."""
     x = widen(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
@@ -137,7 +137,7 @@ def _write_and_read(
 ) -> tuple[Tensor, Tensor]:
     """Process one token of each sequence: write to the state, then read. Return o [B, H, V] and the new state.
 
-    All arguments have one dtype. in_place: overwrite the given state. All heads are one batch, P = B H.
+    All arguments have the same dtype. in_place: overwrite the given state. Shapes: P = B H, the heads of all sequences.
     """
     (B, H, K, V), decay_P11 = S_BHKV.shape, g_BH.exp().view(-1, 1, 1)
     S_PKV, k_P1K, v_P1V = S_BHKV.view(-1, K, V), k_BHK.reshape(-1, 1, K), v_BHV.reshape(-1, 1, V)
@@ -168,14 +168,15 @@ def chunk_gated_delta_rule(
 def _by_chunks(
     q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, g_TH: Tensor, beta_TH: Tensor, S_BHKV: Tensor, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
-    """Return o [T, H, V] and the last states. First and last states have the order in which `chunks` has the sequences.
+    """Return o [T, H, V] and the last states. Given and returned states are in the order of `chunks.order`.
 
-    Let G be the running sum of g inside a chunk and S the state before it. Unrolling the recurrence gives
+    Let G be the running sum of g inside a chunk, and S the state before the chunk. Unrolling the recurrence gives
 
         d_t = beta_t (v_t - e^{G_t} S^T k_t - sum_{s<t} e^{G_t-G_s} (k_t . k_s) d_s)
 
     which is a unit lower triangular system (I + L) D = beta V - (beta e^G K) S. (I + L)^-1 does not depend on S, so
-    it is computed for all chunks at once; only small products are sequential. Rows that pad a chunk change no state.
+    it is computed for all chunks at once. Only small products are computed chunk after chunk. Rows that pad a chunk
+    change no state.
     """
     inputs = (x.to(S_BHKV.dtype) for x in (q_THK, k_THK, v_THV, g_TH, beta_TH))
     q, k, v, g, beta = (chunks.cut(x).transpose(1, 2).contiguous() for x in inputs)

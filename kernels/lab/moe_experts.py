@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer, compiled as C++ at first use; for CPUs.
+"""The experts of a mixture-of-experts layer in C++ for CPUs, compiled at the first use.
 
 Under expert parallelism the first use of this module, and so its build, comes after the dispatch of the first layer.
 
@@ -37,7 +37,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weights, ids, gate_up, down, out)]
     run = getattr(EXPERTS.library(), f"moe_experts_{_SUFFIXES[dtype]}")
     if run(*map(ctypes.c_int64, (N, K, H, E, I, _block_rows[0])), *pointers):
-        raise ValueError(f"block_rows: no function was made for {_block_rows[0]}")
+        raise ValueError(f"block_rows: there is no compiled function for {_block_rows[0]} rows")
     return out.to(x_NH.dtype)
 
 
@@ -57,5 +57,5 @@ def time_blocks() -> list[int]:
 
 
 def use_block_rows(rows: int) -> None:
-    """Compute this many rows of an expert at once in this process, from now on."""
+    """From now on, compute this number of rows of an expert at once in this process."""
     _block_rows[0] = rows

@@ -1,7 +1,7 @@
 """Mixture of experts: the router chooses experts for each row, and each expert processes the rows that chose it.
 
-Shapes: N rows, H hidden, E experts (those held here in `experts`), K picks (chosen experts) of a row, I intermediate, J
-= 2 I (gate, then up), S intermediate of the shared expert.
+Shapes: N rows, H hidden, E experts (in `experts`, only those that this rank holds), K picks (chosen experts) of a row,
+I intermediate, J = 2 I (gate, then up), S intermediate of the shared expert.
 """
 
 from hybrid_moe_kernels.checks import FLOATS, Sizes
@@ -13,7 +13,7 @@ from torch import Tensor, int64
 def _check_route(logits_NE: Tensor, top_k: int) -> None:
     Sizes(logits_NE.device).take("logits_NE", logits_NE, *FLOATS)
     if not 1 <= top_k <= logits_NE.shape[1]:
-        raise ValueError(f"top_k: {top_k}, wanted 1 to E = {logits_NE.shape[1]}")
+        raise ValueError(f"top_k: the value is {top_k}, but must be from 1 to E = {logits_NE.shape[1]}")
 
 
 def _check_experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> None:
@@ -24,7 +24,7 @@ def _check_experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH
     sizes.take("gate_up_EJH", gate_up_EJH, dtype, dense=2)
     sizes.take("down_EHI", down_EHI, dtype, dense=2)
     if gate_up_EJH.shape[1] != 2 * down_EHI.shape[2]:
-        raise ValueError(f"gate_up_EJH: J = {gate_up_EJH.shape[1]}, wanted 2 I = {2 * down_EHI.shape[2]}")
+        raise ValueError(f"gate_up_EJH: J is {gate_up_EJH.shape[1]}, but must be 2 I = {2 * down_EHI.shape[2]}")
 
 
 def _check_mixture(
@@ -50,9 +50,9 @@ def _check_mixture(
     sizes.known["1"] = 1
     sizes.take("shared_scale_1H", shared_scale_1H, dtype)
     if gate_up_EJH.shape[1] != 2 * down_EHI.shape[2]:
-        raise ValueError(f"gate_up_EJH: J = {gate_up_EJH.shape[1]}, wanted 2 I = {2 * down_EHI.shape[2]}")
+        raise ValueError(f"gate_up_EJH: J is {gate_up_EJH.shape[1]}, but must be 2 I = {2 * down_EHI.shape[2]}")
     if not 1 <= top_k <= router_EH.shape[0]:
-        raise ValueError(f"top_k: {top_k}, wanted 1 to E = {router_EH.shape[0]}")
+        raise ValueError(f"top_k: the value is {top_k}, but must be from 1 to E = {router_EH.shape[0]}")
 
 
 route = Op(__name__, "route", _check_route)

@@ -1,12 +1,12 @@
 """Gated MLP experts in plain torch: y[n] = sum_k weight[n, k] down[e] (silu(gate[e] x[n]) * up[e] x[n]), e = id[n, k].
 
-Two implementations give the same result. With few picks, each pick is a matrix-vector product that reads only its own
-expert. With many picks, rows are sorted by expert, and each expert multiplies its rows at once. A third one, which only
-the engine's tuning may choose, pads the rows of all experts to one length.
+Three implementations give the same result. With few picks, each pick is a matrix-vector product that reads only its
+own expert. With many picks, rows are sorted by expert, and each expert multiplies its rows at once. The third
+implementation pads the rows of all experts to one length; only the engine's tuning may choose it.
 
 Shapes: N rows, K picks (chosen experts) of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I
 (gate, then up), S intermediate of the shared expert, R picks whose expert is held, W rows of the busiest
-expert, A and B any sizes.
+expert, A inputs and B outputs of a product.
 """
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Return weights and ids [N, K] of the `top_k` most probable experts of each row, largest weight first.
 
-    The weights are the softmax over all experts in float32 (float64 for float64), renormalised to sum to one over the
-    picks.
+    The weights are the softmax over all experts, divided by the sum of the weights of the chosen experts. They are
+    computed in float32, or in float64 for float64 logits.
     """
     logits_NK, ids_NK = widen(logits_NE).topk(top_k, dim=-1)
     # The softmax over all experts, renormalised over the picks, equals the softmax over the picks.
@@ -29,7 +29,9 @@ def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Return y [N, H], summed in float32, or float64 for float64.
+    """Sum the outputs of the chosen experts of each row. Return y [N, H].
+
+    The sum is computed in float32, or in float64 for float64 inputs.
 
     Ids outside 0 to E - 1 are experts that other ranks hold; they contribute nothing.
     """
@@ -57,9 +59,9 @@ def mixture(
     *,
     top_k: int,
 ) -> Tensor:
-    """Compute a whole layer whose experts are all held here. Return y [N, H].
+    """Compute a whole MoE layer of which this rank holds all experts. Return y [N, H].
 
-    y sums the router's `top_k` experts of each row, and the shared expert times sigmoid(shared_scale x).
+    y is the sum of the router's `top_k` experts of each row, plus the shared expert times sigmoid(shared_scale x).
     """
     weights_NK, ids_NK = route(product(x_NH, router_EH), top_k)
     routed_NH = experts(x_NH, weights_NK, ids_NK, gate_up_EJH, down_EHI)
@@ -69,9 +71,9 @@ def mixture(
 
 
 def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Return each pick's output [P, H], zero if its expert is not held; one matrix-vector product for each pick.
+    """Return each pick's output [P, H], zero if its expert is not held, by one matrix-vector product for each pick.
 
-    Not differentiable, because it writes in place.
+    This is not differentiable, because it writes in place.
     """
     E, J, H = gate_up_EJH.shape
     K = ids_NK.shape[1]

@@ -1,16 +1,22 @@
-"""The router and the experts in Triton: at most four launches, and the host waits for none of them.
+"""The router and the experts in Triton. The host waits for none of their launches.
 
-`experts`: 1. `_plan` groups the picks by expert and cuts each group into tiles of BM picks. If there are so few picks
-that two of them rarely share an expert, there is no `_plan`, and each pick is a tile; 2. `_gate_up` multiplies the rows
-of each tile, gathered, with its expert's gate and up matrices and applies SiLU; 3. `_down` multiplies with the down
-matrix; 4. `_combine` sums a row's picks with their weights in a fixed order, so that results do not depend on the
-grouping. Grids are large enough for the worst split of the picks over the experts; programs that get no tile end at
+The router is one launch. `experts` has four launches:
+
+    _plan      groups the picks by expert, and cuts each group into tiles of BM picks. If there are so few picks that
+               two of them rarely share an expert, this launch is left out, and each pick is a tile.
+    _gate_up   gathers the rows of each tile, multiplies them with the gate and up matrices of the tile's expert, and
+               applies SiLU
+    _down      multiplies with the down matrix
+    _combine   sums the picks of a row with their weights, in a fixed order, so that the grouping does not change the
+               result
+
+A grid has enough programs for the worst distribution of the picks over the experts. A program without a tile ends at
 once.
 
-With few rows, memory traffic is the weights of the chosen experts, 6 H I bytes each in bfloat16 (25.2 MB for 4096 x
-1024), read once: a tile is BM picks of one expert, and its BM grows with the picks per expert. B rows choose E (1 - (1
-- K/E)^B) of E experts on average. The rest, P (2 H + 2 I) numbers of gathered rows and intermediate results, is about 2
-% of that up to 128 rows.
+With few rows, most of the memory traffic is the weights of the chosen experts. These are 6 H I bytes for each expert in
+bfloat16 (25.2 MB for 4096 x 1024). They are read once, because BM grows with the number of picks per expert. N rows
+choose E (1 - (1 - K/E)^N) of E experts on average. The gathered rows and the intermediate results are P (2 H + 2 I)
+numbers. For up to 128 rows this is about 2 % of the weights.
 
 Shapes: N rows, H hidden, E experts held, K picks (chosen experts) of a row, P = N K picks, I intermediate, J = 2 I
 (gate, then up).
@@ -107,7 +113,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
 
 
 def _tiling(num_picks: int, num_experts: int, dtype: torch.dtype) -> Config:
-    """Choose the tile sizes. A tile should hold all picks of an expert: each tile reads the expert's matrices."""
+    """Choose the tile sizes. A tile should hold all picks of an expert, as each tile reads the expert's weights."""
     BM = min(128, max(16, triton.next_power_of_2(triton.cdiv(2 * num_picks, num_experts))))
     if dtype == torch.float32:
         return {"BM": min(BM, 32), "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}

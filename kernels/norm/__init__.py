@@ -1,4 +1,4 @@
-"""Root-mean-square norms, computed in float32 (float64 for float64) and cast last.
+"""Root-mean-square norms. They are computed in float32, or in float64 for float64 inputs, and then cast.
 
 Shapes: N rows, H features, G groups of features.
 """
@@ -24,7 +24,7 @@ def _check_gated(x_NH: Tensor, gate_NH: Tensor, weight_H: Tensor, eps: float) ->
 def _check_grouped(x_NH: Tensor, gate_NH: Tensor, weight_H: Tensor, num_groups: int, eps: float) -> None:
     _check_gated(x_NH, gate_NH, weight_H, eps)
     if num_groups < 1 or x_NH.shape[1] % num_groups:
-        raise ValueError(f"num_groups: {num_groups}, wanted a divisor of H = {x_NH.shape[1]}")
+        raise ValueError(f"num_groups: the value is {num_groups}, but must be a divisor of H = {x_NH.shape[1]}")
 
 
 rms_norm = Op(__name__, "rms_norm", _check_rms_norm)

@@ -9,12 +9,15 @@ __all__ = ["DEVICES", "DTYPES", "gate_then_norm", "missing", "norm_then_gate", "
 
 
 def rms_norm(*args: Any, **options: Any) -> Any:
-    """RMS norm with weight 1 + w, in C++. Same arguments and result as `reference.rms_norm`."""
+    """Divide by the root mean square and multiply by 1 + weight, in C++.
+
+    Same arguments and result as `reference.rms_norm`.
+    """
     return native.library().rms_norm(*args, **options)
 
 
 def norm_then_gate(*args: Any, **options: Any) -> Any:
-    """RMS norm, then gate: the output norm of Gated DeltaNet, in C++.
+    """Normalise, and then gate: the output norm of Gated DeltaNet, in C++.
 
     Same arguments and result as `reference.norm_then_gate`.
     """
@@ -22,7 +25,7 @@ def norm_then_gate(*args: Any, **options: Any) -> Any:
 
 
 def gate_then_norm(*args: Any, **options: Any) -> Any:
-    """Gate, then RMS norm: the output norm of Mamba-2, in C++.
+    """Gate, and then normalise: the output norm of Mamba-2, in C++.
 
     Same arguments and result as `reference.gate_then_norm`.
     """

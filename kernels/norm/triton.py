@@ -1,7 +1,7 @@
 """Root-mean-square norms in Triton: one program keeps several whole rows in registers.
 
-Memory traffic: each input is read once and the output written once, with rows of any stride; `gate_then_norm` treats
-groups as rows. From a few thousand rows on, a norm takes as long as a copy.
+Each input is read once and the output is written once. Rows may have any stride. `gate_then_norm` treats each group as
+a row. From a few thousand rows on, a norm takes as long as a copy.
 
 Shapes: N rows, H features, G groups of features.
 """
@@ -20,12 +20,15 @@ CONFIGS = {
 
 
 def rms_norm(x_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """RMS norm with weight 1 + w, in Triton. Same arguments and result as `reference.rms_norm`."""
+    """Divide by the root mean square and multiply by 1 + weight, in Triton.
+
+    Same arguments and result as `reference.rms_norm`.
+    """
     return _norm(x_NH, None, weight_H, eps, 1, offset=1, gate_first=False)
 
 
 def norm_then_gate(x_NH: Tensor, gate_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """RMS norm, then gate: the output norm of Gated DeltaNet, in Triton.
+    """Normalise, and then gate: the output norm of Gated DeltaNet, in Triton.
 
     Same arguments and result as `reference.norm_then_gate`.
     """
@@ -33,7 +36,7 @@ def norm_then_gate(x_NH: Tensor, gate_NH: Tensor, weight_H: Tensor, eps: float) 
 
 
 def gate_then_norm(x_NH: Tensor, gate_NH: Tensor, weight_H: Tensor, num_groups: int, eps: float) -> Tensor:
-    """Gate, then RMS norm: the output norm of Mamba-2, in Triton.
+    """Gate, and then normalise: the output norm of Mamba-2, in Triton.
 
     Same arguments and result as `reference.gate_then_norm`.
     """

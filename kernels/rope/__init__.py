@@ -14,7 +14,7 @@ def _check(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
     sizes.take("cos_TR", cos_TR, x_THD.dtype)
     sizes.take("sin_TR", sin_TR, x_THD.dtype)
     if 2 * cos_TR.shape[1] > x_THD.shape[2]:
-        raise ValueError(f"cos_TR: R = {cos_TR.shape[1]}, wanted at most half of D = {x_THD.shape[2]}")
+        raise ValueError(f"cos_TR: R is {cos_TR.shape[1]}, but must be at most half of D = {x_THD.shape[2]}")
 
 
 rotate = Op(__name__, "rotate", _check)

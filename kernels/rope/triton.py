@@ -1,7 +1,7 @@
 """Rotary position embedding in Triton: a program rotates some heads of one token.
 
-Memory traffic: x is read and y written once (a dimension's partner is in the same cache lines), and the token's R
-angles once for every HEADS heads.
+Each number of x is read from memory once (the two dimensions that are rotated together are in the same cache lines),
+and each number of y is written once. The R angles of a token are read once for every HEADS heads.
 
 Shapes: T tokens, H heads, D head dim, R half of the rotary dim.
 """

@@ -1,11 +1,13 @@
 """State space duality (Mamba-2): a linear recurrence with one decay per head.
 
-Two ops, which update states in a pool in place, by slot: `prefill` for any number of tokens of each sequence, and
-`decode`, the whole of Mamba-2 between its input and output projections for one token of each sequence.
+There are two operations, which update the states in their slots in place. `prefill` applies the recurrence to any
+number of tokens of each sequence. `decode` computes, for one token of each sequence, all of Mamba-2 that is between the
+input projection and the output projection.
 
 Shapes: T tokens of all sequences, one after another, B sequences, X = B + 1, H heads, P head dim, G groups of heads
 that share b and c (head h reads group h // (H / G)), N state size, I = H P, C = I + 2 G N channels of the convolution
-in the order x, b, c, W filter width, S = W - 1, J slots. States are float32, float64 for float64 inputs.
+in the order x, b, c, W filter width, S = W - 1, J slots (each holds the state of one
+sequence). States are float32, or float64 for float64 inputs.
 """
 
 from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots
@@ -73,10 +75,10 @@ def _check_decode(
     sizes.take("state_JHPN", state_JHPN, wide(dtype), dense=3)
     H, P, N = state_JHPN.shape[1:]
     if z_BI.shape[1] != H * P:
-        raise ValueError(f"z_BI: I = {z_BI.shape[1]}, wanted H P = {H * P} (H = {H}, P = {P})")
+        raise ValueError(f"z_BI: I is {z_BI.shape[1]}, but must be H P = {H * P} (H = {H}, P = {P})")
     if xbc_BC.shape[1] != H * P + 2 * num_groups * N:
         raise ValueError(
-            f"xbc_BC: C = {xbc_BC.shape[1]}, wanted H P + 2 G N = {H * P + 2 * num_groups * N} "
+            f"xbc_BC: C is {xbc_BC.shape[1]}, but must be H P + 2 G N = {H * P + 2 * num_groups * N} "
             f"(H = {H}, P = {P}, G = {num_groups}, N = {N})"
         )
     sizes.take("slots_B", slots_B, int64)

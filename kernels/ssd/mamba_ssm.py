@@ -1,4 +1,4 @@
-"""The Mamba-2 recurrence by the package mamba_ssm, to compare with. Choose it with `registry.use("mamba_ssm")`.
+"""The Mamba-2 recurrence of the package mamba_ssm, for comparison. Choose it with `registry.use("mamba_ssm")`.
 
 `prefill` runs sequences of one length together, because mamba_ssm's kernel takes initial states only for a dense batch.
 `decode` launches mamba_ssm's `selective_state_update` and several other kernels. `selective_state_update` also computes

@@ -5,13 +5,14 @@ For every head, with a state S [P, N] that starts at `state` (None: zeros), at e
     S = exp(dt A) S + dt x b^T
     y = S c + D x
 
-`prefill` and `decode` implement the operations, with states in a pool. The functions below them take sequences of one
-length, with states as arguments and results.
+`prefill` and `decode` implement the operations, with states in slots. The functions below them take sequences of one
+length. They take and return the states.
 
-Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), H heads, P head dim, G groups of heads
-that share b and c, N state size, I = H P, Z chunks, C tokens of a chunk (in `decode` the channels I + 2 G N), W filter
-width, S = W - 1, J slots of the pools, X = B + 1. dt is positive, A negative. Arithmetic is in float32, or float64 for
-float64 inputs; y has x's dtype, the state stays in the arithmetic's.
+Shapes: B sequences, T tokens (in `prefill`, of all sequences, one after another), H heads, P head dim, G groups of
+heads that share b and c, N state size, I = H P, Z chunks, C tokens of a chunk (in `decode`, the I + 2 G N channels), W
+filter width, S = W - 1, J slots (each holds the state of one sequence), X = B + 1. dt is positive, and A is negative.
+All is computed in float32, or in float64 for float64 inputs. The states keep this dtype, and y is cast to the dtype of
+x.
 """
 
 import torch
@@ -70,7 +71,7 @@ def decode(
     """Process one token of each sequence: convolution, time step, recurrence, and the gated norm. Return y [B, I].
 
     xbc, z and dt are outputs of the input projection: dt = clamp(softplus(dt + dt_bias), *dt_limit), A = -exp(A_log).
-    norm_weight None: the caller applies gate and norm.
+    If norm_weight is None, the caller applies gate and norm.
     """
     (H, P, N), G = state_JHPN.shape[1:], num_groups
     xbc_BC = update(xbc_BC, conv_weight_CW, conv_bias_C, conv_JSC, slots_B)
@@ -156,9 +157,10 @@ def _by_chunks(
     S_BHPN: Tensor,
     chunks: Chunks,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [T, H, P] and the last states. First and last states have the order in which `chunks` has the sequences.
+    """Return y [T, H, P] and the last states. Given and returned states are in the order of `chunks.order`.
 
-    Inside a chunk this is masked attention; only chunks are sequential. Rows that pad a chunk change no state.
+    Inside a chunk this is masked attention, computed for all chunks at once. Only the states are computed chunk after
+    chunk. Rows that pad a chunk change no state.
     """
     x, dt, A, b, c, D = (z.to(S_BHPN.dtype) for z in (x_THP, dt_TH, A_H, b_TGN, c_TGN, D_H))
     rows = x * dt[..., None], dt * A, _per_head(b, x.shape[1]), _per_head(c, x.shape[1])

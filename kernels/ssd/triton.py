@@ -1,16 +1,16 @@
-"""The Mamba-2 recurrence in Triton: prompts of any lengths in chunks, and a whole decode step, each in one launch.
+"""The Mamba-2 recurrence in Triton. `prefill` and `decode` are one launch each, for sequences of any lengths.
 
-Prefill: a program processes the chunks of one sequence and head in order, with the state in registers, so it writes
-only y between chunks. Per token and head of 64 x 128 in bfloat16 it reads x (128 B), b and c (512 B, mostly from L2:
-the heads of a group share them) and dt, and writes y (128 B); the state is read and written once per prompt.
+In `prefill`, a program processes the chunks of one sequence and head in order, with the state in registers. For each
+token and head of 64 x 128 in bfloat16, it reads x (128 B), b and c (512 B, mostly from L2, because the heads of a group
+share them) and dt, and writes y (128 B). The state is read and written once per prompt.
 
-Decode: the time is that of the memory traffic of the state, which is read and written once: 2 x 4 x H P N bytes a
-sequence. For 128 heads of 64 x 128 this is 8.39 MB, or 1.95 us at 4.3 TB/s. An H200 reaches 3.6 TB/s at 64 sequences
-and 3.9 at 256, where a kernel that only reads and writes in place reaches 4.0.
+`decode` takes the time to read and write the state once: 2 x 4 x H P N bytes a sequence. For 128 heads of 64 x 128 this
+is 8.39 MB, or 1.95 us at 4.3 TB/s. An H200 reaches 3.6 TB/s at 64 sequences and 3.9 at 256, where a kernel that only
+reads and writes in place reaches 4.0.
 
 Shapes: T tokens of all sequences, one after another, B sequences, H heads, P head dim, G groups of heads that share b
-and c, R = H / G, N state size, I = H P, C tokens of a chunk (in `decode` the channels I + 2 G N), W filter width, S = W
-- 1, J slots, X = B + 1.
+and c, R = H / G, N state size, I = H P, C tokens of a chunk (in `decode`, the I + 2 G N channels), W filter width,
+S = W - 1, J slots (each holds the state of one sequence), X = B + 1.
 """
 
 import torch
@@ -56,7 +56,8 @@ def prefill(
 ) -> Tensor:
     """Apply the Mamba-2 recurrence to all tokens of several sequences, in Triton.
 
-    Same arguments and result as `reference.prefill`. The state is float32; products with bfloat16 keep 16 bits of it.
+    Same arguments and result as `reference.prefill`. The state is float32. In products with bfloat16, 16 bits of each
+    number of the state are kept.
     """
     (_, H, P), (_, G, N), B = x_THP.shape, b_TGN.shape, slots_B.shape[0]
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
@@ -172,7 +173,9 @@ def _decode(
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Process one token of one sequence for one head. The last program of a group also does the work of the group."""
+    """Process one token of one sequence for one head.
+
+    The program that ends last in a group also updates the past inputs of b and c, and applies the norm to the group."""
     h, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p, n = tl.arange(0, BP), tl.arange(0, BN)
     is_p, is_n = p < P, n < N

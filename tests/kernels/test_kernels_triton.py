@@ -89,7 +89,7 @@ def test_the_registry_runs_triton_on_a_cpu_only_when_told_to():
         assert causal_conv.prefill.pick("cpu", torch.float32).backend == "triton"
         assert causal_conv.prefill.pick("cpu", torch.float64).backend == "torch"
         y = causal_conv.prefill(*case.inputs(torch.float32, "cpu"))
-        with pytest.raises(ValueError, match=r"weight_CW: shape \[12, 4\], wanted \[C = 13, W\]"):
+        with pytest.raises(ValueError, match=r"weight_CW: the shape is \[12, 4\], but must be \[C = 13, W\]"):
             args = case.inputs(torch.float32, "cpu")
             causal_conv.prefill(args[0], args[1][1:], *args[2:])
     assert comparison.error(y, comparison.reference(case, torch.float64)[0]) < 5e-6

@@ -142,29 +142,29 @@ def test_other_threads_run_during_a_native_call(library: Any) -> None:
 def test_a_bad_argument_is_named_with_both_values(backend: str, library: Any) -> None:
     good = cases.gdn_prefill(0, [2, 3], M=2, R=2, K=8, V=16).inputs(torch.float32, "cpu", gap=0)
     bad = {
-        r"k_TMK: shape \[5, 2, 7\], wanted \[T = 5, M = 2, K = 8\]": (1, good[1][..., :7].clone()),
-        r"v_THV: dtype float64, wanted float32": (2, good[2].double()),
-        r"H: 3, wanted a multiple of M = 2": (2, good[2][:, :3].clone()),
-        r"state_JHKV: dtype bfloat16, wanted float32": (5, good[5].bfloat16()),
-        r"state_JHKV: strides \[512, 128, 1, 8\], wanted the last 3 dimensions contiguous": (
+        r"k_TMK: the shape is \[5, 2, 7\], but must be \[T = 5, M = 2, K = 8\]": (1, good[1][..., :7].clone()),
+        r"v_THV: the dtype is float64, but must be float32": (2, good[2].double()),
+        r"H: the size is 3, but must be a multiple of M = 2": (2, good[2][:, :3].clone()),
+        r"state_JHKV: the dtype is bfloat16, but must be float32": (5, good[5].bfloat16()),
+        r"state_JHKV: the strides are \[512, 128, 1, 8\], but the last 3 dimensions must be contiguous": (
             5,
             torch.zeros(4 * 512).as_strided((4, 4, 8, 16), (512, 128, 1, 8)),
         ),
-        r"slots_B: dtype int32, wanted int64": (6, good[6].int()),
-        r"slots_B: index 4, wanted 0 to 3": (6, torch.tensor([0, 4])),
-        r"slots_B: index 1 appears 2 times, wanted once": (6, torch.tensor([1, 1])),
-        r"cu_seqlens_X: from 0 to 4, wanted 0 to 5": (7, torch.tensor([0, 2, 4])),
-        r"cu_seqlens_X: 5 after 7, wanted numbers that never decrease": (7, torch.tensor([0, 7, 5])),
-        r"cu_seqlens_X: shape \[2\], wanted \[X = 3\]": (7, torch.tensor([0, 5])),
+        r"slots_B: the dtype is int32, but must be int64": (6, good[6].int()),
+        r"slots_B: an index is 4, but must be from 0 to 3": (6, torch.tensor([0, 4])),
+        r"slots_B: index 1 appears 2 times, but must appear once": (6, torch.tensor([1, 1])),
+        r"cu_seqlens_X: the numbers go from 0 to 4, but must go from 0 to 5": (7, torch.tensor([0, 2, 4])),
+        r"cu_seqlens_X: 5 comes after 7, but the numbers must not decrease": (7, torch.tensor([0, 7, 5])),
+        r"cu_seqlens_X: the shape is \[2\], but must be \[X = 3\]": (7, torch.tensor([0, 5])),
     }
     with registry.using(backend):
         gated_delta_rule.prefill(*good)
         for text, (index, value) in bad.items():
             with pytest.raises(ValueError, match=text):
                 gated_delta_rule.prefill(*good[:index], value, *good[index + 1 :])
-        with pytest.raises(ValueError, match=r"g_TH: device meta, wanted cpu"):
+        with pytest.raises(ValueError, match=r"g_TH: the device is meta, but must be cpu"):
             gated_delta_rule.prefill(*good[:3], good[3].to("meta"), *good[4:])
-        with pytest.raises(ValueError, match=r"gate_up_EJH: J = 8, wanted 2 I = 10"):
+        with pytest.raises(ValueError, match=r"gate_up_EJH: J is 8, but must be 2 I = 10"):
             moe.experts(
                 torch.ones(1, 3), torch.ones(1, 1), torch.zeros(1, 1).long(), torch.ones(2, 8, 3), torch.ones(2, 3, 5)
             )

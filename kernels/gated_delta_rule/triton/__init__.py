@@ -1,4 +1,4 @@
-"""The gated delta rule in Triton: prompts of any lengths in chunks (`chunks`), a decode step in one launch (`step`)."""
+"""The gated delta rule in Triton: `chunks` computes prompts of any lengths, `step` a decode step in one launch."""
 
 from hybrid_moe_kernels.gated_delta_rule.triton import chunks, step
 from hybrid_moe_kernels.gated_delta_rule.triton.chunks import prefill

@@ -1,13 +1,14 @@
 """The gated delta rule over prompts of any lengths, in Triton.
 
 There are two launches. The first processes all chunks at once and computes the values that do not depend on the
-state. The second goes through the chunks of each sequence in order, with the state in registers. In the second
-launch, a token of a value head of 128 x 128 in bfloat16 reads v (256 B), normalised q and k (512 B, mostly from L2,
-because value heads share them) and two rows that the first launch computed (256 B), and writes o (256 B). Each of the
-V / BV programs of a head reads q, k and these rows. The state is read and written once per prompt.
+state. The second goes through the chunks of each sequence in order, with the state in registers. For each token and
+value head of 128 x 128 in bfloat16, the second launch reads v (256 B), the normalised q and k (512 B, mostly from L2,
+because value heads share them) and two rows that the first launch computed (256 B), and writes o (256 B). A head has
+V / BV programs, each for BV value dimensions, and each program reads q, k and the two rows. The state is read and
+written once per prompt.
 
 Shapes: T tokens of all sequences, one after another, B sequences, H value heads, M key heads, R = H / M, K key dim, V
-value dim, C tokens of a chunk, J slots, X = B + 1.
+value dim, C tokens of a chunk, J slots (each holds the state of one sequence), X = B + 1.
 """
 
 import torch
@@ -38,9 +39,10 @@ def prefill(
     Same arguments and result as `reference.prefill`. The state is float32.
 
     For bfloat16 inputs, the operands of products are float16. The 11 bits of float16 are too few if heads are small
-    and the state consists of corrections, for example because all keys are equal. So heads of K <= 16 compute in
-    float32. Heads of K <= 64 split each number that is read from the state or written to it into two float16 parts.
-    Heads of 128, as in large models, need neither; to split only the reads would cost 6 % of the time.
+    and the state consists of corrections, for example because all keys are equal. So if K <= 16, the operands are
+    float32. If 16 < K <= 64, each number that is read from the state or written to it is split into two float16 parts.
+    If K = 128, as in large models, neither is needed. Splitting only the numbers that are read would cost 6 % of the
+    time.
     """
     (T, M, K), (_, H, V), B = q_TMK.shape, v_THV.shape, slots_B.shape[0]
     o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
@@ -78,12 +80,17 @@ def _prepare_chunks(
 ):  # fmt: skip
     """Compute those values of one chunk of one head that do not depend on the state.
 
-    Writes q and k normalised to length 1; solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C],
-    the masked and decayed products of q with k; and three rows of decay factors: from the state before the chunk to a
-    read, from a write to the state after the chunk, and from the state before the chunk to the one after it.
+    Writes:
 
-    The chunk is cut into two halves, because half of L is zero: with X and Y the inverses of the two halves and Z the
-    block of L between them, the inverse of the whole has the block -Y Z X.
+    unit_q, unit_k  q and k, normalised to length 1
+    solve [C, C]    (I + L)^-1 diag(beta), with L as in `reference._by_chunks`
+    reads [C, C]    the products of q with k, masked and decayed
+    scales [3, C]   the decay from the state before the chunk to each read, from each write to the state after the
+                    chunk, and from the state before the chunk to the state after it
+
+    The tokens of the chunk are computed in two halves, because L is zero above its diagonal. Let X and Y be the
+    inverses of the first and the second half of I + L, and Z the block of L below the first half. Then the inverse of
+    I + L has X and Y on its diagonal, and -Y Z X at the place of Z.
     """
     tile, h = tl.program_id(0), tl.program_id(1)
     _, first, length, begin = locate(tile, start_ptr, num_sequences, C)
@@ -144,7 +151,7 @@ def _prepare_chunks(
 
 @triton.jit
 def _unit(at, row, c, d, is_row, K: tl.constexpr, dtype: tl.constexpr):
-    """Load the rows with these indices c, and normalise each to length 1."""
+    """Load the rows with the indices `c`, and normalise each row to length 1."""
     x = _numbers(at + (c[:, None] * row + d[None, :]), is_row[:, None] & (d < K)[None, :])
     return cast(x * tl.rsqrt(tl.sum(x * x, 1) + 1e-6)[:, None], dtype)
 
@@ -156,7 +163,7 @@ def _numbers(at, is_in):
 
 @triton.jit
 def _decay(g, c, SIZE: tl.constexpr):
-    """Return the decays within a chunk: from a write at j to a read at i [SIZE, SIZE], and the sum of g after each j.
+    """Return the decay [i, j] from a write at token j to a read at token i, and the sum of g after each token.
 
     The decay is zero for i < j.
     """
@@ -167,10 +174,11 @@ def _decay(g, c, SIZE: tl.constexpr):
 
 @triton.jit
 def _invert(lower, c, LOG_SIZE: tl.constexpr, KIND: tl.constexpr):
-    """Return (I + lower)^-1, from the inverses of the diagonal blocks of size 1, then 2, 4, ...
+    """Return (I + lower)^-1. Invert the blocks of size 1 on the diagonal first, and then those of size 2, 4, ...
 
-    With X and Y the inverses of a block's two halves and Z the part of `lower` below X, the block's inverse has -Y Z X
-    there. Powers of `lower` would also need only products, but overflow float32 when keys repeat.
+    Let X and Y be the inverses of the two halves of a block, and Z the part of `lower` below X. Then the inverse of the
+    block has X and Y on its diagonal, and -Y Z X at the place of Z. Powers of `lower` would also need only products,
+    but overflow float32 if keys repeat.
     """
     inverse = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
     for step in tl.static_range(LOG_SIZE):
@@ -194,7 +202,7 @@ def _scan_chunks(
 
     Operands of float16 products must stay below 65,504. q, k, solve and reads are at most 1. If state and v are at most
     64, what a chunk writes is below 64 x 64 + 64 x sqrt(K) x 64, which is 50,437 for K <= 128. Larger states and v are
-    scaled down to 64 for the products. For K = 256 the bound is 69,632, so it is not proven there.
+    scaled down to 64 for the products. For K = 256 the bound is 69,632, which is too large, so it proves nothing there.
     """
     parts: tl.constexpr = (
         V + BV - 1
