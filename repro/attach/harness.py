@@ -127,9 +127,9 @@ class Ranks:
     def run(self, function: Callable[[Rank], Any]) -> list[Any]:
         """Call ``function(rank)`` in one process per rank. Returns the results by rank; a result must be picklable.
 
-        Raises DeadlockError with the verdict if the ranks hang, die, raise or are not done by the deadline, and if they
-        finished but paired different collectives, which makes their numbers wrong. Raises RuntimeError if the watcher
-        itself fails.
+        Raises DeadlockError with the verdict if the ranks hang, die, raise an error or are not done by the deadline.
+        Also raises it if the ranks finished but paired different collectives, because their results are then wrong.
+        Raises RuntimeError if the watcher itself fails.
         """
         import torch  # noqa: F401 - one import here instead of one in every rank
 
@@ -155,7 +155,7 @@ class Ranks:
     # -- the parent ------------------------------------------------------------------------------------------------
 
     def _watch(self, run_dir: RunDir, children: Mapping[int, int]) -> None:
-        """Watch until the ranks are done; raise DeadlockError for any other end.
+        """Watch until the ranks are done. Raise DeadlockError if the run ends in another way.
 
         children: process id -> start time of the process, in clock ticks
         """
@@ -280,7 +280,7 @@ _COMPARED = {
 
 
 def differences(document: Document) -> list[str]:
-    """Return a sentence for each argument in which the variants of the first divergent collective differ."""
+    """Return one sentence for each argument that is not equal in all variants of the first divergent collective."""
     sides = document.sides
     lines = []
     for argument, what in _COMPARED.items():

@@ -2,7 +2,9 @@
 
 torch.distributed's functions, libraries that use c10d directly, FSDP and pipelines all call the methods of ProcessGroup
 or of its backends. Hooks replace these methods. They do not replace the functions of torch.distributed, because
-torch.compile knows those by identity, and because programs replace them, too.
+torch.compile recognises these functions by identity, and because some programs replace them, too.
+
+Torch's object for an issued collective is called a work.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ Calls = tuple[tuple["Call", int], ...]
 
 
 class _Group(NamedTuple):
-    """A process group: a weak reference, its name, its members, and whether its works may be polled at any time.
+    """A process group: a weak reference to it, its name, its members, and whether it is on the host (CPU).
 
-    The works of a group on a device must not be polled, because that would end the capture of a CUDA graph.
+    The recorder may ask the works of such a group at any time whether they are complete. It must not ask the works of a
+    group on a device, because this would end the capture of a CUDA graph.
     """
 
     group: Any
@@ -86,7 +89,7 @@ def hook(c10d: Any) -> None:
 
 
 def _hook_options(options: Any, reductions: Any) -> None:
-    """Replace the properties that the compiled hooks read: they then need not read what the program has set."""
+    """Replace the properties of a class of options, so that the compiled hooks know each value when it is set."""
     for name, original in list(vars(options).items()):
         if name in ("asyncOp", "rootRank", "reduceOp") and isinstance(original, property) and original.fset:
             constants = tuple(reductions.__members__.values()) if name == "reduceOp" else ()
@@ -99,7 +102,7 @@ def inside() -> bool:
 
 
 class beneath:
-    """Mark the block as the body of a recorded call. A generator would cost as much as the record."""
+    """Mark a ``with`` block as the body of a recorded call. With a generator, this would take as long as recording."""
 
     __slots__ = ()
 
@@ -111,24 +114,25 @@ class beneath:
 
 
 def _named(name: str, function: Any) -> Any:
-    """Give the code of a hook the name of its method.
+    """Give the code of a hook the name of the method that the hook replaces.
 
-    pybind11 takes a method that is no function of C for an override of the program. For an object of a class of the
-    program it would call the hook where the original calls itself, without end. It does not if the frame has the name
-    of the method and its first argument is the object.
+    Without this, an object of a class that the program derived could end in an endless recursion. For such an object,
+    pybind11 looks in Python for a method that overrides the original, finds the hook, and calls it. The hook calls the
+    original, and so on. pybind11 does not look if the calling frame has the name of the method, and the object as its
+    first argument.
     """
     function.__code__ = function.__code__.replace(co_name=name)
     return function
 
 
 def _hook(name: str, method: Method, original: Any) -> Any:
-    """Make the hook of a method: the compiled one, if there is a library and it can read this method."""
+    """Make the hook of a method. The hook is compiled if the library exists and can read the calls of this method."""
     slow = _named(name, _recorded(method, original))
     if _library is None or method.compiled is None:
         return slow
 
     def resolve(group: Any, *args: Any, **options: Any) -> tuple[Call, int, bool] | None:
-        """Read a call for the compiled hook: its call, the depth of its call site, whether it may be polled."""
+        """Read a call for the compiled hook. Return its call, the depth of its call site, and whether to poll it."""
         rank = this.current
         read = _read(rank, group, method, args, options) if rank is not None else None
         if rank is None or read is None:
@@ -178,7 +182,7 @@ def _recorded(method: Method, original: Any) -> Any:
 def _read(
     rank: Rank, group: Any, method: Method, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Collective, bool, bool] | None:
-    """Read a call: its collective, whether it is asynchronous, and whether its group runs on the host (CPU).
+    """Read a call. Return its collective, whether it is asynchronous, and whether its group is on the host (CPU).
 
     A call with arguments of an unknown form is recorded by its name only. Returns None if even its group is unknown.
     """
@@ -269,7 +273,7 @@ def issued(rank: Rank, collective: Collective) -> int:
 
 
 def note_completions(rank: Rank) -> None:
-    """Record the completion of works for which no Python code waits."""
+    """Record which collectives have completed although no Python code has waited for their works."""
     if _library is not None:
         _library.spill()
     for key, (get_work, calls, _, asked) in list(_pending.items()):
@@ -303,7 +307,7 @@ def group_of(rank: Rank, group: Any) -> _Group:
 
 
 def _find(group: Any) -> Any:
-    """Return the process group of an object: the object itself, or the group whose backend it is."""
+    """Return the process group of an object, which is either the group itself or one of the group's backends."""
     import torch
 
     world = c10d_world().pg_map
@@ -329,7 +333,10 @@ def dtype_of(tensors: Any) -> str:
 
 
 def _reduction(opts: Any) -> str:
-    """The name of the reduction. opts: the options of a call; in older forms of a call its reduction, or neither."""
+    """Return the name of a call's reduction.
+
+    opts: the options of the call. In older forms of a call, this may be the reduction, or another argument
+    """
     reduction = getattr(opts, "reduceOp", None)
     if reduction is None:
         operation = getattr(opts, "op", opts)

@@ -58,8 +58,11 @@ def _replace(packet: Any, kind: Any, op: str) -> None:
 
 
 class _Operator:
-    """A replacement for the function that an operator calls. Its hash is the original's and it equals the original, so
-    that a dictionary with the original as key finds it."""
+    """A replacement for the function that an operator calls.
+
+    It has the same hash as the original function and is equal to it, so that a dictionary with the original as key also
+    finds the replacement.
+    """
 
     def __init__(self, original: Any, op: str) -> None:
         import torch
@@ -77,7 +80,7 @@ class _Operator:
         return getattr(self._original, name)
 
     def _rank(self, tensors: Any) -> Any:
-        """Return the recorded rank, or None if a compiler only traces the call with its own tensor types."""
+        """Return the recorded rank. Return None if a compiler only traces the call, with tensor types of its own."""
         first = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else tensors
         if this.current is None or collectives.inside() or type(first) not in self._plain:
             return None
@@ -117,8 +120,11 @@ class _Wait(_Operator):
 
 
 def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
-    """Read the collective from an operator's arguments. Of the arguments that are strings, the last one is the name of
-    the group; the first one, if there are several, is the reduction."""
+    """Read the collective from an operator's arguments.
+
+    The last argument that is a string is the name of the group. If there are several strings, the first one is the
+    reduction.
+    """
     try:
         from torch.distributed.distributed_c10d import _resolve_process_group
 

@@ -63,7 +63,7 @@ class _Loader:
 
 
 def _apply(hook: Hook, module: ModuleType) -> None:
-    """Apply a hook. If this version of the module lacks what it replaces, print that the module is not recorded."""
+    """Apply a hook. If it fails, as with an unknown version of the module, print that the module is not recorded."""
     try:
         hook(module)
     except Exception as error:

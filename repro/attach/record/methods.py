@@ -28,8 +28,10 @@ class Method(NamedTuple):
 
     @property
     def compiled(self) -> tuple[int, bool] | None:
-        """Return what the hooks in C need: the argument that has the sizes (1 or 2; 0 for none), and whether the first
-        argument is a tensor. None for a method that only the hooks in Python read."""
+        """Return which argument has the sizes (1 or 2; 0 if none has), and whether the first argument is a tensor.
+
+        The hooks in C need these two. Returns None if only the hooks in Python can read the method.
+        """
         sized = {_none: 0, _each: 1, _first: 1, _second: 2, _inputs: 2}.get(self.sizes)
         return None if sized is None or not self.fast else (sized, self.op != "barrier")
 

@@ -1,4 +1,7 @@
-"""Name the module of each collective: FSDP groups and pipeline stages always, other modules if HMR_RECORD_MODULES=1."""
+"""Find the name of the module that a collective belongs to.
+
+The names of FSDP groups and pipeline stages are always recorded, other modules only if HMR_RECORD_MODULES=1.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Rank:
             self.recorder.local(event, name, holder)
 
     def note_device_group(self, name: str) -> None:
-        """Note that a group's collectives are queued on a device, so that a call returns before it completes."""
+        """Note that a group's collectives are queued on a device: a call returns before the collective completes."""
         with contextlib.suppress(OSError), (self.root / DEVICE_GROUPS).open("a") as file:
             file.write(f"{name}\n")
 

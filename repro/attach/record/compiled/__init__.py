@@ -1,13 +1,13 @@
-"""The hooks of collectives and the writer of the witness, compiled.
+"""The hooks of collectives and the writer of the witness in C, which are compiled to one library.
 
-``record`` builds them once into the user's cache, if a C compiler and Python's headers are there; that takes two
-seconds. A rank only loads what is there. Without it the rank records in Python, the same bytes, at some microseconds
-more a collective. HMR_RECORD_PURE=1 makes a rank record in Python.
+``record`` builds the library once into the user's cache, if a C compiler and Python's headers are installed. This takes
+two seconds. A rank loads the library if it exists. If not, the rank records in Python. The witness then has the same
+bytes, but each collective takes some microseconds longer. HMR_RECORD_PURE=1 makes a rank record in Python.
 
     checksum.h     the checksum of a record
     tape.h         the writer of the witness
     options.h      the options of a call
-    read.h         which call it is
+    read.h         recognises a call
     works.h        the works that may be incomplete
     exchange.h     the hook of an exchange of rows
     fast.c         the hooks of collectives
@@ -49,7 +49,7 @@ def is_supported() -> bool:
 
 
 def path() -> Path:
-    """Return where the library of this interpreter lies. The name has a digest of the sources and the flags."""
+    """Return the path of the library for this interpreter. Its name has a digest of the sources and the flags."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for name in SOURCES:
         digest.update((_HERE / name).read_bytes())
@@ -59,7 +59,7 @@ def path() -> Path:
 
 
 def build() -> str:
-    """Build the library, unless it is there. Returns "", or what prevents it."""
+    """Build the library, unless it exists. Returns the reason if it cannot be built, else ""."""
     if not is_supported():
         return "this interpreter has no such library"
     try:
@@ -87,7 +87,7 @@ def build() -> str:
 
 @functools.cache
 def load() -> Any:
-    """Load the library if it is there. Returns the module, or None."""
+    """Load the library if it exists. Returns the module, or None."""
     if os.environ.get("HMR_RECORD_PURE") == "1" or not is_supported():
         return None
     with contextlib.suppress(OSError, RuntimeError, ImportError):

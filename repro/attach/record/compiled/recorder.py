@@ -19,12 +19,12 @@ _library: Any = compiled.load()
 
 
 def recorder_type() -> type[Recorder]:
-    """The recorder for the ranks of this process: compiled if the library is there."""
+    """Return the class of recorder for the ranks of this process. It is compiled if the library exists."""
     return Recorder if _library is None else CompiledRecorder
 
 
 class CompiledRecorder(Recorder):
-    """Writes what Recorder writes. Its events need no lock: the interpreter's lock is held while one is written."""
+    """Writes what Recorder writes. It needs no lock, as it holds the interpreter's lock while it writes an event."""
 
     def __init__(
         self, buffer: Buffer, writer: Identity, shape: Geometry, *, clock: Callable[[], int] = time.monotonic_ns
@@ -62,7 +62,7 @@ class CompiledRecorder(Recorder):
         self.tape.wait(self._entered_or(collective) if call is None else call, ticket)
 
     def call_at(self, caller: FrameType, collective: Collective) -> tuple[Any, int]:
-        """Return the call at the call site above ``caller``, and the number of frames from there to the call site."""
+        """Find the call site above ``caller``. Return its call, and the number of frames from ``caller`` to it."""
         depth = self._depth
         call = self._call_from(caller, collective)
         found, self._depth = self._depth - 1, depth
