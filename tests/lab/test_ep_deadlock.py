@@ -5,23 +5,26 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from program_server import TORCHRUN
 
 SOURCE = Path(__file__).resolve().parents[2] / "repro" / "ep_deadlock.py"
 
 
-def torchrun(tmp_path, num_ranks, *flags):
-    """Run a copy of the file from an empty folder, as someone does who was sent it."""
+@pytest.fixture
+def torchrun(programs, tmp_path):
+    """A function that runs a copy of the file from an empty folder, as someone does who was sent it."""
     shutil.copy(SOURCE, tmp_path / "ep_deadlock.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return subprocess.run(
-        [*command, "ep_deadlock.py", *flags],
-        cwd=tmp_path, capture_output=True, text=True, timeout=90, env={**os.environ, "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def torchrun(num_ranks, *flags):
+        command = ["--standalone", f"--nproc-per-node={num_ranks}", "ep_deadlock.py", *flags]
+        return programs.run(TORCHRUN, *command, cwd=tmp_path, env=env)
+
+    return torchrun
 
 
 def test_it_is_short_and_imports_only_torch_and_the_standard_library():
@@ -41,8 +44,8 @@ def test_it_is_short_and_imports_only_torch_and_the_standard_library():
 @pytest.mark.parametrize(
     "num_ranks", [2, pytest.param(4, marks=pytest.mark.full), pytest.param(8, marks=pytest.mark.full)]
 )
-def test_the_fault_hangs_and_names_who_waits_where(tmp_path, num_ranks):
-    run = torchrun(tmp_path, num_ranks, *(["--quiet", "1"] if num_ranks == 2 else []))
+def test_the_fault_hangs_and_names_who_waits_where(torchrun, num_ranks):
+    run = torchrun(num_ranks, *(["--quiet", "1"] if num_ranks == 2 else []))
     output = run.stdout + run.stderr
     assert run.returncode == 1, output
     busy, idle = list(range(num_ranks - 1)), [num_ranks - 1]
@@ -52,6 +55,6 @@ def test_the_fault_hangs_and_names_who_waits_where(tmp_path, num_ranks):
 
 @pytest.mark.full
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_the_fix_passes(tmp_path, num_ranks):
-    run = torchrun(tmp_path, num_ranks, "--fix")
+def test_the_fix_passes(torchrun, num_ranks):
+    run = torchrun(num_ranks, "--fix")
     assert run.returncode == 0 and "PASSED" in run.stdout, run.stdout + run.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from program_server import TORCHRUN
 
 from repro.exit_codes import EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.lab import scenarios
@@ -72,14 +73,12 @@ def test_all_variants_give_their_verdicts_as_json(tmp_path, leaves_nothing, laun
     assert read_json(tmp_path / "latest" / "verdict.json") == documents[-1]
 
 
-def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(tmp_path, leaves_nothing):
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "repro.worker", "metadata_rebuild", "--variant", "fault", "--out", str(tmp_path)),
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(programs, tmp_path, leaves_nothing):
+    run = programs.run(
+        TORCHRUN,
+        *("--standalone", "--nproc-per-node", "2"),
+        *("-m", "repro.worker", "metadata_rebuild", "--variant", "fault", "--out", str(tmp_path)),
+        cwd=ROOT, timeout_s=DEADLINE_S, env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert run.returncode == 1, "torchrun ends with 1 when ranks were ended"
     verdict = read_json(tmp_path / "latest" / "verdict.json")

@@ -21,6 +21,9 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+TORCHRUN = "from torch.distributed.run import main\nmain()"
+"""torchrun. The ranks that it starts are interpreters of their own."""
+
 
 class ProgramServer:
     """The process that forks. The first program starts it."""
@@ -29,7 +32,12 @@ class ProgramServer:
         self._process: subprocess.Popen[str] | None = None
 
     def run(
-        self, program: Path | str, *arguments: str, env: Mapping[str, str] = os.environ, timeout_s: float = 100
+        self,
+        program: Path | str,
+        *arguments: str,
+        cwd: Path | str = ".",
+        env: Mapping[str, str] = os.environ,
+        timeout_s: float = 100,
     ) -> subprocess.CompletedProcess[str]:
         """Run a file, or the text of a program. Processes that it leaves behind in its session are killed."""
         with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +47,7 @@ class ProgramServer:
             else:
                 path = program
             command = [str(path), *arguments]
-            end = self._ask(json.dumps([command, dict(env), str(out), str(err), timeout_s]))
+            end = self._ask(json.dumps([command, os.path.abspath(cwd), dict(env), str(out), str(err), timeout_s]))
             printed, failures = out.read_text(), err.read_text()
         assert end != "timeout", f"{command} did not end within {timeout_s} s: {printed}{failures}"
         return subprocess.CompletedProcess(command, int(end), printed, failures)
@@ -65,11 +73,12 @@ def serve() -> None:
 
     path = sys.path[1:]  # without the folder of this file
     for line in iter(sys.stdin.readline, ""):
-        command, environment, out, err, timeout_s = json.loads(line)
+        command, cwd, environment, out, err, timeout_s = json.loads(line)
         pid = os.fork()
         if pid == 0:
             os.setsid()
             _open(os.devnull, out, err)
+            os.chdir(cwd)
             os.environ.clear()
             os.environ.update(environment)
             sys.argv = command
