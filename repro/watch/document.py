@@ -24,10 +24,10 @@ SCHEMA_VERSION = 1
 
 
 class Side(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One side of a divergence: ranks that issued the same call, or are at the same position, where ranks first differ.
+    """One side of a divergence: the ranks that issued the same call, or that are at the same position.
 
-    sizes, dtype, reduce_op, root   the arguments of the call; None if the side is only a position
-    planned     what the schedule had at this place, "ep all_gather_v of layers.0.moe"; set for culprits only
+    sizes, dtype, reduce_op, root   the arguments of the call; None if only the position of the ranks is given
+    planned     the schedule's entry at this place, "ep all_gather_v of layers.0.moe"; only for culprits
     conforms    False for culprits that left their declared schedule; None for all others
     """
 
@@ -55,9 +55,9 @@ class Divergence(msgspec.Struct, frozen=True):
 class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
     """The verdict that a scenario of the lab expects for its run. A field that is None is not checked.
 
-    step, layer   of every culprit; if there is no culprit, of every rank
+    step, layer   where every culprit must be; if there is no culprit, where every rank must be
     planned       the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"
-    error         the type of the exception that every living rank raises
+    error         the type of the exception that every living rank must raise
     or_else       another verdict that is accepted too
     """
 
@@ -75,7 +75,7 @@ class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
 class Watcher(msgspec.Struct, frozen=True):
     """The watcher's process, and its monotonic clock when it took its last snapshot of the run.
 
-    A later judgement needs both to compare times and process ids with those in the witnesses.
+    If the run is judged again later, both are compared with the times and process ids in the witnesses.
     """
 
     hostname: str
@@ -104,7 +104,7 @@ class Watcher(msgspec.Struct, frozen=True):
 class Progress(msgspec.Struct, frozen=True):
     """How much a rank had recorded when it was judged: the number of its events, and the time of its last heartbeat.
 
-    The time is on the monotonic clock of the rank's host.
+    The time is a value of the monotonic clock of the rank's host.
     """
 
     num_events: Count
@@ -133,9 +133,9 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     expected             the verdict that the lab's scenario expects; None outside the lab
     matches_expected     whether the verdict is the expected one; None outside the lab
     watcher              the process that judged the run; None in files that do not name it
-    system               the facts that were judged, besides the witnesses
+    system               the facts that were judged together with the witnesses
     notes                other observations of the watcher, in sentences
-    judged               rank -> how much its witness contained when it was judged; it may have grown since
+    judged               rank -> how much its witness contained when it was judged; the witness may have grown since
     interrupted          whether the user ended the run before it was decided
     ended_by             a sentence about the signal that ended the launcher, and so the run; "" if there was none
     skipped              why a run of the lab did not take place; "" if it did
@@ -174,7 +174,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"{self.schema_version} is not a version of verdict.json that this release reads")
         if self.verdict and self.verdict not in CLASSES:
-            raise ValueError(f"{self.verdict[:40]!r} is no class of verdict")
+            raise ValueError(f"{self.verdict[:40]!r} is not a verdict class")
         if not self.waits:  # files of older versions have `cycle`, but not `waits`
             msgspec.structs.force_setattr(self, "waits", self.cycle)
 
@@ -184,7 +184,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
         return self.first_divergence.sides if self.first_divergence else ()
 
     def look(self) -> Look | None:
-        """Return the watcher's last snapshot of the run without the witnesses; None if the file names no watcher."""
+        """Return the watcher's last snapshot of the run, but with no witnesses; None if the file names no watcher."""
         if self.watcher is None:
             return None
         return Look(self.watcher.identity(), self.watcher.now_ns, facts=self.system, notes=self.notes)

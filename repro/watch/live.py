@@ -79,11 +79,11 @@ class Watch:
     compare       compares the results with the reference when all ranks are done. It returns None if it is not ready
                   and is then called again. Its argument is True at the last call: it must then return a Comparison
     describe      makes the content of verdict.json from a verdict, with the settings of the run
-    read          changes the witnesses before they are judged
+    read          converts the witnesses before they are judged
     interrupted   returns whether the user has asked for the end of the run
     show          displays the progress; called at every poll with the open witnesses
     notice        prints a line; called when the waits between ranks have changed
-    remark        returns a line to print about a verdict that is not final, or "". The same line is printed once
+    remark        returns a line to print about a verdict that is not final, or "". Equal lines are printed only once
     """
 
     run_dir: RunDir
@@ -130,7 +130,7 @@ class Watch:
             return self._write(verdict)
 
     def processes(self) -> list[Process]:
-        """Return the processes of the ranks that run on this host. Their witness files may have been deleted."""
+        """Return the processes of the ranks that run on this host, also of ranks whose witness file was deleted."""
         return [process for process in self._running().values() if process is not None]
 
     def remote_ranks_run(self) -> bool:
@@ -159,7 +159,7 @@ class Watch:
         return verdict
 
     def _pause(self) -> None:
-        """Sleep until the next poll, and note how late the sleep ends: a long delay means that no processor is free."""
+        """Sleep until the next poll, and note how late the sleep ends. If it ends late, no processor was free."""
         asleep_ns = self.host.now_ns()
         self.host.sleep(POLL_S)
         self._system.note_late((self.host.now_ns() - asleep_ns) / 1e9 - POLL_S)
@@ -177,7 +177,7 @@ class Watch:
         if self._death_is_settled(now_ns):
             verdict, self._ended_by = self._conclude(), collect.launcher_was_ended(self.run_dir)
             return ended_from_outside(verdict, self._ended_by) if self._ended_by else verdict
-        if self._died_ns:  # wait, however long the silence before was: the other ranks may soon record an event
+        if self._died_ns:  # wait, even after a long time without events: the other ranks may soon record one
             return None
         quiet_ns = self.options.quiet_window_s * 1e9
         waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
@@ -261,7 +261,7 @@ class Watch:
         return Look(self.host.here, now_ns, witnesses, facts, tuple(notes))
 
     def _describe_strangers(self, witnesses: Mapping[int, Witness], facts: Facts) -> list[str]:
-        """Return a line for each process of this host that holds a lock for which a rank waits, but is not a rank."""
+        """Return a line for each process of this host that is not a rank, and holds a lock for which a rank waits."""
         here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.writer)]
         holders = {pid for rank, (_, pid) in facts.lock_holders.items() if rank in here and pid > 0}
         return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].writer.pid for rank in here})]
@@ -295,9 +295,9 @@ class Watch:
         return {rank: process.pid for rank, process in self._running().items() if process is not None}
 
     def _death_is_settled(self, now_ns: int) -> bool:
-        """Whether a rank died or failed, or all processes ended, and the others have since had time to record events.
+        """Whether a rank died or failed, or all processes ended, and the other ranks have had time to record this.
 
-        The time is DEATH_GRACE_S without events, or DEATH_PATIENCE_S.
+        They have had time if no event came for DEATH_GRACE_S, or if DEATH_PATIENCE_S have passed.
         """
         ended = {rank for rank, process in self._running().items() if process is None}
         # a rank of a user's program ends by itself when it is done: this is not a death
@@ -353,5 +353,5 @@ class Watch:
 
 
 def _verdict_bytes(num_ranks: int) -> int:
-    """Return an upper limit of the size of a verdict.json in bytes. Each rank may list one size per group member."""
+    """Return an upper limit of the size of a verdict.json in bytes. A rank may list a size for each member."""
     return (64 << 10) + num_ranks * (4096 + 16 * num_ranks)

@@ -23,7 +23,7 @@ class Look:
     """A snapshot of a run: everything that a watcher knows at one moment.
 
     watcher     the process that took the snapshot; now_ns and ``facts.died`` are on the clock of its host
-    now_ns      the monotonic clock just before the files were read. The time to read them is not counted as silence
+    now_ns      the monotonic clock just before the files were read, so the time of reading does not count as quiet time
     witnesses   rank -> witness; ranks whose witness could not be read are absent
     notes       further observations of the watcher, in sentences; they are in no other file of the run
     """

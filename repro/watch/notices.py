@@ -27,7 +27,7 @@ class Notices:
     """Decides which lines a watcher prints, so that it does not repeat itself.
 
     notice          prints a line
-    remark          returns a line about a verdict that is not final, or "". The same line is printed once
+    remark          returns a line about a verdict that is not final, or "". Equal lines are printed only once
     quiet_window_s  for how many seconds no rank has recorded an event when `silence` is called
     """
 
@@ -40,9 +40,10 @@ class Notices:
         self._builds_ns = 0
 
     def silence(self, verdict: Verdict) -> None:
-        """Print the waits between ranks, if they have changed since the last notice.
+        """Print the waits between ranks, if they have changed since the last notice, and a new remark.
 
-        The watcher calls this after a quiet window. If every wait is shorter than half of it, nothing is printed.
+        The watcher calls this after a quiet window. The waits are not printed if all are shorter than half a quiet
+        window.
         """
         if (remark := self._remark(verdict)) and remark not in self._remarks:
             self._remarks.add(remark)
@@ -77,15 +78,15 @@ class Notices:
 
 
 def _news(verdict: Verdict) -> list[str]:
-    """Return the sentences about the ranks without the age of the last heartbeat, which changes all the time.
+    """Return the sentences about the ranks, without the time since the last heartbeat, which always changes.
 
-    If two results are equal, there is nothing new to print.
+    If the result is the same as before, there is nothing new to print.
     """
     return [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in verdict.sentences()]
 
 
 def describe_since(verdict: Verdict) -> str:
-    """Return a line: where each rank is, for how long, and which rank holds each lock that another rank waits for."""
+    """Return a line that says where each rank is, for how long, and which ranks hold the locks that others wait for."""
     together: dict[str, list[Position]] = {}
     for at in verdict.ranks:
         together.setdefault(at.words(), []).append(at)

@@ -92,7 +92,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
 
 
 def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str]]:
-    """Return the watcher's last snapshot, and a line for each witness that no longer has the events judged then."""
+    """Return the watcher's last snapshot, and a line for each witness that no longer has the events of the snapshot."""
     witnesses, refused = read_dir(run_dir.root / "events")
     for rank in witnesses.keys() & decided.judged.keys():
         progress = decided.judged[rank]

@@ -1,4 +1,4 @@
-"""Weaken a verdict for reasons outside the witnesses: an interrupt, an ended launcher, or a missing comparison."""
+"""Weaken a verdict for reasons outside the witnesses: an interrupt, an ended launcher, or tokens not compared."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ SLOW_WINDOWS = 3
 class _Silence:
     """A period without events that has not ended.
 
-    lasted_s   seconds without an event until now
+    lasted_s   for how many seconds it has lasted
     starved_s  for how many of these seconds the awaited ranks lacked a processor
-    share      share of the time since the last measurement in which the awaited ranks lacked a processor, 0 to 1
+    share      the last measurement: for which share of the time the awaited ranks lacked a processor, 0 to 1
     """
 
     lasted_s: float = 0.0
@@ -27,8 +27,10 @@ class _Silence:
     share: float = 0.0
 
     def go_on(self, lasted_s: float) -> float:
-        """Extend the silence to ``lasted_s`` seconds. Returns for how much of the extension the awaited ranks had a
-        processor, in seconds."""
+        """Extend the silence to ``lasted_s`` seconds.
+
+        Returns for how many of the added seconds the awaited ranks had a processor.
+        """
         added_s, self.lasted_s = lasted_s - self.lasted_s, lasted_s
         self.starved_s += self.share * added_s
         return (1 - self.share) * added_s
@@ -43,11 +45,12 @@ class Silences:
         self._kept: tuple[int, ...] | None = None
 
     def remember(self, verdict: Verdict, facts: Facts, alive_s: float, quiet_window_s: float) -> None:
-        """Remember for how long ranks have waited, if the verdict is `slow` and at least as many wait as are awaited.
+        """Remember for how long ranks have waited.
 
-        If all awaited ranks build a kernel, the whole wait counts. Otherwise the wait counts only if no rank has sent a
-        heartbeat in the last quiet window, and without the time in which the awaited ranks lacked a processor: then the
-        machine was busy, and the job was not slow.
+        Nothing is remembered if the verdict is not `slow`, or if fewer ranks wait than are awaited. If all awaited
+        ranks build a kernel, the whole wait counts. Otherwise the wait counts only if no rank has sent a heartbeat in
+        the last quiet window. The time in which the awaited ranks lacked a processor then does not count, because the
+        machine was busy, and the job itself was not slow.
 
         alive_s   seconds since the last heartbeat of any rank
         """
@@ -78,8 +81,8 @@ class Silences:
     def _lost_s(self, verdict: Verdict, facts: Facts) -> float:
         """Return for how many seconds of the silence the awaited ranks lacked a processor.
 
-        ``facts.starved`` has the share of the time since the previous call. At the first call it has the share of the
-        second half of the quiet window.
+        ``facts.starved`` says for which share of the time since the previous call a rank lacked a processor; at the
+        first call, for which share of the second half of the quiet window.
         """
         silence = self._now.get(verdict.culprits, _Silence())
         if verdict.quiet_s < silence.lasted_s:
@@ -90,7 +93,7 @@ class Silences:
         return silence.starved_s
 
     def slowest(self, quiet_window_s: float) -> Verdict | None:
-        """Return the verdict of the longest silence, with a line of evidence for each other long one.
+        """Return the verdict of the longest silence, with a line of evidence for each other long silence.
 
         None if no silence lasted SLOW_WINDOWS quiet windows.
         """

@@ -52,7 +52,7 @@ def change(content: dict[str, Any], path: str, value: Any) -> None:
         ("seconds.total", "4", r"$.seconds.total: expected float, got str"),
         ("system.lock_holders", {"2": ["a"]}, r"$.system.lock_holders[...]: expected array of length 2, got 1"),
         ("system.alive", {"x": True}, r"expected int, got str"),
-        ("verdict", "livelock", r"$: 'livelock' is no class of verdict"),
+        ("verdict", "livelock", r"$: 'livelock' is not a verdict class"),
         ("schema_version", 2, r"$: 2 is not a version of verdict.json that this release reads"),
     ],
 )

@@ -17,7 +17,8 @@ _RANKS = re.compile(r"\branks? ([\d,-]+)")
 def with_pids(diagnosis: Diagnosis, job: JobRecords) -> Diagnosis:
     """Replace the words PID and PIDS in the commands of a diagnosis by process ids.
 
-    PID stands for the processes of the ranks that the text names, PIDS for those of all ranks.
+    If the line with the command names ranks, PID means their processes. Otherwise PID means the processes of the
+    culprits, or of the suspects if there are no culprits. PIDS means the processes of all ranks.
     """
     pids = _pids(job)
     named = diagnosis.culprits or diagnosis.suspects
@@ -48,7 +49,7 @@ def _listed(text: str) -> list[int]:
 
 
 def _pids(job: JobRecords) -> dict[int, list[int]]:
-    """Return rank -> ids of its processes, as the records name them."""
+    """Return rank -> the process ids that the records contain for this rank."""
     result: dict[int, list[int]] = {}
     processes = [record.process for record in job.stacks]
     processes += [record.process for record in job.failures]

@@ -22,13 +22,13 @@ COLLECT = {
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """A verdict on partial evidence. Class, cause and confidence are those of `repro.verdict.result.Verdict`.
+    """A verdict on partial evidence. Fields that are not listed mean the same as in `repro.verdict.result.Verdict`.
 
     summary   where the ranks are, in sentences
     evidence  why the verdict is this one, in sentences with their sources
     refutes   what evidence would refute the verdict
     collect   what to collect next, as commands where possible; the most useful comes first
-    notes     remarks on lines that are often misread, and on versions with known defects
+    notes     remarks on log lines that are often misread, and on versions with known defects
     waits     which ranks wait in which collective or lock for which ranks: rows of {"ranks", "waits_in", "for", …}
     """
 
@@ -49,7 +49,7 @@ class Diagnosis:
         return cls("inconclusive", summary=summary, collect=tuple(COLLECT.get(record, record) for record in collect))
 
     def headline(self) -> str:
-        """Return the first line: "deadlock (skipped), likely, culprits: 2"."""
+        """Return the first line of the printed diagnosis: "deadlock (skipped), likely, culprits: 2"."""
         cause = f" ({self.cause})" if self.cause else ""
         culprits = f", culprits: {list_ranks(self.culprits)}" if self.culprits else ", nobody is named"
         suspects = f", suspects: {list_ranks(self.suspects)}" if self.suspects else ""

@@ -1,4 +1,4 @@
-"""All records of the evidence of one job, sorted by their kind, for the rules of `verdict/partial`."""
+"""All records of the evidence of one job, sorted by kind, for the rules of `verdict/partial`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ from repro.verdict.partial.dumps.moments import describe_equal, describe_stale, 
 
 @dataclass(slots=True)
 class JobRecords:
-    """The records of the evidence of one job, by kind. If a record lacks a rank, it is filled in from other records.
+    """The records of the evidence of one job, sorted by kind.
+
+    If a stack, an error or a note has no rank, the rank is taken from another record with the same process id.
 
     recorders            rank -> its newest usable Flight Recorder dump
     earlier              rank -> an older dump of the same process, if there is one
     contradictions       lines about dumps that are not used, or that may be misleading
-    ranks_by_world_size  number of ranks in the default group -> the ranks whose dump says so; several numbers mean that
-                         the dumps are of several jobs
+    ranks_by_world_size  number of ranks in the default group -> the ranks whose dump has this number; if there are
+                         several numbers, the dumps are of several jobs
     """
 
     recorders: dict[int, RecorderDump] = field(default_factory=dict)
@@ -94,10 +96,10 @@ class JobRecords:
         return job
 
     def _add_recorders(self, dumps: Sequence[RecorderDump]) -> None:
-        """Keep the newest usable dump of each rank, and an older one if there is one.
+        """Keep the newest usable dump of each rank, and an older one of the same process if there is one.
 
-        A dump is not usable if it is much older than those of the other ranks, or if it does not have the order or the
-        completion of operations: then it would look as if the rank had not queued them.
+        A dump is not usable if it is older than the dumps of the other ranks, or if it lacks the group, the number or
+        the state of its entries. It would then seem that the rank has not queued operations that it has queued.
         """
         blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
         if blind:
@@ -116,7 +118,10 @@ class JobRecords:
         self.earlier = {rank: dump for rank, dump in moments.earlier.items() if rank not in stale}
 
     def main_stacks(self, role: str = "worker") -> dict[int, list[Stack]]:
-        """Return rank -> the stacks of its main thread, oldest first. role: "worker" or "engine" (of a server)."""
+        """Return rank -> the stacks of its main thread, oldest first.
+
+        role   "worker", or "engine" for the engine processes of a server
+        """
         result: dict[int, list[Stack]] = {}
         for stack in self.stacks:
             if stack.process.rank is not None and stack.process.role in (role, "") and is_main(stack):
@@ -132,7 +137,7 @@ class JobRecords:
 
     @property
     def has_devices(self) -> bool:
-        """Whether a host of the job has accelerators. A rank that waits for one may keep a processor busy (spin)."""
+        """Whether a host of the job has accelerators. A rank that waits for its accelerator may keep a core busy."""
         return any(note.kind == "devices" for note in self.notes)
 
     def world_size(self) -> int | None:

@@ -14,7 +14,7 @@ from repro.verdict.result import Finding, name_ranks, say
 def arguments_finding(
     witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> Finding | None:
-    """Explain a divergence by the arguments that differ. None if no argument differs, but only the layer or the step.
+    """Explain a divergence by the arguments that differ. None if only the layer or the step of the calls differs.
 
     divergence   (group, sequence number, the different calls)
     """
@@ -46,7 +46,7 @@ def arguments_finding(
 
 
 def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Return all ranks but those that issued the most common call; () if these others are not fewer."""
+    """Return the ranks that did not issue the most common call; () if they are not fewer than the ranks that did."""
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
     return tuple(others) if len(others) < len(most.ranks) else ()
@@ -55,9 +55,9 @@ def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Add to the finding that the calls are for different layers or steps, so that their sizes need not be equal.
+    """Add to the finding that the calls are for different layers or steps. So their sizes need not be equal.
 
-    If a side then issued the call of another side under the next number, the cause is `order`.
+    If ranks issued under the next number the call that other ranks issued under this number, the cause is `order`.
     """
     key, seq, sides = divergence
     finding.cause = ""
@@ -81,9 +81,9 @@ def _call(call: Call) -> str:
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
     """Find the ranks that passed a wrong size for another rank.
 
-    The proof: the other rank and all remaining members agree on a different size. The remaining members know the size
-    only from the step agreement, so the culprit did not use the agreed size. A rank that differs from all others in its
-    own size is not returned: it may be right.
+    The size is wrong if the other rank itself and all remaining members passed a different size. The remaining members
+    know this size only from the step agreement, so the culprit did not use the agreed size. A rank is not returned if
+    only its own size differs from what the others passed for it, because it may be right.
     """
     members = key[1]
     vector = {rank: side.call.sizes for side in sides for rank in side.ranks}
@@ -105,7 +105,7 @@ def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]
 def _changed(
     witnesses: Mapping[int, Witness], key: GroupKey, seq: int, sides: Sequence[CallVariant]
 ) -> tuple[int, ...]:
-    """Find the ranks that issued a collective with other arguments than all members did in all earlier steps."""
+    """Find the ranks that changed the arguments of a collective. In earlier steps, all members passed the same ones."""
     layer = {side.call.signature.layer for side in sides}
     ops = {side.call.signature.op for side in sides}
     if len(layer) != 1 or len(ops) != 1:

@@ -1,6 +1,7 @@
 """Judge a run in which ranks died or failed: find the rank that ended first.
 
-The backend may have ended a rank because members of a group issued different collectives. Such a rank is not the cause.
+If members of a group issued different collectives, the backend may have ended some of them. Those ranks are not the
+cause.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ a shorter timeout."""
 def victims(case: Case) -> set[int]:
     """Find the ranks that died or failed in a collective that members issued with different arguments.
 
-    The backend may have ended them because of the difference.
+    The backend may have ended these ranks because of the difference.
     """
     gone = set(case.ranks("dead", "failed"))
     victims: set[int] = set()
@@ -43,7 +44,7 @@ def victims(case: Case) -> set[int]:
 
 
 def crash(case: Case) -> Verdict:
-    """Judge a run in which a rank died or failed: `crash`. That other ranks wait is the consequence."""
+    """Judge a run in which a rank died or failed: `crash`. If other ranks wait, this is a consequence."""
     dead, failed = case.ranks("dead"), case.ranks("failed")
     if victims(case):
         finding = explain(case.witnesses, case.rank_states, case.ledger, case.waits)
@@ -75,9 +76,9 @@ def crash(case: Case) -> Verdict:
 
 
 def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Finding:
-    """Name the rank that died first, or a rank that clearly failed before any death was noticed.
+    """Name the rank that died first, unless another rank certainly failed before any death was noticed.
 
-    If the order is not clear, the death is the likelier cause, because ranks fail when they lose a peer.
+    If the order is not clear, the death is more likely the cause, because a rank fails when it loses a peer.
 
     failed   the ranks that failed with an error of their own
     """
@@ -133,7 +134,7 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
 def _never_began(case: Case) -> list[int]:
     """Find the ranks that never opened their witness. [] unless all other ranks have died or failed.
 
-    Such a rank may have died first: a launcher that loses one rank ends all others.
+    Such a rank may have died first: when a launcher loses one rank, it ends all others.
     """
     never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.writer.pid]
     began = case.witnesses.keys() - set(never)
@@ -151,7 +152,10 @@ def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
 
 
 def _error(case: Case, failed: Sequence[int]) -> Finding:
-    """Judge a run in which ranks failed and none died. Name the first that failed, if the error is its own."""
+    """Judge a run in which ranks failed and no rank died.
+
+    Name the rank that failed first, if it failed with an error of its own.
+    """
     alone = _on_their_own(case, failed)
     outside = [rank for rank in failed if rank not in case.waits.at]
     if alone and (first := _first_to_fail(case, outside)) in alone:
@@ -183,9 +187,9 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find the ranks whose witness does not show with which arguments they issued the collective in which a rank died.
+    """Find the ranks whose witness does not show the arguments of the collective in which a rank died.
 
-    Different arguments may have been the cause of the death.
+    Different arguments may have caused the death.
     """
     unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.compares}
     if unseen & set(dead):

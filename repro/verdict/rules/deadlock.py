@@ -13,8 +13,9 @@ from repro.verdict.rules.explain import explain
 
 
 def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
-    """Judge waits that can never end: `deadlock`, with its explanation, if no rank has recorded an event for the quiet
-    window; else `inconclusive`.
+    """Judge waits that can never end.
+
+    The verdict is `deadlock` if no rank has recorded an event for the quiet window, and `inconclusive` before that.
 
     cycle   the nodes of the cycle of waits, or the one node in which ranks wait for a rank that is done
     """
@@ -42,7 +43,7 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
 
 
 def _ended_before(case: Case, culprits: Sequence[int]) -> list[int]:
-    """Find the ranks that may have died or failed before the culprits stopped: their end may be the real cause."""
+    """Find the ranks that may have died or failed before the culprits stopped. Such a rank may be the real cause."""
     stopped_s = min(case.rank_states[rank].position.since_s for rank in culprits)
     ended = []
     for rank in case.ranks("dead", "failed"):

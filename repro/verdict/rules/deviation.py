@@ -16,7 +16,7 @@ from repro.verdict.result import Finding, name_ranks, shorten
 def deviation_finding(
     deviations: Sequence[Deviation], rank_states: Mapping[int, RankState], all_steps: Mapping[int, Sequence[Step]]
 ) -> Finding | None:
-    """Name the ranks that left their declared schedule first. None if all members of the group did so together."""
+    """Name the ranks that left their declared schedule first. None if all members left it in the same way."""
     if not deviations:
         return None
 
@@ -46,7 +46,7 @@ def deviation_finding(
 def _sentences(deviations: Sequence[Deviation], rank_states: Mapping[int, RankState]) -> list[str]:
     """Describe deviations in sentences: "rank 3 ended step 4 without ep all_gather of layers.0.moe (rank003.wit:…)".
 
-    Ranks that did the same share a sentence, with the place in the witness of one of them.
+    Ranks with equal deviations share a sentence. It ends with the place in the witness of one of these ranks.
     """
     together: dict[str, dict[int, Deviation]] = {}
     for deviation in deviations:
@@ -67,8 +67,8 @@ def _comes_before(
 ) -> bool:
     """Whether the deviation ``first`` was certainly made before ``other``, which another rank made.
 
-    In the same step, this is certain only if the two ranks share groups: then count the shared groups' collectives that
-    come before each deviation.
+    Within one step, only the collectives of groups that both ranks share show the order. So count how many of them come
+    before each deviation.
     """
     if first.step != other.step:
         return first.step < other.step
@@ -82,7 +82,7 @@ def _comes_before(
 
 
 def _same_act(one: Deviation, two: Deviation) -> bool:
-    """Whether two ranks made the same mistake. Its kind may differ, if the ranks declared different schedules."""
+    """Whether two ranks made the same mistake. The kinds may differ, if the ranks declared different schedules."""
     passed_over = {one.kind, two.kind} <= {"skipped", "order"}
     if (one.step, one.entry) == (two.step, two.entry) and (one.kind == two.kind or passed_over):
         return True
@@ -120,7 +120,7 @@ def _entry(entry: Entry | None) -> str:
 
 
 def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
-    """Return the side of the culprits at the first divergence, for verdict.json."""
+    """Return what the culprits issued at the first divergence, in the form of verdict.json."""
     issued = deviation.issued
     group, op, layer = issued.entry if issued else deviation.entry
     return {
@@ -133,6 +133,6 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 def _conforming(
     deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
-    """Return the sides of the members that kept their schedule, for verdict.json: one side for each position."""
+    """Return the positions of the members that kept their schedule, in the form of verdict.json."""
     members = set(deviation.group[1]) if deviation.group else set(rank_states)
     return places([rank_states[rank] for rank in sorted(members - set(culprits)) if rank in rank_states])

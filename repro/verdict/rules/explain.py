@@ -4,9 +4,9 @@ A rank is a culprit if it did one of these:
 
 - It left the schedule that it had declared itself.
 - It entered a collective while it held a lock that others wait for.
-- It passed a size for another rank that differs from the size that this rank passed.
-- If the program declares no schedule: it left the repeating pattern of its own steps, while the others kept theirs and
-  waited for it (rhythm.py).
+- It passed a wrong size for another rank: this rank and all remaining members passed a different size.
+- It left the repeating pattern of its own steps, while the others kept their patterns and waited for it (rhythm.py).
+  This rule is used only if the program declares no schedule.
 
 A rank that only differs from other ranks, is late, or differs from its earlier steps is a suspect: the other ranks may
 be the wrong ones.
@@ -45,8 +45,8 @@ def explain(
 ) -> Finding:
     """Find the cause of a hang, and the culprits or suspects.
 
-    mispaired   (group, sequence number) under which ranks completed different collectives, if they did: then explain
-                this. What a rank did after it is left out, because it cannot be the cause
+    mispaired   (group, sequence number) under which ranks completed different collectives; None if there is none. What
+                a rank did after this collective cannot be the cause
     """
     lock = _lock_finding(waits, rank_states)
     if lock is not None:
@@ -115,7 +115,7 @@ def _completed(
 
 
 def _unproven(finding: Finding | None) -> Finding | None:
-    """Turn the culprits of a finding into suspects. The true cause may be in what a witness does not record."""
+    """Turn the culprits of a finding into suspects: the true cause may not be recorded in the witnesses."""
     if finding is not None and finding.culprits:
         finding.suspects, finding.culprits = tuple(sorted({*finding.suspects, *finding.culprits})), ()
         finding.confidence = "undecided"
@@ -125,10 +125,11 @@ def _unproven(finding: Finding | None) -> Finding | None:
 def _until(
     meeting: tuple[GroupKey, int] | None, deviations: list[Deviation], witnesses: Mapping[int, Witness]
 ) -> list[Deviation]:
-    """Keep the deviations that a rank made before it issued the collective ``meeting``, (group, sequence number).
+    """Keep the deviations that a rank made before it issued a certain collective.
 
-    Only times of the same rank are compared. Ranks that did not issue this collective are left out. If ``meeting`` is
-    None, keep all deviations.
+    meeting   (group, sequence number) of this collective; if it is None, all deviations are kept
+
+    Only times of the same rank are compared. Deviations of ranks that did not issue this collective are left out.
     """
     if meeting is None:
         return deviations
@@ -171,7 +172,7 @@ def _plan_finding(
 ) -> Finding | None:
     """Explain a hang by members of a group that declared different schedules for the same step.
 
-    Suspects are the ranks that changed their schedule, or else the minority.
+    The suspects are the ranks that changed their schedule. If no rank changed it, they are the minority.
     """
     if schedule_divergence is None:
         return None

@@ -1,8 +1,7 @@
 """Explain a hang of a program that declares no schedule: which rank left the repeating pattern of its own steps?
 
 We call this pattern the rank's rhythm. A rank is named if it left its rhythm, all other ranks kept theirs, and another
-rank waits for it. Ranks are not compared with each other, so each may have another pattern, like the stages of a
-pipeline.
+rank waits for it. Ranks are not compared with each other, so each rank may have its own pattern, as in a pipeline.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class _Break:
 
     @property
     def skipped(self) -> int:
-        """How many operations of the pattern the rank left out before it went on; 0 if this is no explanation."""
+        """How many operations of the pattern the rank left out; 0 if the pattern did not go on after them."""
         for count in range(1, len(self.due)):
             rest = [*self.due[count:], *self.due[:count]]
             if all(_key(came) == _key(due) for came, due in zip(self.events, rest, strict=False)):
@@ -52,7 +51,7 @@ class _Break:
 
     @property
     def extra(self) -> int:
-        """How many additional operations the rank issued before the pattern went on; 0 if this is no explanation."""
+        """How many additional operations the rank issued; 0 if the pattern did not go on after them."""
         for count in range(1, len(self.events)):
             if all(_key(came) == _key(due) for came, due in zip(self.events[count:], self.due, strict=False)):
                 return count
@@ -60,17 +59,18 @@ class _Break:
 
     @property
     def in_pattern(self) -> bool:
-        """Whether the pattern contains the first operation that the rank issued here, also from another call site."""
+        """Whether the pattern contains the first operation that the rank issued here. Call sites are not compared."""
         return any(self.events[0].sig == due.sig for due in self.due)
 
 
 def rhythm_finding(
     witnesses: Mapping[int, Witness], awaited: Collection[int], until: tuple[GroupKey, int] | None = None
 ) -> Finding | None:
-    """Name the rank that left its repeating pattern. None unless it is the only one, and others wait for it.
+    """Name the rank that left its repeating pattern. None unless only one rank left it, and others wait for this rank.
 
     awaited  the ranks that others wait for
-    until    the collective that ranks paired wrongly, if they did: only what came before it can be the cause
+    until    (group, sequence number) under which ranks issued different collectives, and some ranks completed them;
+    None if there is none. What a rank did after this collective cannot be the cause
     """
     broken: dict[int, _Break] = {}
     if len(witnesses) < 2 or any(NEEDED not in witness.knows for witness in witnesses.values()):

@@ -52,7 +52,7 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 def _only_quiet(case: Case, finding: Finding) -> Finding:
     """Remove each culprit that recorded an event within the quiet window.
 
-    It has not worked for long, and in a healthy run, too, ranks are often outside collectives.
+    Such a rank has worked only for a short time. In a healthy run, too, ranks are often outside collectives.
     """
     if not case.all_know(Knows.TIME):
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
@@ -76,7 +76,7 @@ def _moved(case: Case, rank: int) -> bool:
 
 
 def signs_of_life(case: Case, rank: int) -> list[str]:
-    """Find evidence that a rank works: a recent heartbeat, or processor use. Returns one sentence for each."""
+    """Return the evidence that a rank works, in phrases: its last heartbeat, and its processor use."""
     rank_state, cores = case.rank_states[rank], case.facts.cores.get(rank, 0.0)
     signs = []
     if rank_state.beat_s is not None:
@@ -87,9 +87,9 @@ def signs_of_life(case: Case, rank: int) -> list[str]:
 
 
 def may_wait_for_device(case: Case, rank: int) -> bool:
-    """Whether a rank may in truth wait for its device.
+    """Whether a rank that seems to work may wait for its device.
 
-    It is outside any collective, has queued collectives on the device, and shows no other work.
+    Such a rank is outside any collective, has queued collectives on the device, and shows no other work.
     """
     rank_state = case.rank_states[rank]
     has_queued = any(key[0] in case.queued and issued for key, issued in rank_state.issued.items())

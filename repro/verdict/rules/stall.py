@@ -76,7 +76,7 @@ def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
 def left_by_some(case: Case) -> Verdict:
     """Judge waits in a collective that every member has issued and some have left: `slow` or `inconclusive`.
 
-    The members that still wait are about to return, or their witness is out of date.
+    Either the members that still wait are about to return, or their witness is out of date.
     """
     lines: list[str] = []
     ranks: set[int] = set()
@@ -97,7 +97,7 @@ def left_by_some(case: Case) -> Verdict:
 def _moves(case: Case, node: Node) -> list[str]:
     """Find evidence against a stall: the collective may make progress, or other evidence contradicts a witness.
 
-    Returns a sentence for each.
+    Returns one sentence for each piece of evidence.
     """
     (group, members), _ = node.collective
     lines = [
@@ -137,9 +137,9 @@ def _doubts(case: Case, members: Sequence[int]) -> list[str]:
 
 
 def _pending_elsewhere(case: Case, node: Node) -> list[str]:
-    """Describe members that issued the collective of ``node``, but now do something else than wait in it.
+    """Describe members that issued the collective of ``node``, but do not wait in it now.
 
-    Their part of the collective may still make progress.
+    The collective may still make progress on these members.
     """
     (_, members), _ = node.collective
     together: dict[str, list[int]] = {}

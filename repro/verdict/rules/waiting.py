@@ -1,6 +1,7 @@
-"""Judge waits that form no cycle, if no rank died. Follow them from rank to rank, and judge by what the last rank does.
+"""Judge waits that form no cycle, if no rank died. The waits lead from rank to rank; the state of the last rank
+decides.
 
-It works, is done, left no usable witness, or waits in a collective that all members have entered.
+The last rank works, is done, left no usable witness, or waits in a collective that all members have entered.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _waits_for_done(case: Case) -> Verdict:
 
 
 def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
-    """Judge collectives that every member issued, but that cannot complete, because a done member's process ended."""
+    """Judge collectives that every member issued, but that cannot complete because the process of a member ended."""
     done = case.waits.ends["done"]
     verdict = deadlock(case, nodes[:1])
     lines = [f"{name_ranks(sorted(node.cannot_return & done))} ended before {node.name} completed" for node in nodes]
@@ -125,7 +126,8 @@ def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
 def _ranks_with_requests(case: Case, done: set[int], waiting: Sequence[int]) -> list[int]:
     """Find the waiting ranks that have live requests in a step that no rank of ``done`` has begun.
 
-    They show that the ranks of ``done`` stopped too early. A rank counts only if it declared a schedule for the step.
+    Such ranks show that the ranks of ``done`` stopped too early. A rank counts only if it declared a schedule for the
+    step.
     """
     last = {rank: steps_of(case.witnesses[rank], 1) for rank in {*done, *waiting} if rank in case.witnesses}
     begun = (case.witnesses[rank].last for rank in done if rank in case.witnesses)
@@ -136,7 +138,7 @@ def _ranks_with_requests(case: Case, done: set[int], waiting: Sequence[int]) -> 
 
 
 def _outsider(case: Case, node: Node) -> Verdict:
-    """Judge a wait for a lock that no rank holds: another process holds it, or none, or the holder is not known."""
+    """Judge a wait for a lock that no rank holds: another process or no process holds it, or the holder is unknown."""
     pid = node.outside
     unseen = case.ranks("missing", "hidden")
     if unseen:

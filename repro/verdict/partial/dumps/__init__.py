@@ -1,1 +1,1 @@
-"""Rules for recorder dumps, and their shared parts: moments, members, waits."""
+"""Rules for Flight Recorder dumps. judge.py applies them in order."""

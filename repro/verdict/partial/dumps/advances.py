@@ -17,7 +17,7 @@ LATE_S = 1.0
 
 
 def judge_advance(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Report `slow` if ranks waited for others in the earlier dumps, but no rank does so in the later dumps."""
+    """Report `slow` if ranks waited for others in the earlier dumps, and none waits for others in the later dumps."""
     moved = [rank for rank, dump in job.earlier.items() if advanced(dump, job.recorders[rank])]
     waiting = {wait.rank for wait in waits}
     if len(moved) < 2 or not waiting <= set(moved) or any(wait.missing or wait.unseen for wait in waits):
@@ -76,9 +76,9 @@ def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
 
 
 def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
-    """Return how many seconds later than the others (their median) a rank queued an operation; None if unknown.
+    """Return how many seconds later than the other members a rank queued an operation; None if this is unknown.
 
-    times   rank -> when it queued the operation
+    times   rank -> when it queued the operation. The rank is compared with the median of the other members
     """
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
     return times[rank] - median(others) if rank in times and others else None

@@ -1,4 +1,4 @@
-"""Judge waits that form a cycle: each rank of it waits in an operation that the next rank has not queued."""
+"""Judge waits that form a cycle: each rank of the cycle waits in an operation that the next rank has not queued."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _counterpart(wait: Wait) -> str:
 def _changed_order(job: JobRecords, ranks: Sequence[int]) -> list[int]:
     """Return the ranks whose last send or receive breaks the repeating pattern of their sends and receives.
 
-    [] if this is so on all ranks, or if a rank has no pattern.
+    Returns [] if all ranks break their pattern, or if a rank has no pattern.
     """
     changed = []
     for rank in ranks:

@@ -19,10 +19,11 @@ HISTORY = 2048
 class HabitBreak:
     """A rank that left the repeating pattern of its operations, and how.
 
-    kind         "skipped" if the rank then issued what comes next in the pattern, else "extra"
-    sentence     describes the place, for the evidence
-    convincing   whether the operation, with the same arguments, is elsewhere in the pattern. If not, the rank may have
-                 begun something rare (a checkpoint, an evaluation) that the other ranks should have begun, too
+    kind         "skipped" if the rank left out one operation and issued the next one of the pattern; otherwise "extra"
+    sentence     a line of evidence that says where the rank left the pattern
+    convincing   whether the pattern contains the operation that the rank issued, with the same arguments. If not, the
+                 rank may have begun something rare (a checkpoint, an evaluation), and the other ranks should have begun
+                 it, too
     """
 
     rank: int
@@ -35,10 +36,11 @@ class HabitBreak:
 class _Rhythm:
     """The repeating pattern of one rank's operations, and the rank's first unfinished operation.
 
-    keys        one period of the pattern: (group, operation, call site) of each; the first was due when the rank issued
-                the unfinished operation
-    arguments   (group, operation, sizes, types) of each operation of the same period
-    call, key   the unfinished operation: the call, and its (group, operation, call site)
+    keys        the operations of one period, each as (group, operation, call site). The pattern predicts the first of
+                them in place of ``call``
+    arguments   the operations of the same period, each as (group, operation, sizes, data types)
+    call        the unfinished operation
+    key         (group, operation, call site) of ``call``
     period      number of operations in a period
     """
 
@@ -54,11 +56,11 @@ class _Rhythm:
 
 
 def left_rhythm(job: JobRecords, waits: Sequence[tuple[int, Call]]) -> HabitBreak | None:
-    """Find the waiting rank that issued another operation than the pattern of its earlier operations predicts.
+    """Find the waiting rank that issued an operation other than the one that its earlier operations predict.
 
-    waits   (rank, the operation in which it waits)
+    waits   (rank, the operation in which it waits), for each waiting rank
 
-    Returns None unless exactly one rank did so, and the other waiting ranks have kept the same pattern.
+    Returns None unless exactly one waiting rank left its pattern, and all others kept the same pattern.
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []
@@ -102,9 +104,9 @@ def _described(job: JobRecords, rank: int, rhythm: _Rhythm) -> HabitBreak:
 
 
 def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
-    """Find the repeating pattern of the operations in a dump. None if there is none, or if no operation is unfinished.
+    """Find the repeating pattern of the operations in a dump. None if there is no pattern or no unfinished operation.
 
-    framed   whether two operations must have the same call site to be equal
+    framed   whether operations with different call sites count as different
     """
     ordered = dump.newest(HISTORY)
     names = {id(record): [_name(record, form, framed) for form in record.calls.forms] for record in dump.groups}
@@ -122,11 +124,11 @@ def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
 
 
 def _name(record: GroupRecord, form: Form, framed: bool) -> tuple[str, str, str]:
-    """Return (group, name, call site) of an operation. Two operations of a pattern are equal if these are equal."""
+    """Return (group, name, call site) of an operation. Two operations count as equal if these three are equal."""
     return record.group.name, form.op, program_frames(form.frames, 1) if framed else ""
 
 
 def _site_in_stack(job: JobRecords, rank: int) -> str:
-    """Return the call site of the collective that a rank's stack is in; "" if it is in none."""
+    """Return the call site of the collective in which a rank's stack is; "" if the stack is in no collective."""
     stacks = job.main_stacks().get(rank, [])
     return program_frames(stacks[-1].frames, 3) if stacks and stacks[-1].activity == "collective" else ""

@@ -73,7 +73,11 @@ def _several_jobs(job: JobRecords) -> Diagnosis:
 
 
 def _all_there(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge waits in an operation that every member with a dump has queued: `stall` if all members have a dump."""
+    """Judge waits in an operation that every member with a dump has queued.
+
+    The verdict is `stall` if all members are known and each has a dump with the arguments; otherwise it is
+    `inconclusive`.
+    """
     if not waits:
         return None
     first = min(waits, key=lambda wait: wait.call.at_s or 0.0)

@@ -1,4 +1,4 @@
-"""Join the process groups of all dumps: which ranks are members of a group, and what each of them recorded in it."""
+"""Join the process groups of all dumps: which ranks are members of a group, and what each member recorded in it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from repro.trace.foreign.records import Group, GroupRecord, RecorderDump
 
 
 def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDump]:
-    """Fill in the members and the names of groups that a dump lacks, from the dumps of other ranks.
+    """Add the members and names of groups to dumps that do not have them. They come from the dumps of other ranks.
 
-    A gloo dump does not list members: all ranks with entries of the group count as members. A dump that has only the
-    counters of a group names the group by its id: another rank's dump has the name for this id.
+    A gloo dump does not list the members of a group: then all ranks whose dumps have entries of this group count as
+    members. If a dump has only the counters of a group, it has the id of the group, but not its name: then another
+    rank's dump has the name for this id.
     """
     recorded: dict[str, set[int]] = {}
     names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that use this name
@@ -52,5 +53,5 @@ def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, Gr
 
 
 def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:
-    """Whether a dump lists the members of the group. If not, as on gloo, a member may exist that has no entries."""
+    """Whether a dump lists the members of the group. If none does, as on gloo, members without entries may exist."""
     return any(known.name == group.name and known.members for dump in recorders.values() for known in dump.configured)

@@ -64,9 +64,9 @@ def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
 
 
 def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
-    """Return number of ranks in the default group -> the ranks whose dump says so.
+    """Return number of ranks in the default group -> the ranks whose dump has this number.
 
-    Several numbers mean that the dumps are of several jobs.
+    If there are several numbers, the dumps are of several jobs.
     """
     sizes: dict[int, list[int]] = {}
     for dump in dumps:
@@ -78,9 +78,10 @@ def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
 
 
 def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, str]:
-    """Find dumps that are older than those of the other ranks, and return rank -> why.
+    """Find dumps that are older than the dumps of other ranks. Return rank -> why its dump is older.
 
-    The proof: another member has completed an operation that needs all members, but this rank has not queued it yet.
+    A dump is older if another member has completed an operation that needs all members, and the dump ends before this
+    operation.
     """
     stale: dict[int, str] = {}
     for group, records in groups.items():
@@ -125,7 +126,7 @@ def describe_equal(ranks: Sequence[int]) -> str:
 
 
 def advanced(before: RecorderDump, after: RecorderDump) -> bool:
-    """Whether the rank queued or completed an operation between these two dumps of it."""
+    """Whether a rank queued or completed an operation between two of its dumps."""
     old, new = _positions(before), _positions(after)
     return any(new[key] > old[key] for key in old.keys() & new.keys()) or bool(new.keys() - old.keys())
 
@@ -144,7 +145,7 @@ def _detail(dump: RecorderDump) -> tuple[int, int]:
 
 
 def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
-    """Return group -> (number of the last collective queued, of the last completed), from the entries of the dump."""
+    """Return group -> (number of the last queued collective, number of the last completed one), from the entries."""
     result = {}
     for record in dump.groups:
         queued = record.calls.last_number()
@@ -159,7 +160,10 @@ def _same_moment(one: RecorderDump, two: RecorderDump) -> bool:
 
 
 def _same_process(before: RecorderDump, after: RecorderDump) -> bool:
-    """Whether two dumps can be of the same process: entries in both have equal times, and no number is lower later."""
+    """Whether two dumps can be of the same process.
+
+    Entries that are in both dumps must have equal times. In no group may the last number of the later dump be lower.
+    """
     old = {record.group.name: record.calls.times_by_number() for record in before.groups}
     for record in after.groups:
         times_s = old.get(record.group.name, {})

@@ -19,9 +19,9 @@ operation that it does not know."""
 
 
 def different_arguments(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
-    """Judge the earliest operation that members of a group queued with different arguments, or as another operation.
+    """Judge the earliest difference: members of a group queued different operations or arguments under one number.
 
-    If a member's dump has no arguments, only the name of the operation is compared.
+    If a member's dump has no arguments, only the names of the operations are compared.
     """
     knows = {rank: dump.knows for rank, dump in job.recorders.items()}
     differences = []
@@ -43,17 +43,18 @@ def different_arguments(job: JobRecords, groups: Mapping[Group, Mapping[int, Gro
 
 
 Sides = list[list[tuple[int, Call]]]
-"""The different operations under one number: for each, a list of (rank, call) of the ranks that queued it."""
+"""The different operations under one sequence number. Each inner list has (rank, call) of all ranks that queued the
+same operation."""
 
 
 def _first_difference(
     records: Mapping[int, GroupRecord], compared: Callable[[Call | Form], tuple[object, ...]]
 ) -> tuple[int, Sides] | None:
-    """Return the lowest number under which members queued different operations, and these operations.
+    """Return the lowest sequence number under which members queued different operations, and these operations.
 
-    compared   returns the fields of a call that must be equal
+    compared   returns the fields of a call that must be equal on all members
 
-    None if there is no such number. The time is linear in the number of calls.
+    Returns None if the operations do not differ. The time is linear in the number of calls.
     """
     first: dict[int, tuple[object, ...]] = {}
     differing: set[int] = set()
@@ -83,7 +84,7 @@ def _operation(call: Call | Form) -> tuple[object, ...]:
 def _comparable(call: Call | Form) -> tuple[object, ...]:
     """Return the fields of a call that must be equal on all members.
 
-    For an operation with a root, such as broadcast, the sizes are left out: only the root has all of them.
+    For an operation with a root, such as broadcast, the sizes are not compared, because only the root has all sizes.
     """
     if call.op in ("gather", "scatter", "reduce", "broadcast"):
         return call.op, call.dtypes[:1]
@@ -105,9 +106,9 @@ def _sides(
     records: Mapping[int, GroupRecord],
     is_first: bool,
 ) -> Diagnosis:
-    """Make the diagnosis of different operations under one number.
+    """Make the diagnosis for members of a group that queued different operations under one sequence number.
 
-    is_first   whether it is known that no earlier operation differed; only then may a rank be named as the culprit
+    is_first   whether it is certain that no earlier operation differed. Only then may a rank be named as the culprit
     """
     shown = replace(group, description=next(iter(records.values())).group.description)
     sides = sorted(sides, key=lambda side: (len(side), side[0][0]))

@@ -64,7 +64,10 @@ def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupReco
 
 
 def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
-    """Whether no stack contradicts that the processes stopped: none shows work, a wait for a lock, or a collective."""
+    """Whether the stacks allow that these processes stopped.
+
+    A process has not stopped if its last stack shows that it works, waits for a lock, or is in a collective.
+    """
     stacks = [rows[-1] for rank, rows in job.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)
 

@@ -15,7 +15,7 @@ class Wait:
 
     call      the operation
     missing   members whose dump shows that they have not queued it
-    unseen    members of which no dump shows whether they have queued it
+    unseen    members for which no dump shows whether they have queued it
     at        the place of the entry in the dump
     """
 
@@ -28,10 +28,10 @@ class Wait:
 
 
 def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
-    """Return the waits of all ranks: in each group the oldest unfinished collective, and the oldest send or receive.
+    """Return the waits of all ranks: in each group, the oldest unfinished collective and send or receive.
 
-    A member whose complete dump has no entries of the group has queued nothing in it. If older entries of the dump were
-    overwritten, the dump does not show this, and the member counts as unseen.
+    A member whose complete dump has no entries of the group has queued nothing in it. If the oldest entries of a dump
+    were overwritten, some of them may have been of this group: then the member counts as unseen.
     """
     waits = []
     wrapped = any(dump.wrapped for dump in dumps.values())
@@ -67,8 +67,9 @@ def _transfer_missing(
 ) -> tuple[int, ...]:
     """Return the peer of a send or receive, if the peer has not queued the matching operation; else ().
 
-    The k-th send to a rank matches the k-th receive there, so the operations are counted. If older entries were
-    overwritten, they cannot be counted: then any unfinished operation of the peer with this rank counts as matching.
+    The k-th send of a rank to its peer matches the k-th receive of the peer from this rank, so both are counted. If
+    older entries were overwritten, the counts are not known. Then any unfinished receive (or send) between the two
+    ranks is taken as the matching one.
 
     place   the index of the send or receive in ``record.calls``
     """
@@ -84,7 +85,7 @@ def _transfer_missing(
 
 
 def cycle_of(waits: Sequence[Wait]) -> list[Wait]:
-    """Return waits that form a cycle: the rank of the next wait has not queued the operation. [] if there is none."""
+    """Return waits that form a cycle: each is a wait for the rank of the next one. [] if there is no cycle."""
     by_rank: dict[int, list[Wait]] = {}
     for wait in waits:
         by_rank.setdefault(wait.rank, []).append(wait)

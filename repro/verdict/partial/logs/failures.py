@@ -50,7 +50,7 @@ def judge_failures(job: JobRecords) -> Diagnosis | None:
 
 
 def _has_ended(failure: Failure) -> bool:
-    """Whether this is the line of an engine that saw one of its workers end without knowing why."""
+    """Whether an engine logged that one of its workers ended. Such a line does not say why the worker ended."""
     return failure.kind == "ended" and failure.process.role == "worker" and failure.process.rank is not None
 
 
@@ -91,8 +91,8 @@ def _line(record: Failure | TimedOut) -> int:
 def _seen_waiting(job: JobRecords) -> set[int]:
     """Return the ranks that were certainly alive during the hang.
 
-    A stack shows their process, a dump shows them in an unfinished operation, or a watchdog reported the same time-out
-    on them and on other ranks.
+    A rank was alive if its process has a stack, if its dump has an unfinished operation, or if its watchdog and the
+    watchdog of another rank reported the same time-out.
     """
     waiting = {rank for rank, dump in job.recorders.items() if any(record.pending for record in dump.groups)}
     alive = {rank for rank, rows in job.main_stacks().items() if rows[-1].activity != "exit"}
@@ -107,7 +107,7 @@ def _seen_waiting(job: JobRecords) -> set[int]:
 def _first(roots: Sequence[Failure]) -> Failure | None:
     """Return the earliest error by time stamp; None if the time stamps may be of different time zones.
 
-    If a line has no time stamp, return the most severe error, or None if several ranks have an error as severe.
+    If a line has no time stamp, return the most severe error; None if several ranks have errors of this severity.
     """
     stamped = [record for record in roots if record.at_s is not None]
     if stamped and len(stamped) == len(roots):
@@ -120,7 +120,10 @@ def _first(roots: Sequence[Failure]) -> Failure | None:
 
 
 def _zones_may_differ(one: Failure, two: Failure) -> bool:
-    """Whether the time stamps of two errors may be of different time zones: they differ by about n half hours."""
+    """Whether the time stamps of two errors may be of different time zones.
+
+    Then their difference is close to a multiple of half an hour.
+    """
     gap = abs((one.at_s or 0.0) - (two.at_s or 0.0))
     if one.source.file == two.source.file or one.process.rank == two.process.rank or gap < ZONE_S - ZONE_SLACK_S:
         return False
@@ -183,7 +186,7 @@ def _crash(job: JobRecords, first: Failure) -> Diagnosis:
 
 
 def _closed(job: JobRecords, rank: int | None) -> list[str]:
-    """Return a sentence on the ranks whose NCCL log says that this rank closed its connection; [] if none says so."""
+    """Return a sentence on the ranks whose NCCL log says that ``rank`` closed its connection; [] if no log says it."""
     notes = [
         record for record in job.notes if record.kind == "local rank" and rank is not None and record.value == str(rank)
     ]
@@ -209,8 +212,8 @@ _COLLECT = {
                "in the program, the memory in use before the error: torch.cuda.memory_summary()"),
     "device": ("the kernel that failed, by CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer, and on the host of that rank: "
                "dmesg -T | grep -i xid",),
-    "killed": ("the exit code in the launcher's log, and on the host of that rank who sent the signal: dmesg -T | "
-               "grep -iE 'oom|killed process'",),
+    "killed": ("the exit code in the launcher's log, and what killed the process, on the host of that rank: "
+               "dmesg -T | grep -iE 'oom|killed process'",),
     "exception": ("the traceback of that rank from its beginning",),
     "ended": ("the exit code of that process, from its launcher, and who ended it, on its host: "
               "dmesg -T | grep -iE 'oom|killed process'",),

@@ -1,5 +1,5 @@
 """Judge logs of NCCL_DEBUG=INFO. They show which operations each process launched on a communicator, but not which
-completed."""
+operations completed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def judge_launches(job: JobRecords) -> Diagnosis | None:
 
 
 def _different(group: Group, rows: Mapping[int, Launches]) -> list[str]:
-    """Return a sentence on the first launch in which members of a group launched different operations; [] if none."""
+    """Return a sentence on the first launch whose operation differs between members of a group; [] if none differs."""
     calls = {(call.seq, rank): call for rank, row in rows.items() for call in row.calls if call.seq is not None}
     by_number: dict[int, dict[int, str]] = {}
     for (number, rank), call in calls.items():

@@ -1,4 +1,4 @@
-"""Judge lines that report different arguments: of TORCH_DISTRIBUTED_DEBUG=DETAIL, or of NCCL's network code."""
+"""Judge log lines in which TORCH_DISTRIBUTED_DEBUG=DETAIL, or NCCL's network code, reports different arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repro.verdict.partial.words import arguments, ranks_of, verb
 def judge_mismatches(job: JobRecords) -> Diagnosis | None:
     """Judge reports of TORCH_DISTRIBUTED_DEBUG=DETAIL, which compares the arguments before each collective.
 
-    Each rank reports the first rank that differs from itself, so the reported rank may be right: it is only a suspect.
+    Each rank reports the first rank that differs from itself. The reported rank may be right, so it is only a suspect.
     """
     if not job.mismatches:
         return None
@@ -58,10 +58,10 @@ def judge_mismatches(job: JobRecords) -> Diagnosis | None:
 
 
 def judge_message_sizes(job: JobRecords) -> Diagnosis | None:
-    """Judge a line of NCCL that a message of an unexpected size arrived: two ranks called a collective differently.
+    """Judge a line in which NCCL reports a message of an unexpected size: two ranks called a collective differently.
 
-    A stopped device or network does not cause this. The line does not show which rank is wrong. Dumps of both ranks, or
-    an error that ended a process, prove more: then other rules judge.
+    A stopped device or network does not cause such a line. The line does not show which rank is wrong. This rule is not
+    used if an error ended a process, or if dumps show the different arguments: then other rules prove more.
     """
     rows = [note for note in job.notes if note.kind == "sizes"]
     ended = [record for record in job.failures if record.kind in ("memory", "device", "killed")]

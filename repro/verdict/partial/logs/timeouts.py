@@ -1,4 +1,4 @@
-"""Judge lines of torch's watchdog: which ranks wait in a collective, which have not queued it, which wait elsewhere."""
+"""Judge lines of torch's watchdog: which ranks wait in a collective, and which have not queued it."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def judge_timeouts(job: JobRecords) -> Diagnosis | None:
 
 
 def _row(timeout: TimedOut, progress: Sequence[Progress]) -> Progress | None:
-    """Return the counters that belong to a time-out: those that the same watchdog printed for the same group.
+    """Return the counters that belong to a time-out: the same watchdog printed them, for the same group.
 
-    Other counters in the log of this rank are of other groups. For example, torch prints the counters of the default
+    The log of a rank may also have counters of other groups. For example, torch prints the counters of the default
     group when it asks for a Flight Recorder dump.
     """
     fitting = [
@@ -73,7 +73,7 @@ def _fits(row: Progress, timeout: TimedOut) -> bool:
 
 
 def _distance(row: Progress, timeout: TimedOut) -> tuple[bool, int]:
-    """Return how far the lines of the two records are apart, as a sort key: (in different files, number of lines)."""
+    """Return how far two log lines are apart, as a sort key: (whether they are in different files, number of lines)."""
     places = [re.search(r"\d+", source.place) for source in (row.source, timeout.source)]
     lines = [int(place[0]) if place else 0 for place in places]
     return row.source.file != timeout.source.file, abs(lines[0] - lines[1])
@@ -85,13 +85,13 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 
 
 def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
-    """Return rank -> its counters in the group that hangs, which is the group of ``row``."""
+    """Return rank -> its counters in the group of ``row``, which is the group that hangs."""
     same_group = [record for record in job.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}
 
 
 def _waits_elsewhere(job: JobRecords, rank: int) -> bool:
-    """Whether a rank waits in another collective: a gloo error in its log, or its stack, shows it."""
+    """Whether a gloo error in the log of a rank, or its stack, shows that the rank waits in another collective."""
     return any(record.seen_by.rank == rank and record.text.startswith("gloo") for record in job.left) or any(
         stack.activity == "collective" for stack in job.main_stacks().get(rank, [])
     )
@@ -190,7 +190,7 @@ def _ranks(timeouts: Sequence[TimedOut]) -> list[int]:
 
 
 def _several_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
-    """Judge time-outs in several groups. The log lines do not show which ranks are members of which group."""
+    """Judge time-outs in several groups. The log lines do not list the members of these groups."""
     return _unordered(
         calls, rows, "The ranks wait in several groups, and the lines do not list the members of a group: some of "
                      "these waits may follow from others.",
@@ -276,7 +276,7 @@ def _same_call(
 def _group_ranks_only(job: JobRecords) -> Diagnosis:
     """Judge the time-outs that torch 2.1 and older print.
 
-    The lines have group ranks, but do not name the group. So lines with equal numbers may be of several groups.
+    The lines have group ranks, but do not name the group. So equal sequence numbers may be of several groups.
     """
     ranks = sorted({record.group_rank for record in job.timeouts if record.group_rank is not None})
     calls = {(record.call.op, record.call.seq, record.call.sizes) for record in job.timeouts}

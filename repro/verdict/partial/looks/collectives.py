@@ -29,6 +29,7 @@ MESSAGES = {"idle", "queue"}
 Key = tuple[str, str]
 """(operation, group) of the collective in which a rank waits."""
 ANY_DATA, ANYTHING = "any operation with data", "any operation"
+"""What `_key` returns as the operation if a stack does not show it."""
 WITH_DATA = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", ANY_DATA}
 
 
@@ -44,7 +45,7 @@ def judge_waiting_ranks(job: JobRecords) -> Diagnosis | None:
 
 
 def _ring(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge a cycle of sends and receives: each peer is itself in a send or receive that does not match."""
+    """Judge a cycle of sends and receives: each rank waits for a peer whose own send or receive does not match."""
     edges = {rank: peer for rank, peer in _transfers(looks) if peer in looks and not _matches(looks, rank, peer)}
     cycle = _cycle(edges)
     if not cycle:
@@ -69,7 +70,7 @@ def _transfers(looks: Mapping[int, RankLook]) -> Iterator[tuple[int, int]]:
 
 
 def _matches(looks: Mapping[int, RankLook], rank: int, peer: int) -> bool:
-    """Whether the peer is in the receive that matches this rank's send, or the reverse."""
+    """Whether the send or receive of the peer matches the send or receive of this rank."""
     own, other = looks[rank].stack, looks[peer].stack
     if own is None or other is None or other.detail not in TRANSFERS:
         return False
@@ -87,7 +88,7 @@ def _cycle(edges: Mapping[int, int]) -> list[int]:
 
 
 def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that wait in different collectives, if all groups contain all ranks: no collective can complete."""
+    """Judge ranks that wait in different collectives. If all groups contain all ranks, no collective can complete."""
     sides: dict[Key, list[int]] = {}
     for rank, look in looks.items():
         sides.setdefault(_key(look), []).append(rank)
@@ -120,7 +121,7 @@ def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | No
 def _key(look: RankLook) -> Key:
     """Return (operation, group) of the collective in which a rank waits.
 
-    The operation is ANYTHING or ANY_DATA if the stack does not show which one it is.
+    If the stack does not show the operation, it is ANYTHING, or ANY_DATA if the operation certainly transfers data.
     """
     stack = look.stack
     if stack is None or stack.detail in POLLING or stack.detail.startswith(("a wait", "wait ")):
@@ -131,14 +132,14 @@ def _key(look: RankLook) -> Key:
 
 
 def _differ(one: str, two: str) -> bool:
-    """Whether two operations, as `_key` names them, are certainly different."""
+    """Whether two operations that `_key` returned are certainly different."""
     if ANYTHING in (one, two):
         return False
     return not {one, two} <= WITH_DATA if ANY_DATA in (one, two) else one != two
 
 
 def _are_apart(looks: Mapping[int, RankLook], groups: set[str]) -> bool:
-    """Whether it is certain that these names are of different process groups, by the variables in the stacks."""
+    """Whether the variables in the stacks prove that these group names belong to different process groups."""
     named = groups - {"default"}
     if len(named) < len(groups) and len(named) == 1:
         return True  # one group is the default group, the other was passed to the call
@@ -188,10 +189,11 @@ def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _moved(look: RankLook) -> bool:
-    """Whether a rank did more between the two looks than to poll in one wait, and waited only for other ranks.
+    """Whether a rank moved on between the two looks, and waited for nothing but other ranks.
 
-    A worker of a serving engine waits in every step for the next message of its engine. If one look shows it in this
-    wait and another look elsewhere, it has moved.
+    A rank that only polled in one wait has not moved on. A worker of a serving engine waits in every step for the next
+    message of its engine. If one look shows the worker in this wait and another look shows it elsewhere, the worker has
+    moved on.
     """
     activities = {stack.activity for stack in look.stacks}
     elsewhere = activities & set(WAITING) - set(AMONG_RANKS)

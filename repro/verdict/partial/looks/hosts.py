@@ -42,7 +42,7 @@ def judge_places_of_ranks(job: JobRecords) -> Diagnosis | None:
     still = [look.rank for look in looks if look.still]
     moved = f"; {ranks_of(still)} did nothing between the two looks" if still else ""
     return Diagnosis.inconclusive(
-        f"The looks show where the ranks are{moved}, and not who waits for whom.",
+        f"The looks show where the ranks are{moved}, but not which rank waits for which.",
         *(f"Rank {look.rank} {look.at}." for look in looks[:6]),
         collect=("a second `collect`, a minute later: a rank that has moved on does not hang", "recorder"),
     )
@@ -72,7 +72,7 @@ def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
     others = [look for rank, look in looks.items() if rank not in stopped]
     if not stopped:
         return None
-    # a rank that spins while it waits does not look idle, so not all others need to stand still
+    # a rank that spins while it waits does not look idle, so the other ranks need not all stand still
     all_stand = bool(others) and all(map(_stands, others))
     how = "a debugger" if any(looks[rank].last.state == "t" for rank in stopped) else "a signal (SIGSTOP, Ctrl-Z)"
     lines = [f"Rank {rank} is in state {looks[rank].last.state} in both looks ({looks[rank].last.source})"
@@ -118,7 +118,10 @@ def _what_is_built(look: RankLook) -> str:
 
 
 def _absent(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that are in no collective while all others wait: `stall` if they do nothing, `slow` if they work."""
+    """Judge ranks that are in no collective while all others wait.
+
+    The verdict is `stall` if none of these ranks does anything, and `slow` if one works.
+    """
     waiting = [look for look in looks.values() if look.waits or look.spins or (look.stack is None and look.still)]
     outside = [look for look in looks.values() if look not in waiting]
     if not waiting or not outside or not _all_seen(job, looks):

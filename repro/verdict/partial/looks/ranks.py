@@ -107,7 +107,7 @@ class RankLook:
 
     @property
     def same_frames(self) -> bool:
-        """Whether all looks show the same frames of the program. Frames of libraries that it calls may differ."""
+        """Whether all looks show the same frames of the program itself. The frames of torch may differ."""
         return len(self.stacks) > 1 and len({program_frames(stack.frames, 6) for stack in self.stacks}) == 1
 
     @property
@@ -122,7 +122,7 @@ class RankLook:
 
     @property
     def spins(self) -> bool:
-        """Whether the rank waits in a collective by spinning: SPINNING_LOOKS looks or more show the same frames."""
+        """Whether the rank spins in a collective: all its stacks, at least SPINNING_LOOKS, show the same frames."""
         collective = all(stack.activity in AMONG_RANKS for stack in self.stacks)
         return len(self.stacks) >= SPINNING_LOOKS and collective and len({stack.frames for stack in self.stacks}) == 1
 
@@ -188,7 +188,7 @@ def call_of(look: RankLook) -> str:
 
 
 def build_lines(look: RankLook) -> list[str]:
-    """Return a sentence for each compiler that the rank runs, and one on where the rank itself is during the build."""
+    """Return a sentence for each compiler that the rank runs, and one that says where the rank itself is."""
     lines = [
         f"Rank {look.rank} has had the child process {child.pid} for {child.age_s:.0f} s, with {child.cpu_s:.1f} s of "
         f"processor time: {_short(child)} ({look.last.source})"
@@ -200,7 +200,7 @@ def build_lines(look: RankLook) -> list[str]:
 
 
 def _short(child: Child) -> str:
-    """Shorten a compiler's command to its name, module and source file: "nvcc module moe_ops kernel.cu".
+    """Shorten the command of a compiler to its name, the module and the source file: "nvcc module moe_ops kernel.cu".
 
     If the command has no source file, return its beginning.
     """

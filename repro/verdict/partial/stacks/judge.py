@@ -45,7 +45,10 @@ def _place(stack: Stack) -> str:
 def _builder(
     job: JobRecords, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Judge ranks that build a kernel while others wait for a lock or in a collective: `slow`; the builder is named."""
+    """Judge ranks that build a kernel, or do other work, while other ranks wait for a lock or in a collective.
+
+    The verdict is `slow`. The ranks that work are the culprits.
+    """
     working = sorted(rank for name in WORKING for rank in by_activity.get(name, []))
     locked = by_activity.get("lock", [])
     waiting = sorted({*locked, *by_activity.get("collective", []), *by_activity.get("idle", [])})
@@ -82,7 +85,8 @@ def _queues(
 ) -> Diagnosis | None:
     """Judge a server in which all workers wait for messages of their engine.
 
-    If the engine waits for an answer of a worker, a message may be lost, or this is a normal moment.
+    If the engine waits for an answer of a worker, either a message was lost, or the stacks were taken between two
+    steps.
     """
     idle = by_activity.get("idle", [])
     if not idle or len(idle) < len(rows):

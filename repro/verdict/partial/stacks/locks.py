@@ -1,4 +1,4 @@
-"""Judge a file lock for which ranks wait while no rank builds, with Flight Recorder dumps or by stacks alone.
+"""Judge a file lock for which ranks wait while no rank builds. The evidence is stacks, and dumps if there are any.
 
 A stack does not show which process holds a lock. A rank is named as the holder only if no other rank can hold it. So
 the stack of every rank must be known.
@@ -15,11 +15,14 @@ from repro.verdict.partial.dumps.waits import Wait
 from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import WORKING, call_in, program_frames, ranks_of, verb
 
-HOLDER = "who holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev/null | grep -i lock"
+HOLDER = "which process holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev/null | grep -i lock"
 
 
 def judge_lock_across(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge ranks whose stacks wait for a lock, while the dumps show that other ranks wait for them in a collective."""
+    """Judge ranks that wait for a lock, while other ranks wait for them in a collective.
+
+    The stacks show the wait for the lock. The Flight Recorder dumps show the wait in the collective.
+    """
     stacks = {rank: rows[-1] for rank, rows in job.main_stacks().items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
     blocked = [wait for wait in waits if set(wait.missing) & set(locked)]
@@ -86,7 +89,7 @@ def _across(
 ) -> Diagnosis:
     """Judge ranks that wait for a lock, while the ranks `inside` wait for them in a collective.
 
-    whole   whether every rank was seen, so that only a rank in the collective can hold the lock
+    whole   whether every rank was seen. Only then is it certain that a rank in the collective holds the lock
     """
     summary = (
         f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for {stacks[locked[0]].detail}, and "
@@ -95,8 +98,8 @@ def _across(
     if not whole:
         return Diagnosis(
             "inconclusive", "", (), tuple(inside), "undecided",
-            (summary, "If a rank in the collective holds the lock, this is a deadlock. But not every rank was seen, "
-                      "or was seen twice, so a rank that builds may hold the lock."),
+            (summary, "If a rank in the collective holds the lock, this is a deadlock. But some rank was not "
+                      "seen, or was seen only once, so a rank that builds may hold the lock."),
             tuple(evidence), (), (HOLDER, COLLECT["stacks"]),
         )  # fmt: skip
     culprits = tuple(inside) if len(inside) == 1 else ()
@@ -147,5 +150,5 @@ def _place(stack: Stack) -> str:
 
 
 def _stands_still(looks: Sequence[Stack]) -> bool:
-    """Whether at least two stacks of a rank show the same wait. Innermost frames may differ, because the wait polls."""
+    """Whether at least two stacks of a rank show the same wait. The innermost frames may differ: such a wait polls."""
     return len(looks) > 1 and len({(stack.activity, stack.detail) for stack in looks}) == 1

@@ -27,7 +27,8 @@ class Place:
     name    the name of the collective
     inside  the function that issues it
     below   a function that never calls `inside`, directly or through others, such as a layer of the model
-    unless  an exception: a function between the two from which the call is right; None if there is no exception
+    unless  an exception: the call is right if this function is between `inside` and `below`; None if there is no
+            exception
     rule    a sentence that says where the program issues the collective
     """
 
@@ -57,7 +58,7 @@ PLACES = (
 
 
 def judge_places(job: JobRecords) -> Diagnosis | None:
-    """Judge ranks that are in a collective at a wrong place in the code, while all others wait in another call."""
+    """Judge ranks that issue a collective at a wrong place in the code, while all other ranks wait."""
     rows = job.main_stacks()
     found = {rank: match for rank, stacks in rows.items() if (match := _out_of_place(stacks[-1])) is not None}
     others = {rank: stacks for rank, stacks in rows.items() if rank not in found}
@@ -72,17 +73,17 @@ def judge_places(job: JobRecords) -> Diagnosis | None:
         f"{verb(ranks, 'that rank', 'those ranks')}.",
     )
     lines = tuple(_lines({rank: rows[rank] for rank in ranks}.values()) + _lines(others.values()))
-    collect = ("which code calls it there: the frames above of that rank", COLLECT["recorder"])
+    collect = ("which code calls it there: see the frames of that rank above", COLLECT["recorder"])
     still = all(_stands_still(stacks) for stacks in rows.values())
     if not still or len(ranks) > 1:
-        why = "Several ranks are there." if still else "One look may have caught the moment between two steps."
+        why = "Several ranks are at this place." if still else "One look may have caught the moment between two steps."
         return Diagnosis(
             "inconclusive", "", (), tuple(ranks), "undecided", (*summary, why), lines, (),
             ("a second set of stacks, some seconds later", *collect),
         )  # fmt: skip
     return Diagnosis(
         "deadlock", "extra", tuple(ranks), (), "likely", summary,
-        (*lines, f"All of them stand in the same place in {min(map(len, rows.values()))} looks or more."),
+        (*lines, f"Each rank is at the same place in {min(map(len, rows.values()))} looks or more."),
         ("The same call in the same layer on another rank, in an earlier step: then all ranks run a program that "
          "issues it there.",),
         collect,
@@ -90,7 +91,7 @@ def judge_places(job: JobRecords) -> Diagnosis | None:
 
 
 def _out_of_place(stack: Stack) -> tuple[Place, str] | None:
-    """Return the rule that a stack violates, and the frame of the layer in which it does; None if it violates none."""
+    """Return the Place whose rule a stack violates, and the layer's frame; None if the stack violates no rule."""
     for place in PLACES if stack.activity == "collective" else ():
         at = next((index for index, frame in enumerate(stack.frames) if place.inside.search(frame)), None)
         if at is None:

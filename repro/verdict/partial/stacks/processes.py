@@ -50,10 +50,10 @@ def judge_processes(job: JobRecords) -> Diagnosis | None:
 
 
 def _asks_early(looks: Mapping[Place, Sequence[Stack]]) -> tuple[int, ...]:
-    """Return the ranks whose engine asks the other engines for work, while their workers are still in a step.
+    """Return the ranks whose engine asks the other engines for work, while the workers of those engines are in a step.
 
-    The engines ask each other, after a fixed number of model executions, whether any rank has requests. On the returned
-    ranks the worker is idle; on all others it is in a collective. () if this does not fit.
+    The engines ask each other, after a fixed number of model executions, whether any rank has requests. The worker
+    of a returned rank is idle. If the worker of any other rank is not in a collective, () is returned.
     """
     workers = {rank: rows[-1].activity for (role, rank), rows in looks.items() if role == "worker"}
     early = tuple(

@@ -10,9 +10,9 @@ MOST_PLACES, MOST_PROCESSES = 6, 8
 
 
 def judge_unranked(job: JobRecords) -> Diagnosis | None:
-    """Judge stacks of which none has a rank.
+    """Judge stacks of processes, if the rank of no process is known.
 
-    If other stacks have a rank, this rule is not used: then a process without a rank is a launcher or a front end.
+    If the ranks of some processes are known, this rule is not used: then the others are launchers or front ends.
     """
     last: dict[int | str, Stack] = {}
     for stack in job.stacks:
