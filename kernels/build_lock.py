@@ -111,7 +111,9 @@ class BuildLock:
                 last_beat_ns, holder_beat = beat_ns, now
             if now - started > self.deadline_s or now - holder_beat > self.stale_s:
                 process = holder.words() if holder else "an unnamed process"
-                raise LockTimeout(f"{self.path} is held by {process}; last heartbeat {now - holder_beat:.1f} s ago")
+                raise LockTimeout(
+                    f"{self.path} is held by {process}; its last heartbeat was {now - holder_beat:.1f} s ago"
+                )
             time.sleep(POLL_S)
         holder = Holder(self.rank, os.getpid(), socket.gethostname(), time.time())
         self.notify("lock_held", str(self.path), os.getpid())

@@ -89,9 +89,9 @@ def num_tiles(num_rows: int, num_sequences: int, tile: int) -> int:
 def locate(tile, start_ptr, num_sequences, TILE: tl.constexpr):
     """Return (sequence, its first row, its number of rows, this tile's first row within the sequence).
 
-    Sequence b owns the tiles from start[b] // TILE + b on. Its ceil(length / TILE) tiles end before those of b + 1
-    begin, because floor(x) + ceil(y) <= floor(x + y) + 1; no sum over the other sequences is needed. A program without
-    a tile gets a first row that is not below the number of rows.
+    The tiles of sequence b have the numbers from start[b] // TILE + b on. There are ceil(length / TILE) of them. They
+    end before the tiles of sequence b + 1 begin, because floor(x) + ceil(y) <= floor(x + y) + 1. So no sum over the
+    other sequences is needed. If a program has no tile, its first row is not below the number of rows.
     """
     low = tile * 0
     high = low + num_sequences

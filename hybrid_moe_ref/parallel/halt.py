@@ -33,7 +33,7 @@ PATIENCE_S = 1.0
 
 
 class Stopped(RuntimeError):
-    """An error that stops every rank, with the same type and message."""
+    """An error that stops every rank. All ranks raise it with the same type and message."""
 
 
 class ScheduleMismatch(Stopped):
@@ -124,7 +124,7 @@ class Watchdog:
         self._event, self._entered_s = event, time.monotonic()
 
     def reason(self) -> Stopped | None:
-        """Explain why a collective failed on this rank: a dead peer or a stopped job; None for another reason.
+        """Return why a collective failed on this rank: a dead peer or a stopped job. None means another reason.
 
         Waits up to PATIENCE_S seconds, because the operating system closes the connections of a process shortly before
         the process is seen to have ended.

@@ -18,7 +18,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(packed_NB: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Undo `pack`. like: tensors of the same dtypes and row shapes, with any number of rows"""
+    """Undo `pack`. like: tensors with the dtypes and row shapes that were packed, and any number of rows"""
     unpacked, column = [], 0
     for x in like:
         width = x.shape[1:].numel() * x.element_size()

@@ -144,7 +144,10 @@ def _grouped_product(x_RA: Tensor, weight_EAB: Tensor, counts_E: Tensor) -> Tens
 
 
 def _grouped_mm_takes(x_RA: Tensor, weight_EAB: Tensor) -> bool:
-    """Whether torch's grouped product supports this: no float64, on GPUs bfloat16 only, rows aligned to 16 bytes."""
+    """Return whether torch's grouped product supports these tensors.
+
+    It supports no float64, on GPUs only bfloat16, and only rows that are aligned to 16 bytes.
+    """
     dtypes = (torch.bfloat16,) if x_RA.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     aligned = all(size * x_RA.element_size() % 16 == 0 for size in weight_EAB.shape[1:])
     return x_RA.dtype in dtypes and aligned and x_RA.shape[0] > 0

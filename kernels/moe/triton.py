@@ -250,7 +250,7 @@ def _combine(
     out_ptr, weights_ptr, ids_ptr, y_ptr, weights_row,
     K: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Compute y[n], the weighted sum of the row's picks whose expert is held. Other picks are undefined in `out`."""
+    """Compute y[n], the weighted sum of the row's picks whose expert is held. `out` is undefined for other picks."""
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     y = tl.zeros([BH], tl.float32)

@@ -86,7 +86,7 @@ def decode(
 
 
 def time_step(dt__H: Tensor, dt_bias_H: Tensor, limit: tuple[float, float | None]) -> Tensor:
-    """Return the time step softplus(dt + dt_bias), clamped to `dt_limit`."""
+    """Return the time step softplus(dt + dt_bias), clamped to the two numbers of `limit`."""
     return F.softplus(widen(dt__H) + widen(dt_bias_H)).clamp(*limit)
 
 

@@ -94,7 +94,7 @@ class AllGatherReduceScatter:
 
 @dataclass(frozen=True)
 class SumOverRanks:
-    """A forward hook that sums the output of a module over the tp group: each rank computes one summand of it."""
+    """A forward hook that sums the output of a module over the tp group, because each rank computes one summand."""
 
     comm: Communicator
     layer: str

@@ -193,7 +193,7 @@ class _Sharding:
     context: ForwardContext
 
     def share(self, blocks: Iterable[tuple[str, Any]]) -> tuple[ScheduleEntry, ...]:
-        """Replace the modules of these layers by this rank's parts. blocks: (path, layer)"""
+        """Replace the modules of these layers by this rank's parts. blocks: pairs of a layer's path and the layer"""
         schedule: list[ScheduleEntry] = []
         for path, block in blocks:
             share_mlp = self.share_moe if isinstance(block.mlp, MoE) else self.share_dense

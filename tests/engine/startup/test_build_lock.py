@@ -36,7 +36,9 @@ def test_who_waits_for_the_lock_learns_its_holder_and_since_when(tmp_path):
     events = []
     try:
         with (
-            pytest.raises(LockTimeout, match=rf"held by rank 3 \(pid {holder.pid} on .*\), for .* s; last heartbeat"),
+            pytest.raises(
+                LockTimeout, match=rf"held by rank 3 \(pid {holder.pid} on .*\), for .* s; its last heartbeat"
+            ),
             BuildLock(tmp_path / "lock", 0, 0.7, lambda *event: events.append(event)),
         ):
             pass
