@@ -183,7 +183,7 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 
 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
-    """End a completed collective. If a rank stopped the job, raise that error, not the one of the closed connection."""
+    """End a completed collective. If a rank stopped the job, raise its error, not that of the closed connection."""
     try:
         work.wait()
     except RuntimeError as failure:

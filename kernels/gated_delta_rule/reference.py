@@ -1,6 +1,6 @@
 """The gated delta rule in plain torch: token by token, and in chunks.
 
-For every head, with a state S [K, V] that starts at `state` (None: zeros), at each time t:
+For every head, with a state S [K, V] that starts at `state` (or at zeros, if no state is given), at each time t:
 
     S = exp(g) S                      decay
     d = beta (v - S^T k)              the correction: v minus what the memory returns for k

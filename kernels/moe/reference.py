@@ -105,7 +105,7 @@ def expert_by_expert(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI
 def padded_to_widest(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
     """Return each pick's output [P, H], zero if its expert is not held.
 
-    Computes all experts in one batched product, with the rows of each expert padded to those of the busiest one.
+    Computes all experts in one batched product, padding the rows of each expert to as many as the busiest has.
     """
     E, K = gate_up_EJH.shape[0], ids_NK.shape[1]
     out_PH = x_NH.new_zeros(ids_NK.numel(), x_NH.shape[1])

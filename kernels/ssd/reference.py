@@ -1,6 +1,6 @@
 """The Mamba-2 recurrence in plain torch: token by token, and in chunks.
 
-For every head, with a state S [P, N] that starts at `state` (None: zeros), at each time t:
+For every head, with a state S [P, N] that starts at `state` (or at zeros, if no state is given), at each time t:
 
     S = exp(dt A) S + dt x b^T
     y = S c + D x
