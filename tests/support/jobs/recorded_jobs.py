@@ -123,7 +123,8 @@ def compiled() -> None:
             continue
         step_of(torch.ones(8))
         dist.barrier()
-    print("graphs", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # in one piece, because the ranks share the pipe
+    print(f"graphs {torch._dynamo.utils.counters['stats']['unique_graphs']}\n", end="")
 
 
 def compiled_ddp() -> None:
@@ -133,7 +134,7 @@ def compiled_ddp() -> None:
         wrapped(torch.ones(4, 16)).sum().backward()
     counters = torch._dynamo.utils.counters
     breaks = sum(counters["graph_break"].values())
-    print("graphs", counters["stats"]["unique_graphs"], "breaks", breaks, flush=True)
+    print(f"graphs {counters['stats']['unique_graphs']} breaks {breaks}\n", end="", flush=True)
 
 
 def lock() -> None:
