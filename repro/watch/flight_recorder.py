@@ -21,9 +21,9 @@ _NAMES = {"default_pg": "world"}
 class RecorderCheck:
     """What the Flight Recorder dumps of the blocked ranks say about the collectives in which the ranks wait.
 
-    agree          ranks whose dump shows the same collective pending as the witness
-    ahead          ranks whose dump shows a later collective of the same group pending
-    contradicted   rank -> what the dump shows pending instead
+    agree          ranks whose dump and witness show the same pending collective
+    ahead          ranks whose dump shows a later pending collective of the same group
+    contradicted   rank -> the pending collectives that the dump shows instead
     """
 
     agree: list[int] = field(default_factory=list)

@@ -102,7 +102,7 @@ class Silences:
         if not silences:
             return None
         (_, slowest), *others = silences
-        also = [f"for {waited_s:.1f} s also: {other.evidence[0]}" for waited_s, other in others if other.evidence]
+        also = [f"another wait of {long_s:.1f} s: {other.evidence[0]}" for long_s, other in others if other.evidence]
         return slowest.with_evidence(also)
 
 

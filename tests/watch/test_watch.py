@@ -112,7 +112,7 @@ def test_a_run_in_which_several_were_waited_for_in_turn_names_them_all(tmp_path)
     assert (document["verdict"], document["culprits"]) == ("slow", [1])
     assert document["evidence"] == [
         "rank 1 building for 5.0 s: gdn",
-        "for 4.0 s also: rank 3 building for 4.0 s: gdn",
+        "another wait of 4.0 s: rank 3 building for 4.0 s: gdn",
         "then all ranks finished",
         "all equal",
     ]

@@ -70,7 +70,7 @@ def with_notes(diagnosis: Diagnosis, job: JobRecords) -> Diagnosis:
 
 
 def versions_of(job: JobRecords) -> list[str]:
-    """Return the versions of NCCL that the logs and dumps of the job name."""
+    """Return the versions of NCCL in the logs and dumps of the job."""
     named = {note.value for note in job.notes if note.kind == "version"}
     return sorted((named | {dump.library for dump in job.recorders.values()}) - {""})
 

@@ -61,7 +61,7 @@ def _explain_places(
     """
     key, seq, sides = divergence
     finding.cause = ""
-    finding.evidence.append("they did not issue it for the same layer and step")
+    finding.evidence.append("the ranks did not issue it for the same layer and step")
     for side in sides:
         others = {other.call for other in sides if other is not side}
         following = [call for rank in side.ranks for _, _, _, call in calls(witnesses[rank], key, seq + 1)]

@@ -101,7 +101,7 @@ def _words(deviation: Deviation) -> str:
             return f"ended step {deviation.step} without {entry}"
         case "skipped":
             assert deviation.issued is not None
-            return f"passed over {entry} {where} and issued {_entry(deviation.issued.entry)}{site}"
+            return f"skipped {entry} {where} and issued {_entry(deviation.issued.entry)}{site}"
         case "order" if deviation.issued is not None and deviation.entry == deviation.planned:
             return f"issued {_entry(deviation.issued.entry)} {where}{site} before {entry}, which was due first"
         case "order":

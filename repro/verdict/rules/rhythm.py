@@ -70,7 +70,7 @@ def rhythm_finding(
 
     awaited  the ranks that others wait for
     until    (group, sequence number) under which ranks issued different collectives, and some ranks completed them;
-    None if there is none. What a rank did after this collective cannot be the cause
+             None if there is none. What a rank did after this collective cannot be the cause
     """
     broken: dict[int, _Break] = {}
     if len(witnesses) < 2 or any(NEEDED not in witness.knows for witness in witnesses.values()):

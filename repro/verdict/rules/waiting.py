@@ -31,7 +31,7 @@ def waiting(case: Case) -> Verdict:
     unseen = sorted(set(ends.get("missing", ())) | set(ends.get("hidden", ())))
     if unseen:
         line = (
-            f"the waits end in {name_ranks(unseen)}, without a usable witness: collect the witness or a stack of "
+            f"the waits lead to {name_ranks(unseen)}, which left no usable witness: collect the witness or a stack of "
             f"{'each' if len(unseen) > 1 else 'this rank'}"
         )
         return case.verdict("inconclusive", evidence=[line], confidence="undecided")

@@ -247,7 +247,7 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     return all(issued.count(_words(match["e"])) <= 1 for issued in steps)
 
 
-@rule(rf"{R} passed over {E} in step (?P<k>\d+) and issued (?P<f>\S+ \S+(?: of \S+)?)( at .*)?{LINE}")
+@rule(rf"{R} skipped {E} in step (?P<k>\d+) and issued (?P<f>\S+ \S+(?: of \S+)?)( at .*)?{LINE}")
 @rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? before {E}, which was due first{LINE}")
 @rule(
     rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? where the schedule .* issued that later{LINE}"
@@ -306,10 +306,10 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 @rule(r"when they began to wait, .*|not enough evidence to name a culprit: .*|no schedule was declared: .*")
 @rule(r"this collective may be late or skipped altogether: .*|\d+ further lines are not shown|rank \d+: token .*")
 @rule(r"\S+ #\d+ was issued with different arguments and may be the cause")
-@rule(r"(the members did not issue .*|they did not issue it) for the same layer and step")
+@rule(r"(the members did not issue .*|the ranks did not issue it) for the same layer and step")
 @rule(r"the schedules that members of .* differ \(.*\)")
 @rule(r"ranks of .* before #\d+, as their rolling hashes differ: .*|\S+ #\d+ is queued with different arguments, .*")
 @rule(r"times of \d+ ranks on other hosts are converted .*|\S+\.wit:\d+: .*|\S+\.wit: \d+ further problems")
-@rule(r"the witness(es)? of ranks? .* (is|are) damaged: .*|the waits end in ranks? .*, without a usable witness: .*")
+@rule(r"the witness(es)? of ranks? .* (is|are) damaged: .*|the waits lead to ranks? .*, which left no usable .*")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return True

@@ -48,13 +48,13 @@ def judge_absence(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
     return Diagnosis(
         "inconclusive", "", (), tuple(ends), "undecided",
         (summary, f"These files do not show what {verb(ends, 'that rank does', 'those ranks do')} instead: "
-                  f"{verb(ends, 'it', 'they')} may build, wait for something that no recorder sees, or have passed the "
-                  "call."),
+                  f"{verb(ends, 'it', 'they')} may build, wait for something that no recorder sees, or have skipped "
+                  "the call."),
         tuple(evidence),
         (f"A later dump in which {ranks_of(ends)} {verb(ends, 'has', 'have')} queued the operation.",),
         (f"stacks of {ranks_of(ends)}, twice: py-spy dump --nonblocking --pid PID",
-         "a second set of dumps of all ranks, some seconds later: it shows whether a rank is slow or has passed the "
-         "call"),
+         "a second set of dumps of all ranks, some seconds later: it shows whether a rank is slow or has skipped "
+         "the call"),
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def _moving(job: JobRecords, moved: Sequence[int], are_known: bool) -> Diagnosis
 
 
 def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
-    """Return rank -> when it queued the operation ``seq`` of a group."""
+    """Return rank -> when it queued the operation with number ``seq`` of a group."""
     return {
         rank: times[seq]
         for rank, dump in job.recorders.items()

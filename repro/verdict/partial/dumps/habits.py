@@ -90,7 +90,7 @@ def _described(job: JobRecords, rank: int, rhythm: _Rhythm) -> HabitBreak:
     where = f", from {site}" if site else ""
     number = f" #{call.seq}" if call.seq is not None else ""
     passed = (
-        (f"rank {rank} passed over {due} of group {group}, or issues it later")
+        (f"rank {rank} skipped {due} of group {group}, or issues it later")
         if kind == "skipped"
         else "an extra operation"
     )

@@ -14,8 +14,8 @@ from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import arguments, program_frames, ranks_of, verb
 
 UNKNOWN_INSIDE = ("coalesced", "unknown")
-"""Names of operations that are not compared: the recorder stores them for several operations at once, or for an
-operation that it does not know."""
+"""Names of operations that are not compared: the recorder writes these names for several operations
+at once, or for an operation that it does not know."""
 
 
 def different_arguments(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:

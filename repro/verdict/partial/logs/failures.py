@@ -42,7 +42,7 @@ def judge_failures(job: JobRecords) -> Diagnosis | None:
         return _undecided([first, *(record for record in others if record.text == first.text)], "with the same error")
     if [record for record in others if record.kind == first.kind and _together(first, record)]:
         return _undecided(
-            [first, *others], "within two seconds of each other, which is too close to order by the clocks of two hosts"
+            [first, *others], "within two seconds of each other: the clocks of two hosts do not show which was first"
         )
     if first.kind == "exception" and not _has_consequence(job, first):
         return _unproven(first)

@@ -100,12 +100,12 @@ def _queues(
     ]
     if not engines:
         summary = (
-            f"{ranks_of(idle).capitalize()} {verb(idle, 'waits', 'wait')} for orders, and no rank is in a collective. "
-            "An idle server looks the same."
+            f"{ranks_of(idle).capitalize()} {verb(idle, 'waits', 'wait')} for messages, and no rank is in a collective."
+            " An idle server looks the same."
         )
         ends = (
             "A process at its exit waits for another one that it started, and that one waits for requests: the program "
-            "never ends. Shut the engine down before (vLLM: llm.llm_engine.engine_core.shutdown())."
+            "never ends. Shut the engine down before the exit (vLLM: llm.llm_engine.engine_core.shutdown())."
         )
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
@@ -115,7 +115,7 @@ def _queues(
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
         ("The engine waits for an answer (response) of its workers, and the workers wait in their "
-        "message queue for the next order. No rank is in a collective.",
+        "message queue for the next message. No rank is in a collective.",
          "Either a message between them was lost, or the stacks were taken between two steps."),
         tuple(evidence), ("A second set of stacks in which the engine or a worker has moved on.",),
         (
@@ -152,8 +152,8 @@ def _collectives(
     if host_side:
         evidence.append(
             f"{ranks_of(host_side).capitalize()} {verb(host_side, 'is', 'are')} on the host side of NCCL "
-            "(ncclLocalOpAppend, which enqueues work for NCCL's proxy). In nccl#2353 this was so although all ranks "
-            "had issued the collective."
+            "(ncclLocalOpAppend, which enqueues work for NCCL's proxy). In nccl#2353 ranks were there although "
+            "all ranks had issued the collective."
         )
     others = sorted(set(rows) - set(inside))
     if len(kinds) > 1:

@@ -105,8 +105,8 @@ def _across(
     culprits = tuple(inside) if len(inside) == 1 else ()
     return Diagnosis(
         "deadlock", "lock", culprits, () if culprits else tuple(inside), "likely", (summary,),
-        (*evidence, "No stack shows the holder. Only the ranks in the collective can hold the lock, because no other "
-                    "rank is left and none builds."),
+        (*evidence, "No stack shows the holder. Only the ranks in the collective can hold the lock, because all "
+                    "other ranks wait for it and none builds."),
         ("A process outside the job that holds the lock: look at /proc/locks.",), (HOLDER, COLLECT["stacks"]),
     )  # fmt: skip
 
