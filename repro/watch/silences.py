@@ -19,7 +19,7 @@ class _Silence:
 
     lasted_s   for how many seconds it has lasted
     starved_s  for how many of these seconds the awaited ranks lacked a processor
-    share      the last measurement: for which share of the time the awaited ranks lacked a processor, 0 to 1
+    share      the share of the time in which the awaited ranks lacked a processor, as last measured, 0 to 1
     """
 
     lasted_s: float = 0.0

@@ -129,7 +129,7 @@ class JobRecords:
         return dict(sorted(result.items()))
 
     def ranks(self) -> list[int]:
-        """Return all ranks that any record names."""
+        """Return all ranks that appear in the records."""
         seen: set[int] = set(self.recorders) | set(self.main_stacks())
         named = [record.rank for record in self.timeouts] + [record.rank for record in self.progress]
         named += [record.process.rank for record in self.failures] + [record.process.rank for record in self.notes]

@@ -57,7 +57,7 @@ def _explain_places(
 ) -> None:
     """Add to the finding that the calls are for different layers or steps. So their sizes need not be equal.
 
-    If ranks issued under the next number the call that other ranks issued under this number, the cause is `order`.
+    If ranks then issued the call of the others under the next number, they used another order: the cause is `order`.
     """
     key, seq, sides = divergence
     finding.cause = ""

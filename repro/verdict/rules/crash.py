@@ -1,7 +1,7 @@
 """Judge a run in which ranks died or failed: find the rank that ended first.
 
-If members of a group issued different collectives, the backend may have ended some of them. Those ranks are not the
-cause.
+If members of a group issued different collectives, the backend may have ended some of these ranks. Such a rank is not
+the cause.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ processor use and missing events prove little."""
 def slow(case: Case, movers: Sequence[int]) -> Finding:
     """Name the ranks that work while the others wait for them (``movers``), with the evidence that they work.
 
-    The confidence is ``likely`` if one of them shows no sign of work, or if ranks lacked a processor.
+    The confidence is ``likely`` if one of these ranks shows no sign of work, or if ranks lacked a processor.
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}

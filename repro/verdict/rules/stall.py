@@ -22,7 +22,7 @@ windows."""
 
 
 def attended(case: Case) -> Verdict:
-    """Judge waits in collectives that every member has issued and none has left: `stall`, or else `inconclusive`."""
+    """Judge waits in collectives that every member has issued and none has completed: `stall` or `inconclusive`."""
     nodes = case.waits.attended
     names = ", ".join(node.name for node in nodes[:MOST_SENTENCES])
     unseen = sorted({rank for node in nodes for rank in node.collective[0][1] if not case.rank_states[rank].seen})
@@ -62,7 +62,7 @@ def attended(case: Case) -> Verdict:
 def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
     """Describe collectives that ranks issued with different arguments, but in which no rank waits.
 
-    They may be the cause: on a device they can block the collectives that come after them.
+    Such collectives may be the cause: on a device, they can block the collectives that come after them.
     """
     lines = []
     for key, seqs in sorted(case.ledger.diverged.items()):
@@ -74,7 +74,7 @@ def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
 
 
 def left_by_some(case: Case) -> Verdict:
-    """Judge waits in a collective that every member has issued and some have left: `slow` or `inconclusive`.
+    """Judge waits in a collective that every member has issued and some have completed: `slow` or `inconclusive`.
 
     Either the members that still wait are about to return, or their witness is out of date.
     """

@@ -1,7 +1,6 @@
-"""Judge waits that form no cycle, if no rank died. The waits lead from rank to rank; the state of the last rank
-decides.
+"""Judge waits that form no cycle, if no rank died. The state of the last rank in a chain of waits decides.
 
-The last rank works, is done, left no usable witness, or waits in a collective that all members have entered.
+This rank works, is done, left no usable witness, or waits in a collective that all members have entered.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from repro.trace.foreign.records import Group, GroupRecord, RecorderDump
 
 
 def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDump]:
-    """Add the members and names of groups to dumps that do not have them. They come from the dumps of other ranks.
+    """Complete the groups in the dumps: add members and names that are only in the dumps of other ranks.
 
     A gloo dump does not list the members of a group: then all ranks whose dumps have entries of this group count as
     members. If a dump has only the counters of a group, it has the id of the group, but not its name: then another

@@ -1,5 +1,5 @@
-"""Sort the Flight Recorder dumps of each rank by time. Leave out dumps that are too old, that have the name of another
-rank, or that are of another job."""
+"""Sort the Flight Recorder dumps of each rank by time. Leave out dumps that are too old, that have a wrong rank in
+their file name, or that are of another job."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def _first(roots: Sequence[Failure]) -> Failure | None:
 def _zones_may_differ(one: Failure, two: Failure) -> bool:
     """Whether the time stamps of two errors may be of different time zones.
 
-    Then their difference is close to a multiple of half an hour.
+    Such time stamps differ by roughly a multiple of half an hour.
     """
     gap = abs((one.at_s or 0.0) - (two.at_s or 0.0))
     if one.source.file == two.source.file or one.process.rank == two.process.rank or gap < ZONE_S - ZONE_SLACK_S:

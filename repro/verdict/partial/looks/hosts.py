@@ -1,5 +1,5 @@
 """Judge a rank for which the others wait, and which itself waits for no rank: it ended, was stopped, works, or does
-nothing. The evidence is two looks, observations of the processes by `hmr collect`."""
+nothing. A look is one observation of the processes by `hmr collect`."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _what_is_built(look: RankLook) -> str:
 def _absent(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
     """Judge ranks that are in no collective while all others wait.
 
-    The verdict is `stall` if none of these ranks does anything, and `slow` if one works.
+    The verdict is `stall` if all of these ranks do nothing, and `slow` if at least one works.
     """
     waiting = [look for look in looks.values() if look.waits or look.spins or (look.stack is None and look.still)]
     outside = [look for look in looks.values() if look not in waiting]
@@ -186,7 +186,7 @@ def _below(job: JobRecords, look: RankLook) -> list[str]:
 
 
 def _stands(look: RankLook) -> bool:
-    """Whether nothing in the two looks shows that the rank does anything but wait."""
+    """Whether the rank does nothing but wait, as far as the two looks show."""
     return look.waits or look.still or look.activity == "lock" or (look.stack is None and look.idle)
 
 

@@ -122,7 +122,7 @@ class RankLook:
 
     @property
     def spins(self) -> bool:
-        """Whether the rank spins in a collective: all its stacks, at least SPINNING_LOOKS, show the same frames."""
+        """Whether the rank spins in a collective: it has SPINNING_LOOKS stacks or more, all with the same frames."""
         collective = all(stack.activity in AMONG_RANKS for stack in self.stacks)
         return len(self.stacks) >= SPINNING_LOOKS and collective and len({stack.frames for stack in self.stacks}) == 1
 
@@ -170,7 +170,7 @@ def place_of(stack: Stack) -> str:
 
 
 def call_of(look: RankLook) -> str:
-    """Return the collective in which a rank waits, as text: "all_reduce of group tp_group in step"."""
+    """Return the collective in which a rank waits, as text: "all_reduce of group tp_group"."""
     stack = look.stack
     if stack is None:
         return "a wait"
