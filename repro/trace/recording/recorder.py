@@ -80,6 +80,7 @@ class Recorder:
     def __init__(
         self, buffer: Buffer, writer: Identity, shape: Geometry, *, clock: Callable[[], int] = time.monotonic_ns
     ) -> None:
+        self.shape = shape
         self._buffer = buffer
         self._writer = writer
         self._words = memoryview(buffer).cast("B")[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")

@@ -21,7 +21,7 @@ class Muted:
             hidden |= other if aspect in hidden else hidden
         self._recorder, self._hidden = recorder, hidden
         recorder._writer = replace(recorder._writer, knows=recorder._writer.knows & ~hidden)
-        header = pack_header(recorder._writer, recorder._shape)
+        header = pack_header(recorder._writer, recorder.shape)
         recorder._buffer[: len(header)] = header
         if Knows.TIME in hidden:
             recorder._clock = lambda: 1

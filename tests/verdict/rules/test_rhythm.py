@@ -27,7 +27,7 @@ class Job(Scene):
         for rank in RANKS:
             writer = self.recorders[rank]._writer
             object.__setattr__(writer, "knows", knows)
-            header = pack_header(writer, self.recorders[rank]._shape)
+            header = pack_header(writer, self.recorders[rank].shape)
             self.files[rank][: len(header)] = header
 
     def runs(self, ranks, calls) -> None:
