@@ -48,9 +48,9 @@ class Group(Generic[S]):
 
 @dataclass(frozen=True, eq=False)
 class Part(Generic[S]):
-    """Groups that a mixer processes in one call. The part's rows are in the order of the groups.
+    """The groups of a batch that a mixer processes in one call. The part's rows are in the order of the groups.
 
-    Either every sequence has one new token (decode), or every sequence has more than one.
+    In a part, either every sequence has one new token (decode), or every sequence has more than one.
 
     cached   index of each group in the list of the step's cached groups; empty if the tokens are not cached
     is_step  whether the part is the whole step, with the rows in the same order
@@ -73,7 +73,7 @@ class Part(Generic[S]):
 
     @cached_property
     def rows_T(self) -> Tensor:
-        """Return the indices of the part's rows in the step."""
+        """Return the index of each row of this part among all rows of the step's batch."""
         return torch.cat([group.rows_BT.flatten() for group in self.groups])
 
     @cached_property
@@ -156,7 +156,7 @@ class Batch(Generic[S]):
 
     @cached_property
     def parts(self) -> tuple[Part[S], ...]:
-        """Return the groups of the step, combined into parts; one call of a mixer processes one part.
+        """Return the groups of the batch, combined into parts; one call of a mixer processes one part.
 
         The groups of a part are either all cached or all uncached. In a part, either every sequence has one new token,
         or every sequence has more than one.
@@ -176,7 +176,7 @@ class Batch(Generic[S]):
 
     @cached_property
     def order_N(self) -> Tensor:
-        """Return, for each row of the step, its index in the concatenated rows of all parts."""
+        """Return, for each row of the batch, its index among the concatenated rows of all parts."""
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property

@@ -23,7 +23,7 @@ Cuts = tuple[tuple[int, tuple[Range, ...]], ...]
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of a tensor of `full_shape` that remains after `cuts`."""
+    """The part of a tensor that remains after `cuts`. `full_shape` is the shape of the whole tensor."""
 
     full_shape: tuple[int, ...]
     cuts: Cuts = ()
@@ -35,7 +35,7 @@ class Slice:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the part."""
+        """Return the shape of the part of the tensor that remains."""
         sizes = list(self.full_shape)
         for dim, ranges in self.cuts:
             sizes[dim] = sum(stop - start for start, stop in ranges)
@@ -47,7 +47,7 @@ class Slice:
         return Slice(self.full_shape[1:], tuple((dim - 1, ranges) for dim, ranges in self.cuts if dim))
 
     def of(self, full: Tensor) -> Tensor:
-        """Cut the part out of `full`. The result is a view if every dimension keeps one range, else a copy.
+        """Cut this part out of the tensor `full`. The result is a view if every dimension keeps one range, else a copy.
 
         Raises ValueError if `full` has another shape.
         """

@@ -1,4 +1,4 @@
-"""Native modules that torch's extension loader compiles at their first use, on the machine where they run.
+"""Extensions: C++ or CUDA code that torch's extension loader compiles at its first use, on the machine where it runs.
 
     PREFILL = Extension("gdn_prefill", tuple(Path(__file__).parent.glob("prefill_*.cpp")))
     PREFILL.library().gdn_prefill_f32(...)
@@ -41,7 +41,7 @@ If `has_baton` is true, the existence of this file is the lock.
 """
 
 BUILT = "built"
-"""The file that exists once a module is completely built; it names the library."""
+"""The file that exists once an extension is completely built; it contains the name of the library."""
 
 _use_lock, _loader_lock = threading.Lock(), threading.Lock()
 
@@ -97,16 +97,16 @@ class Extension:
         return cache / f"{self.name}-{digest.hexdigest()[:12]}"
 
     def is_built(self, cache: Path) -> bool:
-        """Whether the module is compiled, so that `load` need not compile. An interrupted build does not count."""
+        """Whether the extension is compiled, so that `load` need not compile. An interrupted build does not count."""
         return (self.folder(cache) / BUILT).exists()
 
     def load_built(self, cache: Path) -> None:
-        """Load a module that is built (see `is_built`), without a compiler and without a lock."""
+        """Load an extension that is built (see `is_built`), without a compiler and without a lock."""
         folder = self.folder(cache)
         self._load(folder / (folder / BUILT).read_text())
 
     def load(self, cache: Path, notify: Notify = lambda event, name, holder: None) -> None:
-        """Compile the module if necessary, with torch's extension loader and its lock, and load it.
+        """Compile the extension if necessary, with torch's extension loader under its lock, and load it.
 
         Raises BuildFailed, or OSError if the folder cannot be used. Waits without a limit if another process has the
         lock.
@@ -138,7 +138,7 @@ class Extension:
 
 
 def default_cache() -> Path:
-    """Return the folder of the user's compiled modules: HMR_KERNEL_CACHE, or a folder in the user's own cache."""
+    """Return the folder of the user's compiled extensions: HMR_KERNEL_CACHE, or a folder in the user's own cache."""
     if folder := os.environ.get("HMR_KERNEL_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_moe_ref" / "kernels"

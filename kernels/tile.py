@@ -2,7 +2,8 @@
 
 In a ragged batch the rows of B sequences follow one another; sequence b has the rows start[b] to start[b + 1]. A grid
 must not depend on lengths that only the device knows, because a CUDA graph replays it for other lengths. So the grid
-has `num_tiles` programs, which always suffice. A program finds its tile by `locate`; some programs have no tile.
+has `num_tiles` Triton programs (a program is one instance of a kernel), which always suffice. A program finds its tile
+by `locate`; some programs have no tile.
 """
 
 import contextlib
@@ -87,11 +88,12 @@ def num_tiles(num_rows: int, num_sequences: int, tile: int) -> int:
 
 @triton.jit
 def locate(tile, start_ptr, num_sequences, TILE: tl.constexpr):
-    """Return (sequence, its first row, its number of rows, this tile's first row within the sequence).
+    """Return (sequence b, the first row of b, the number of rows of b, the tile's first row within b).
 
     The tiles of sequence b have the numbers from start[b] // TILE + b on. There are ceil(length / TILE) of them. They
     end before the tiles of sequence b + 1 begin, because floor(x) + ceil(y) <= floor(x + y) + 1. So no sum over the
-    other sequences is needed. If a program has no tile, its first row is not below the number of rows.
+    other sequences is needed. If a Triton program has no tile, the fourth number is at least as large as the third, so
+    the program can see that it has no rows.
     """
     low = tile * 0
     high = low + num_sequences

@@ -191,7 +191,7 @@ class Engine:
         return StartVote(self.config, self.comm, self._policies.ballot)
 
     def _take_first_uses(self) -> None:
-        """Let this engine's policies load the modules that kernels load at their first use.
+        """Let this engine's policies load the extensions that kernels need at their first use.
 
         The process has one such loader, which may still be that of another engine.
         """

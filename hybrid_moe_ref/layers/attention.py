@@ -2,8 +2,8 @@
 
 The query projection also computes the gate.
 
-Shapes: T rows of a part (after B: new tokens of each sequence), B sequences of a group, S tokens to attend to, H
-hidden, Q query heads, K KV heads, D head dim, R half of the rotary dim.
+Shapes: T rows of one part of the batch (see `Part`; after B: new tokens of each sequence), B sequences of a group, S
+tokens to attend to, H hidden, Q query heads, K KV heads, D head dim, R half of the rotary dim.
 """
 
 from itertools import zip_longest

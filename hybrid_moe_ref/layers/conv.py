@@ -1,6 +1,6 @@
 """The short convolution before a recurrence.
 
-Shapes: T rows of a part, C channels, W width of the filter.
+Shapes: T rows of one part of the batch (see `Part`), C channels, W width of the filter.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Gated DeltaNet: a linear recurrence that corrects its state.
 
-Shapes: T rows of a part, H hidden, N value heads, M key heads, K key dim, V value dim, C conv channels.
+Shapes: T rows of one part of the batch (see `Part`), H hidden, N value heads, M key heads, K key dim, V value dim, C
+conv channels.
 """
 
 import torch

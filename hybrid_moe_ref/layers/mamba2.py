@@ -1,6 +1,7 @@
 """Mamba-2: a linear recurrence with one decay per head.
 
-Shapes: T rows of a part, N heads, P head dim, G groups, S state size, H hidden, I inner, C conv channels.
+Shapes: T rows of one part of the batch (see `Part`), N heads, P head dim, G groups, S state size, H hidden, I inner, C
+conv channels.
 """
 
 import torch

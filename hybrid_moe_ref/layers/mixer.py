@@ -1,8 +1,8 @@
-"""The base class of the three token mixers, which calls `mix` for each part of a step.
+"""The base class of the three token mixers, which calls `mix` for each part of a step's batch.
 
-A step has several parts if some of its sequences have one new token and others more, or if only some are cached.
+A batch has several parts if some of its sequences have one new token and others more, or if only some are cached.
 
-Shapes: N rows of the step, T rows of one part, H hidden.
+Shapes: N rows of the batch, T rows of one part, H hidden.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Mixer(nn.Module):
         return torch.cat(outputs)[batch.order_N] if outputs else torch.empty_like(x_NH)
 
     def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
-        """Mix the rows of one part, whose sequences follow one another. Return rows [T, H].
+        """Mix the rows of one part of the batch, whose sequences follow one another. Return rows [T, H].
 
         pasts: the past of each group; empty if the tokens are not cached
         """

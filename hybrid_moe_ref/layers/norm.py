@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class NormThenGate(nn.Module):
-    """weight * x / rms(x) * silu(gate): Gated DeltaNet's output norm, over each head."""
+    """weight * x / rms(x) * silu(gate): Gated DeltaNet's output norm, computed over the features of each head."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class NormThenGate(nn.Module):
 
 
 class GateThenNorm(nn.Module):
-    """weight * y / rms(y) with y = x * silu(gate): Mamba-2's output norm, over each group."""
+    """weight * y / rms(y) with y = x * silu(gate): Mamba-2's output norm, computed over each group of features."""
 
     def __init__(self, size: int, num_groups: int, eps: float) -> None:
         super().__init__()

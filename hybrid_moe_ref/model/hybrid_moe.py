@@ -256,6 +256,6 @@ def check_device(device: torch.device | str, dtype: torch.dtype) -> None:
         F.linear(x, x)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{reason} (device {device}, {dtype})") from None
+        raise InputError(f"cannot compute in {dtype} on device {device}: {reason}") from None
     if x.is_meta:
         raise InputError(f"device {device} is not supported: choose cpu or cuda")

@@ -10,8 +10,8 @@ The router is one launch. `experts` has four launches:
     _combine   sums the picks of a row with their weights, in a fixed order, so that the grouping does not change the
                result
 
-A grid has enough programs for the worst distribution of the picks over the experts. A program without a tile ends at
-once.
+A grid has enough Triton programs for the worst distribution of the picks over the experts. A program without a tile
+ends at once.
 
 With few rows, most of the memory traffic is the weights of the chosen experts. These are 6 H I bytes for each expert in
 bfloat16 (25.2 MB for 4096 x 1024). They are read once, because BM grows with the number of picks per expert. N rows
@@ -155,9 +155,10 @@ def _plan(
     ids_ptr, tile_expert_ptr, tile_picks_ptr, num_picks, num_tiles,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Write one expert's tiles: the expert's id and its picks, padded with num_picks. Unused tiles get expert -1.
+    """Write the tiles of one expert: for each tile, the expert's id and BM picks. Unused places get num_picks, which is
+    the number of no pick; unused tiles get the expert id -1.
 
-    Every program counts all picks, which saves a launch and keeps the picks of a tile in their original order.
+    Every Triton program counts all picks, which saves a launch and keeps the picks of a tile in their original order.
     """
     expert = tl.program_id(0)
     p, e, m = tl.arange(0, BP), tl.arange(0, BE), tl.arange(0, BM)
@@ -187,7 +188,10 @@ def _plan(
 
 @triton.jit
 def _picks(tile_picks_ptr, tile, num_picks, BM: tl.constexpr):
-    """Return the picks of a tile, padded with num_picks. Without a plan, tile `tile` has the single pick `tile`."""
+    """Return the BM picks of a tile. Unused places have the number num_picks, which no pick has.
+
+    If tile_picks_ptr is None, `_plan` was left out: each pick is a tile of its own, with the same number.
+    """
     m = tl.arange(0, BM)
     if tile_picks_ptr is None:
         pick = tl.where(m == 0, tile, num_picks)

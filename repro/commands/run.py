@@ -161,7 +161,7 @@ class Session:
             yield shown
 
     def _skip(self, document: Document, title: str) -> None:
-        """Add an entry for a run that is not possible here. Raises CannotRunHere if the command has no other run."""
+        """Note that a run is not possible on this machine. Raises CannotRunHere if the command makes only this run."""
         if self.args.scenario != "all" and not self.documents:
             raise CannotRunHere(f"{document.scenario}: {document.skipped}")
         self.documents.append(document)

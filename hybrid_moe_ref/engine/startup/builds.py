@@ -33,7 +33,7 @@ END_S = 3.0
 class BuildPlace:
     """The folder, rank and callbacks of a build.
 
-    cache       folder of compiled modules, shared by the ranks of a host
+    cache       folder of compiled extensions, shared by the ranks of a host
     stopped_by  returns the message with which another rank stopped the job; "" while the job runs
     sum_up      (numbers, layer) -> their sums over all ranks, by one all-reduce that every rank must join
     deadline_s  seconds that a build, or the wait for one, may take
@@ -55,13 +55,13 @@ class BuildPlace:
 
 
 class KernelBuilds:
-    """The policy that decides when modules are built: all of them before the first collective.
+    """The policy that decides when extensions are built: all of them before the first collective.
 
-    `first_use` loads a module that a forward pass needs and that is not loaded yet.
+    `first_use` loads an extension that a forward pass needs and that is not loaded yet.
     """
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
-        """Build these modules. The engine calls this on every rank, before the rank communicates."""
+        """Build these extensions. The engine calls this on every rank, before the rank communicates."""
         for extension in extensions:
             ensure(extension, place)
 
@@ -70,12 +70,17 @@ class KernelBuilds:
         run()
 
     def first_use(self, extension: Extension, place: BuildPlace) -> None:
-        """Load a module in the middle of a forward pass."""
+        """Load an extension at its first use, in the middle of a forward pass; build it first if necessary.
+
+        place: the cache folder, the rank and the callbacks of the build
+        """
         ensure(extension, place)
 
 
 def ensure(extension: Extension, place: BuildPlace) -> None:
-    """Load a module. If it is not built yet, one rank of the host builds it first.
+    """Load an extension. If it is not built yet, one rank of the host builds it first.
+
+    place: the cache folder, the rank and the callbacks of the build
 
     Raises BuildFailed, LockTimeout, or ScheduleMismatch if another rank stopped the job; each with a reason in one
     line.
@@ -112,7 +117,8 @@ def _build_once(extension: Extension, place: BuildPlace) -> None:
 
 
 def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
-    """Compile in a thread. Meanwhile this thread sends heartbeats, and ends the compiler if the build must stop."""
+    """Compile in a new thread. Meanwhile the calling thread sends heartbeats, and ends the compiler if the build must
+    stop."""
     outcome: list[BaseException | None] = []
 
     def build() -> None:
@@ -159,7 +165,7 @@ def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
     """Delete the extension loader's lock file ("baton") if its holder has ended. torch never checks whether it has.
 
     If the holder still runs, it is a process that does not use this project's lock. This function then waits until the
-    holder deletes the file, up to the deadline.
+    holder deletes the file, at most ``place.deadline_s`` seconds.
     """
     baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():

@@ -117,7 +117,10 @@ def _chooses_its_own_graph(config: ServerConfig, policies: Policies) -> Iterator
 
 
 def _tunes_without_vote(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """Yield a finding if a rank with a saved tuning result would skip timings in which the other ranks wait for it."""
+    """Yield a finding if a rank with a saved tuning result would skip the all-reduces of tuning.
+
+    The other ranks would wait for this rank in the first of these all-reduces.
+    """
     if not config.engine.autotune:
         return
     tuner = _OneHasSaved()

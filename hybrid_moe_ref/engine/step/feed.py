@@ -37,7 +37,7 @@ def feed_hash(feeds: Sequence[Feed]) -> int:
 
 
 def to_text(feeds: Sequence[Feed]) -> str:
-    """Write feeds as one line, which `from_text` reads."""
+    """Write a rank's feeds as one line, which `from_text` reads."""
     return json.dumps([[feed.request_id, feed.start, feed.tokens] for feed in feeds])
 
 
@@ -47,7 +47,10 @@ def from_text(text: str) -> tuple[Feed, ...]:
 
 
 def feed_differences(feeds_of_rank: Sequence[Sequence[Feed]], tp_size: int) -> Iterator[str]:
-    """Yield a line for each tp group whose ranks have different feeds. It begins with the feed of the fewest ranks."""
+    """Yield a line for each tp group whose ranks have different feeds, that is different tokens for one step.
+
+    The line begins with the feed that the fewest ranks have.
+    """
     for first in range(0, len(feeds_of_rank), tp_size):
         sides: dict[tuple[Feed, ...], list[int]] = {}
         for rank in range(first, first + tp_size):

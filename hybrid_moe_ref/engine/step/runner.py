@@ -67,7 +67,7 @@ class ModelRunner:
     def execute(
         self, plan: StepPlan, tokens_N: Tensor, batch: Batch, cache: HybridCache | None, feeds: Sequence[Feed] = ()
     ) -> Tensor:
-        """Run one step and return hidden states [N, H]. feeds: the tokens of each request
+        """Run one step and return hidden states [N, H]. feeds: the tokens of each request in this step
 
         Raises ScheduleMismatch on every rank if their schedules differ, if the ranks of a tp group have different
         feeds, or if a rank departs from its schedule.
@@ -103,7 +103,7 @@ class ModelRunner:
             self._comm.guard.begin(plan.step, schedule)
 
     def _set_sizes(self, sizes: tuple[int, ...]) -> None:
-        """Set the sizes of the step in the layers and in the guard, which enforces them."""
+        """Tell the layers and the guard how many tokens each rank has. The guard refuses other sizes in C2 and C3."""
         self._context.sizes = sizes
         if self._agree_on_schedules:
             self._comm.guard.agree("ep", self._context.ep_sizes)

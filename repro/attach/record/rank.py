@@ -151,15 +151,15 @@ def use(rank: Rank | None) -> None:
 
 
 def become_from_environment() -> None:
-    """Become the rank given by RANK and WORLD_SIZE; do nothing if they are not set."""
+    """Record this process as the rank that the variables RANK and WORLD_SIZE give; do nothing if they are not set."""
     rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if rank.isdigit() and world.isdigit() and int(rank) < int(world):
         become(int(rank), int(world))
 
 
 def become(rank: int, num_ranks: int, meeting: str = "") -> None:
-    """Open the witness of the rank and start to record. If this process, or another process with the same rank, has
-    opened the witness before, this process is not recorded.
+    """Record this process as this rank: open the rank's witness and start to record. If this process, or another
+    process with the same rank, has opened the witness before, this process is not recorded.
 
     meeting: the name of the rendezvous of the job's ranks, if the environment does not give one
     """

@@ -199,6 +199,8 @@ def _frame(line: str, *, bare: bool) -> str:
 def _pyspy_frame(text: str, bare: bool) -> str:
     """Return the frame in a line of py-spy, "function (file:line)"; "" if the line is not a frame.
 
+    bare: whether a line with only a function's name is a frame, see `_frame`
+
     The names of native functions and of files may contain brackets, so only the last pair of brackets counts.
     """
     depth = 0

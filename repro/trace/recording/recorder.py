@@ -119,7 +119,8 @@ class Recorder:
         """Open the witness file of a rank for writing. Create it, if the launcher has not created it in advance.
 
         shape   the sizes of the areas of a new file
-        knows   what the program reports to the recorder, such as steps and locks; the judge relies on nothing else
+        knows   what the witness can show, such as steps and locks (see `repro.trace.knowledge`). The judge concludes
+                nothing from the absence of anything else
 
         Raises WitnessError if the file already has a writer, or was made for another rank.
         """

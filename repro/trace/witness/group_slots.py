@@ -82,7 +82,7 @@ class _Slot:
 
         issued    the newest event in the ring that issues a collective of this group
         left      the newest event in the ring that completes a collective of this group
-        counted   the number of events that LIVE counts
+        counted   the number of events that the witness counts (the first counter of its area LIVE)
         """
         name, members = self._names(strings)
         left_seq = self._left(left, counted)
@@ -106,7 +106,11 @@ class _Slot:
         return strings[name], _members(strings[members])
 
     def _left(self, left: Event | None, counted: int) -> int:
-        """Return the sequence number of the last completed collective: the higher one of slot and ring."""
+        """Return the sequence number of the last completed collective: the higher of the numbers in slot and ring.
+
+        left     the newest event in the ring that completes a collective of this group
+        counted  the number of events that the witness counts
+        """
         in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
         in_ring = left.seq if left is not None else 0
         if in_slot is None:
@@ -118,9 +122,12 @@ class _Slot:
         return max(in_slot or 0, in_ring)
 
     def _last(self, ring: Ring, issued: Event | None, counted: int) -> Event | None:
-        """Return the slot's copy of the event that issued the last collective; None if it is damaged or empty.
+        """Return the slot's copy of the event that issued the group's last collective; None if it is damaged or empty.
 
-        The slot may lack an event only if LIVE does not count the event yet.
+        ring     the newest events
+        issued   the newest event in the ring that issues a collective of this group
+        counted  the number of events that the witness counts. The writer updates the slot before it counts the event,
+                 so a slot that lacks a counted event is damaged
         """
         record = self.data[LAST_AT : LAST_AT + RECORD.size]
         event = Event._make(RECORD.unpack(record)) if is_whole(record) else None

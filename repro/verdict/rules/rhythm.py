@@ -42,7 +42,8 @@ class _Break:
 
     @property
     def skipped(self) -> int:
-        """How many operations of the pattern the rank left out; 0 if the pattern did not go on after them."""
+        """How many operations of the pattern the rank left out before it went on with the pattern; 0 if it did not go
+        on with it."""
         for count in range(1, len(self.due)):
             rest = [*self.due[count:], *self.due[:count]]
             if all(_key(came) == _key(due) for came, due in zip(self.events, rest, strict=False)):
@@ -51,7 +52,8 @@ class _Break:
 
     @property
     def extra(self) -> int:
-        """How many additional operations the rank issued; 0 if the pattern did not go on after them."""
+        """How many additional operations the rank issued before it went on with the pattern; 0 if it did not go on
+        with it."""
         for count in range(1, len(self.events)):
             if all(_key(came) == _key(due) for came, due in zip(self.events[count:], self.due, strict=False)):
                 return count

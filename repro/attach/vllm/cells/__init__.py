@@ -5,7 +5,7 @@
     caches.py      a private cache folder for each pair of a cold and a warm start
     server.py      the process group of one server: start, ask whether it is ready, end
     looks.py       runs `collect` and `bundle` as child processes
-    trial.py       one cell: start the server with the recorder, run `collect` when it is silent, end it
+    trial.py       one cell: start the server with the recorder, run `collect` when no rank records an event, end it
     outcome.py     how the start of a cell ended, and its file outcome.json
     experiment.py  runs all cells of one folder; a later call continues where an earlier one stopped
     table.py       the outcomes as text and as Markdown

@@ -37,9 +37,9 @@ class Settings:
 
     program   the words of the command line before the model: ("vllm", "serve")
     flags     flags that all cells share
-    window_s  seconds of silence after which `collect` examines a server
+    window_s  seconds without an event on any rank after which `collect` examines a server
     limit_s   seconds after which a server that is not ready is ended
-    needed    bytes that must be free on the disk before a start
+    needed    number of bytes that must be free on the disk before a start
     """
 
     program: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Run one cell: start the server with the recorder, run `collect` while it is silent, and end it."""
+"""Run one cell: start the server with the recorder, run `collect` if no rank records an event, and end the server."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from repro.watch.document import Document
 POLL_S = 0.1
 ASK_READY_S = 1.0
 MAX_LOOKS = 16
-"""How many times `collect` is run for one server at most. In one silence it is run after one window, and again each
-time that the silence has become twice as long."""
+"""How many times `collect` is run for one server at most. When the ranks have recorded no event for `Start.window_s`
+seconds, it is run for the first time, and then each time that this silence has become twice as long."""
 
 LOADING = "load"
 """The phase of vLLM's recorder in which a rank reads the checkpoint."""
@@ -33,10 +33,10 @@ SITE = Path(recording.__file__).parent / "record" / "site"
 
 @dataclass(frozen=True)
 class Start:
-    """The server of a cell, and its limits.
+    """The vLLM server that one cell (one combination of settings) starts, and the limits of this start.
 
     command      the words of the server's command line
-    environment  the server's environment variables, with those of the caches and without those of the recorder
+    environment  the server's environment variables. They set the cache folders; `recorded` adds those of the recorder
     port         the port on which the server listens
     window_s     seconds without an event on any rank after which `collect` looks at the server
     limit_s      seconds after which the start is given up
@@ -61,7 +61,7 @@ class Start:
 
 @dataclass
 class Trial:
-    """One cell while it runs.
+    """One cell (one combination of settings of the server) while it runs.
 
     folder       the cell's folder: record/ (the recording, with the server's output), looks/ (what `collect` wrote)
     interrupted  whether the user wants the experiment to end
@@ -147,7 +147,7 @@ class Trial:
         return f"The server ended with exit code {code} before it was ready: {self._server.last_words()}"
 
     def _tick(self, tails: Sequence[Tail]) -> None:
-        """Check whether the server is ready, is silent (then run `collect`), or has taken too long.
+        """Check whether the server is ready or has taken too long. Run `collect` if no rank has recorded an event.
 
         The watch calls this several times a second, with a reader of each rank's witness.
         """

@@ -48,7 +48,7 @@ class Post:
         return self.first + len(self.entries)
 
     def at(self, number: int) -> Key | None:
-        """Return the entry with this number, which may be `next`; None if this state does not have that entry."""
+        """Return the entry with this number: one of `entries`, or `next`. None if this state does not have it."""
         if number == self.count:
             return self.next
         return self.entries[number - self.first] if self.first <= number < self.count else None
