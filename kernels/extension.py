@@ -74,7 +74,7 @@ class Extension:
         return bool(self._loaded)
 
     def library(self) -> ctypes.CDLL:
-        """Return the loaded module. The first call builds and loads it, by the function that `on_first_use` set."""
+        """Return the loaded library. The first call builds and loads it, by the function that `on_first_use` set."""
         if not self._loaded:
             with _use_lock:
                 if not self._loaded:
@@ -82,7 +82,7 @@ class Extension:
         return self._loaded[0]
 
     def folder(self, cache: Path) -> Path:
-        """Return the build folder: the module's name and a digest of everything that the result depends on.
+        """Return the build folder. Its name has the extension's name and a digest of all that the result depends on.
 
         The digest includes the paths of the sources and of torch, because ninja rebuilds when a path changes, and two
         clones of this repository share a user's cache.

@@ -129,7 +129,7 @@ def prepare(tick: Callable[[], None] = _nothing) -> str:
 
 
 def _build_beating(target: Path, lock: BuildLock, tick: Callable[[], None]) -> None:
-    """Build in another thread. Meanwhile this thread sends the heartbeats of the lock and calls ``tick``."""
+    """Build in a new thread. Meanwhile the calling thread sends the heartbeats of the lock and calls ``tick``."""
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -152,7 +152,7 @@ def _build_beating(target: Path, lock: BuildLock, tick: Callable[[], None]) -> N
 
 
 def _lock(place: Path, tick: Callable[[], None]) -> BuildLock:
-    """Return the lock of builds in this folder. A line is logged if another process holds it."""
+    """Return the lock of builds in the folder `place`. A line is logged if another process holds the lock."""
 
     def notify(event: str, name: str, holder: int) -> None:
         if event == "lock_wait":

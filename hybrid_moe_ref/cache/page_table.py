@@ -26,7 +26,10 @@ class PageTable:
         self._free = list(reversed(range(FIRST_SIZE)))
 
     def add(self, slots_G: list[int]) -> int:
-        """Add a row for a new sequence that has these slots and no KV pages yet. Return the index of the row."""
+        """Add a row for a new sequence, which has no KV pages yet. Return the index of the row.
+
+        slots_G: for each group of recurrent layers, the page that holds the states of the sequence
+        """
         if not self._free:
             num_rows = self._slot_GR.shape[1]
             self._free = list(reversed(range(num_rows, 2 * num_rows)))
@@ -57,7 +60,7 @@ class PageTable:
         return self._page_GRW[group, rows_B, :width]
 
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
-        """Return the slots of the sequences in these rows: [B]."""
+        """Return the pages that hold the recurrent states of the sequences in these rows: [B]."""
         return self._slot_GR[group, rows_B]
 
 

@@ -36,7 +36,7 @@ class StateSize:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind that take pages together."""
+    """Layers of one kind that share page numbers: each layer has its own buffer, and uses the same pages of it."""
 
     kind: str
     layers: tuple[int, ...]

@@ -100,7 +100,7 @@ class StatePast:
 
     @classmethod
     def joined(cls, pasts: "list[StatePast]") -> "StatePast":
-        """Join one layer's views of several groups. All of these views have the same pools."""
+        """Join one layer's views of several groups of sequences into one. All of these views use the same two pools."""
         if len(pasts) == 1:
             return pasts[0]
         return cls(pasts[0].conv_PWC, pasts[0].ssm_P___, torch.cat([past.slots_B for past in pasts]))

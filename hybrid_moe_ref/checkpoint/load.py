@@ -108,7 +108,7 @@ def _warn_without_mtp(folder: Path, num_layers: int) -> None:
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
-    """List the tensors that `model` needs from these files. Their names and shapes depend on the format of the
+    """List the tensors that `model` needs from the files of a checkpoint. Names and shapes depend on the format of the
     files."""
     needed: list[Piece] = []
     slices: dict[str, Slice] = getattr(model, "slices", {})
@@ -195,9 +195,9 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     k, v = (k[0] - M * K, k[1] - M * K), (v[0] - 2 * M * K, v[1] - 2 * M * K)
 
     def piece(kind: str, linear: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
-        """Make one piece, which fills the weight of `linear`.
+        """Make the piece that fills the weight of the projection `linear`.
 
-        parts: for each of q, k, v, z, b or a in this weight: the range of its rows that this rank holds, its number of
+        kind: the name of the projection, "in_proj_qkvz" or "in_proj_ba"; parts: for each of q, k, v, z, b or a in this weight: the range of its rows that this rank holds, its number of
         rows in a block, and its first row in a block
         """
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
@@ -214,7 +214,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
 
 
 def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
-    """Convert a range of rows of q, k, v, z, b or a to ranges of rows in the checkpoint.
+    """Convert the range `held` of rows of q, k, v, z, b or a to ranges of rows in the checkpoint.
 
     The checkpoint consists of blocks of `block` rows. In each block, `size` rows belong to q (or k, ...); the first of
     them is row `offset` of the block.

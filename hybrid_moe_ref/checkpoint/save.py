@@ -78,11 +78,11 @@ def _check(model: "HybridMoE", family: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Experts) and module.num_local != module.num_experts:
             raise CheckpointError(
-                f"{name} holds {module.num_local} of {module.num_experts} experts: only a whole model can be saved"
+                f"{name} holds {module.num_local} of {module.num_experts} experts, but only a whole model can be saved"
             )
     if model.slices:
         raise CheckpointError(
-            f"the model holds {len(model.slices)} parameters in part: only a whole model can be saved"
+            f"the model holds only a part of {len(model.slices)} parameters, but only a whole model can be saved"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError("the model's parameters are on the meta device, so they have no values to save")

@@ -38,7 +38,7 @@ class StepAgreement:
         self._agreed: AgreedStep | None = None
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
-        """Return the agreed step for ``plan.step``. layer: the layer that asks."""
+        """Return the agreed step for ``plan.step``. layer: the name of the layer that needs the agreement."""
         if self._agreed is None or plan.step != self._step:
             self._agreed = exchange(plan, layer)
             self._step = plan.step

@@ -56,7 +56,8 @@ class GatedAttention(Mixer):
 
 
 def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-    """Attend within one group. No gradient flows through a cache, because it gets detached keys and values."""
+    """Compute the attention of the sequences of one group. No gradient flows through a cache, because the cache gets
+    detached keys and values."""
     if past is None:
         return attend(q_BTQD, k_BTKD, v_BTKD, group)
     is_differentiable = torch.is_grad_enabled() and q_BTQD.requires_grad

@@ -32,6 +32,6 @@ class Mixer(nn.Module):
     def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
         """Mix the rows of one part of the batch, whose sequences follow one another. Return rows [T, H].
 
-        pasts: the past of each group; empty if the tokens are not cached
+        pasts: what the cache holds for each group of the part; empty if the tokens are not cached
         """
         raise NotImplementedError

@@ -183,7 +183,10 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 
 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
-    """End a completed collective. If a rank stopped the job, raise its error, not that of the closed connection."""
+    """Get the result of a collective that has completed or failed.
+
+    If it failed because another rank stopped the job or died, raise the error that says so, not the backend's error.
+    """
     try:
         work.wait()
     except RuntimeError as failure:

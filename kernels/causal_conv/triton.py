@@ -1,4 +1,4 @@
-"""The causal convolution in Triton. A program computes some channels of some tokens (`prefill`) or of one (`update`).
+"""The causal convolution in Triton. A Triton program computes some channels of some tokens (`prefill`) or of one token (`update`).
 
 `prefill` reads x once from memory (the W shifted reads of a tile hit the cache), writes y once, and reads and writes
 the state once. `update` reads S + 1 numbers and writes S + 1 numbers per channel.

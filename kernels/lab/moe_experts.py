@@ -1,6 +1,6 @@
 """The experts of a mixture-of-experts layer in C++ for CPUs, compiled at the first use.
 
-Under expert parallelism the first use of this module, and so its build, comes after the dispatch of the first layer.
+Under expert parallelism the first use of this extension, and so its build, comes after the dispatch of the first layer.
 
 Shapes: N rows, K picks (chosen experts) of a row, H hidden, E experts held, I intermediate, J = 2 I (gate, then up).
 """

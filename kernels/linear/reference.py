@@ -1,6 +1,6 @@
 """Projections in plain torch.
 
-Shapes: N rows, H inputs, O outputs of a weight, P parts of a weight, R = O / P.
+Shapes: N rows, H inputs, O outputs of a weight, P equal blocks of rows into which a weight is cut, R = O / P rows of such a block.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def project(x_NH: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 def product(x_NH: Tensor, weight_OH: Tensor) -> Tensor:
     """Return x weight^T [N, O] for one weight.
 
-    On a CPU, torch computes few rows on one thread. A batched product over parts of the weight uses more threads.
+    On a CPU, torch computes few rows on one thread. A batched product over blocks of the weight uses more threads.
     """
     (N, H), O = x_NH.shape, weight_OH.shape[0]
     if N <= MAX_ROWS and O * H >= MIN_WEIGHT and x_NH.dtype == torch.float32 and x_NH.is_cpu:

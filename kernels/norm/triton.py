@@ -1,4 +1,4 @@
-"""Root-mean-square norms in Triton: one program keeps several whole rows in registers.
+"""Root-mean-square norms in Triton: one program (an instance of the kernel) keeps several whole rows in registers.
 
 Each input is read once and the output is written once. Rows may have any stride. `gate_then_norm` treats each group as
 a row. From a few thousand rows on, a norm takes as long as a copy.

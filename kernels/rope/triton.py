@@ -1,4 +1,4 @@
-"""Rotary position embedding in Triton: a program rotates some heads of one token.
+"""Rotary position embedding in Triton: each program (instance of the kernel) rotates some heads of one token.
 
 Each number of x is read from memory once (the two dimensions that are rotated together are in the same cache lines),
 and each number of y is written once. The R angles of a token are read once for every HEADS heads.

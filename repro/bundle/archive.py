@@ -57,7 +57,10 @@ class ArchiveError(ValueError):
 
 
 def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]:
-    """Return the entries of a zip. Raises ArchiveError for the first suspicious entry."""
+    """Return the entries of a zip. Raises ArchiveError for the first suspicious entry.
+
+    where: the name of the zip for error messages
+    """
     entries = archive.infolist()
     if len(entries) > MAX_FILES:
         raise ArchiveError(f"{where}: the zip has {len(entries)} files, but at most {MAX_FILES} are allowed")

@@ -1,4 +1,4 @@
-"""Install the configured kernel backends in the layers of a served model, and list the modules that they compile."""
+"""Install the configured kernel backends in the layers of a served model, and list the extensions that they compile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device) -> list[Extension]:
-    """Install the backends, for any parallel layout; return the extension modules that they will use, in order.
+    """Install the backends, for any parallel layout; return the extensions that they will use, in order.
 
     Raises ConfigError for a backend that cannot run on this device.
     """

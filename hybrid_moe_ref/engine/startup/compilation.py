@@ -1,8 +1,8 @@
-"""Compile the row-wise parts of the layers by torch.compile, before any rank waits in a collective for the result.
+"""Compile the row-wise modules of the layers by torch.compile, before any rank waits in a collective for the result.
 
-The compiled parts are norms, routers and shared experts: everything between mixers and collectives. Recurrences and
-collectives are not compiled, so the compiler never sees a hook that communicates. A part is not compiled again for each
-layer. It is compiled twice: for one row, and for any larger number of rows.
+The row-wise modules are norms, routers and shared experts: everything between mixers and collectives. Recurrences and
+collectives are not compiled, so the compiler never sees a hook that communicates. A module is not compiled again for
+each layer. It is compiled twice: for one row, and for any larger number of rows.
 
 One rank of the host compiles first and saves its output (Inductor's cache). The others wait for that rank's lock, which
 has a deadline and names its holder, and load the output.
@@ -33,7 +33,7 @@ NUM_ROWS = (1, 2)
 
 
 class Compiler:
-    """The compiler of one rank: installs compiled parts in the model, and runs them once so that they are compiled.
+    """The compiler of one rank: installs compiled modules in the model, and runs them once so that they are compiled.
 
     place  the cache folder, and the observer and the check to call during the compilation
     """
@@ -50,7 +50,7 @@ class Compiler:
 
     @property
     def done(self) -> Path:
-        """Return the marker file that exists once all parts of a model with these sizes are compiled in this folder."""
+        """Return the marker file, which exists once all modules of a model of this size are compiled in the folder."""
         kinds = set()
         for part in row_wise(self._model):
             weights = [(name, tuple(x.shape), x.dtype, x.device.type) for name, x in part.named_parameters()]
@@ -58,7 +58,7 @@ class Compiler:
         return self.folder / f"done-{hashlib.sha256(repr(sorted(kinds)).encode()).hexdigest()[:12]}"
 
     def install(self) -> None:
-        """Replace the forward of each part by a function that compiles at its first call."""
+        """Replace the forward of each row-wise module by a function that compiles at its first call."""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder)
         import torch._inductor.config as inductor  # takes seconds, so only ranks that compile import it
@@ -76,7 +76,7 @@ class Compiler:
 
     @torch.inference_mode()
     def compile_all(self) -> None:
-        """Call every part for every number of rows in NUM_ROWS."""
+        """Call every compiled module for every number of rows in NUM_ROWS."""
         weight = self._model.model.embed_tokens.weight
         for part in self._parts:
             for num_rows in NUM_ROWS:
@@ -112,7 +112,7 @@ class Compiler:
 
 
 class _Announcements:
-    """Reports to the observer when a part compiles: at its first call with one row, and at its first with more."""
+    """Reports to the observer when a module compiles: at its first call with one row, and at its first with more."""
 
     def __init__(self, place: BuildPlace) -> None:
         self._place = place

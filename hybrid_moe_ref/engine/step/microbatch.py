@@ -22,10 +22,10 @@ def halves(num_rows: int) -> tuple[Half, Half]:
 
 
 def part_of(batch: Batch, half: Half) -> Batch:
-    """Return the rows of the step in one half.
+    """Return the batch with the rows of one half of the step.
 
-    Build the second half after the first has run, because a sequence in both halves continues where its first part
-    ended.
+    Build the second half after the first has run, because a sequence in both halves continues where it ended in the
+    first half.
     """
     sequences = batch.sequences
     if not sequences:

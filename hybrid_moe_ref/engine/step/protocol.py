@@ -33,8 +33,9 @@ class Protocol:
     """What the ranks exchange in one vLLM version, for the settings of an engine.
 
     rows      the names of the version's rows of C1, in order
-    interval  number of steps between two questions, unless `engine.unfinished_interval` names another
-    question  the reduce op of the question
+    interval  number of steps between two questions "is anyone unfinished?", unless `engine.unfinished_interval` names
+              another number
+    question  the reduction of the all-reduce by which the ranks ask this question
     """
 
     engine: EngineConfig
@@ -44,13 +45,13 @@ class Protocol:
     question: ClassVar[str]
 
     def asks(self, step: int) -> bool:
-        """Whether the ranks ask for unfinished work after this step of a wave. Steps count from 1."""
+        """Whether the ranks ask "is anyone unfinished?" after this step of a wave. Steps count from 1 in each wave."""
         return step % (self.engine.unfinished_interval or self.interval) == 0
 
     def last_step(self, num_steps: int) -> int:
         """Return the last step of a wave whose requests need `num_steps` steps.
 
-        A wave ends only after a question, so it may have more steps than its requests need.
+        A wave ends only after the question "is anyone unfinished?", so it may have more steps than its requests need.
         """
         step = max(1, num_steps)
         while not self.asks(step):

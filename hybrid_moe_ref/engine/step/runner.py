@@ -130,7 +130,10 @@ class ModelRunner:
             self._comm.guard.leave()
 
     def _raise_mismatch(self, schedule: tuple[ScheduleEntry, ...]) -> NoReturn:
-        """Exchange the schedules, and stop. All ranks have seen the mismatch and call this, so they can communicate."""
+        """Exchange the schedules of all ranks, and raise ScheduleMismatch with the first difference.
+
+        All ranks have seen the mismatch and call this method, so they can communicate.
+        """
         self._comm.guard.release()
         words = self._comm.all_gather_text(self.agreeing, "\n".join(schedule_words(schedule)), layer="mismatch")
         index, sides = first_difference([lines.splitlines() for lines in words])
@@ -139,7 +142,10 @@ class ModelRunner:
         raise ScheduleMismatch(self._comm.stop_all(message))
 
     def _raise_feed_mismatch(self, feeds: Sequence[Feed]) -> NoReturn:
-        """Exchange the feeds and stop, because the ranks of a tp group have different requests or tokens."""
+        """Exchange the feeds of all ranks, and raise ScheduleMismatch, which names the tp groups with different feeds.
+
+        All ranks have seen the mismatch and call this method, so they can communicate.
+        """
         self._comm.guard.release()
         texts = self._comm.all_gather_text(self.agreeing, to_text(feeds), layer="mismatch")
         differences = "; ".join(feed_differences([from_text(text) for text in texts], self._tp_size))

@@ -75,7 +75,7 @@ class ScheduleGuard:
         self._schedule = None
 
     def admit(self, collective: Collective) -> None:
-        """Compare a collective with the next entry of the schedule before it is issued, and go on to the entry after.
+        """Compare a collective with the next entry of the schedule before it is issued, and move on by one entry.
 
         Raises ScheduleMismatch if the collective is not that entry, or if its sizes are not the agreed sizes.
         """

@@ -25,7 +25,7 @@ def schedule_hash(schedule: Sequence[ScheduleEntry]) -> int:
 
 
 def first_difference(schedules: Sequence[Sequence[str]]) -> tuple[int, dict[str, list[int]]]:
-    """Return the index of the first entry that differs between ranks, and entry -> ranks that have this entry there.
+    """Return the index of the first entry that differs between ranks, and entry -> ranks that have it at this index.
 
     schedules: the entries of each rank, as text
     """

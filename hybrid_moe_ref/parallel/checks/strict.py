@@ -24,7 +24,7 @@ KEPT = 2
 
 
 class StrictComparison:
-    """The strict check on one rank.
+    """The strict check on one rank: the members compare each collective before they issue it.
 
     patience_s  seconds to wait for a member that has not arrived
     lost        function that returns why waiting is useless, for example because a peer has died; None if it is useful

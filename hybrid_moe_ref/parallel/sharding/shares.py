@@ -108,7 +108,7 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
 
 
 def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
-    """Return the part of each parameter of a mixer that `place` holds, by parameter name.
+    """Return the part of each parameter of a mixer that the rank at `place` holds, by parameter name.
 
     kind: "A" (gated attention), "G" (Gated DeltaNet) or "M" (Mamba-2)
     """
@@ -116,7 +116,7 @@ def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
 
 
 def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """Return the part of each parameter of a dense MLP or shared expert that `place` holds, by parameter name."""
+    """Return the part of each parameter of a dense MLP or shared expert that the rank at `place` holds."""
     held = place.share(intermediate_size)
     return {
         "gate_proj.weight": rows(held),
@@ -126,7 +126,7 @@ def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """Return the part of each parameter of the routed experts that `place` holds, by parameter name.
+    """Return the part of each parameter of the routed experts that the rank at `place` holds, by parameter name.
 
     A parameter has the weights of all experts, stacked. Each expert is split by its intermediate size.
     """
@@ -138,12 +138,12 @@ def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def rows(*held: Range) -> Cuts:
-    """Return the cut that keeps these outputs of a projection, which are rows of its weight."""
+    """Return the cut that keeps the ranges `held` of a projection's outputs, which are rows of its weight."""
     return ((0, held),)
 
 
 def columns(*held: Range) -> Cuts:
-    """Return the cut that keeps these inputs of a projection, which are columns of its weight.
+    """Return the cut that keeps the ranges `held` of a projection's inputs, which are columns of its weight.
 
     The outputs of all ranks must then be summed.
     """

@@ -93,7 +93,7 @@ class SplitNorm:
     def keep_mean_square(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
         """Keep the mean square of the input of this rank's norm.
 
-        The norm runs once for each part of the step, for example for the decoding sequences.
+        The norm runs once for each part of the step's batch, for example for the decoding sequences.
         """
         x, gate = (widen(z) for z in args)
         self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))

@@ -102,7 +102,7 @@ def inside() -> bool:
 
 
 class beneath:
-    """Mark a ``with`` block as the body of a recorded call. With a generator, this would take as long as recording."""
+    """Mark a ``with`` block as the body of a recorded call. A context manager made from a generator would take as long as the recording itself."""
 
     __slots__ = ()
 
@@ -132,7 +132,11 @@ def _hook(name: str, method: Method, original: Any) -> Any:
         return slow
 
     def resolve(group: Any, *args: Any, **options: Any) -> tuple[Call, int, bool] | None:
-        """Read a call for the compiled hook. Return its call, the depth of its call site, and whether to poll it."""
+        """Read a call of the method for the compiled hook.
+
+        Returns the recorder's `Call`, the number of frames up to the call site, and whether the recorder may ask at any
+        time if the collective is complete. Returns None if the call is not recorded.
+        """
         rank = this.current
         read = _read(rank, group, method, args, options) if rank is not None else None
         if rank is None or read is None:

@@ -17,7 +17,7 @@ from typing import Any
 
 
 def register() -> None:
-    """The entry point. vLLM calls this in each of its processes, possibly several times."""
+    """Run the entry point `hmr_cpu_ep`. vLLM calls this in each of its processes, possibly several times."""
     if os.environ.get("HMR_CPU_EP") != "1":
         return
     from vllm.platforms import current_platform

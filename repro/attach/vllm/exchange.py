@@ -62,7 +62,11 @@ def _recorded_exchange(op: str, num_tensors: int, original: Callable[..., Any]) 
 
 
 def _resolve_exchange(op: str, num_tensors: int, group: Any, *args: Any, **options: Any) -> Any:
-    """Read an exchange for the compiled hook: its call, the depth of its call site, and False."""
+    """Read an exchange of rows for the compiled hook.
+
+    Returns the recorder's `Call`, the number of frames up to the call site, and False: the recorder does not ask later
+    if the exchange is complete. Returns None if this process is no rank.
+    """
     at = worker.current
     if at is None:
         return None

@@ -20,7 +20,10 @@ NUM_EQUAL = 3
 
 
 class Habits:
-    """The schedules that one rank has learned from its executions. Call all methods with the rank's lock held."""
+    """The schedules that one rank has learned from its executions of the model.
+
+    Call all methods with the rank's lock held.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -34,7 +37,7 @@ class Habits:
         self._varying: set[Hashable] = set()
 
     def begin(self) -> None:
-        """Start to record an execution."""
+        """Start to note the collectives of an execution of the model."""
         self._issued, self._kind = [], None
         self._recorder.note_entries(self._issued)
 

@@ -103,7 +103,10 @@ class Mirror:
         return FRONT_ENDS.get(Activity(self._front[Note.ACTIVITY]), "") if self._front is not None else ""
 
     def catch_up(self) -> None:
-        """Record the engine's new questions in order. Each one becomes a collective that belongs to no step."""
+        """Record the engine's new questions "is anyone unfinished?", in order.
+
+        Each question is recorded as a collective that belongs to no step.
+        """
         if self._notes is None:
             self._notes = open_notes(Path(self._rank.root), self._rank.rank)
             if self._notes is None:

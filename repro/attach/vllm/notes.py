@@ -70,12 +70,18 @@ ENGINE, FRONT = "engine", "front"
 
 
 def path_of(root: Path, rank: int, kind: str = ENGINE) -> Path:
-    """Return the path of the notes of the engine whose first worker is ``rank``, or of that engine's front end."""
+    """Return the path of the notes of the engine whose first worker is ``rank``, or of that engine's front end.
+
+    kind: ENGINE or FRONT
+    """
     return root / "events" / f"rank{rank:03d}.{kind}"
 
 
 def create(root: Path, rank: int, kind: str = ENGINE) -> Notes:
-    """Create the notes of this process. Raises FileExistsError if another process has created them."""
+    """Create the notes of this process. Raises FileExistsError if another process has created them.
+
+    rank: the rank of the engine's first worker; kind: ENGINE or FRONT, whichever this process is
+    """
     descriptor = os.open(path_of(root, rank, kind), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.posix_fallocate(descriptor, 0, BYTES)
@@ -87,7 +93,7 @@ def create(root: Path, rank: int, kind: str = ENGINE) -> Notes:
 
 
 def open_notes(root: Path, rank: int, kind: str = ENGINE) -> Notes | None:
-    """Open the notes of an engine or a front end; None if they do not exist yet."""
+    """Open the notes of an engine or a front end (``kind``); None if they do not exist yet."""
     try:
         descriptor = os.open(path_of(root, rank, kind), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

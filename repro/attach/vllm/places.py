@@ -1,4 +1,4 @@
-"""Find and replace functions and methods of vLLM by their names. The recorder and the guard both use it."""
+"""Find and replace functions and methods of vLLM by their names. The recorder and the guard both use this file."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def is_error(name: str) -> bool:
 
 
 def distinct(names: Iterable[str]) -> frozenset[str]:
-    """Return the names without common words and numbers."""
+    """Return the names that are not words of the list, not numbers, and longer than two characters."""
     return frozenset(name for name in names if len(name) > 2 and not is_word(name) and not name.isdigit())
 
 

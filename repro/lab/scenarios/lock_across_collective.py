@@ -68,7 +68,7 @@ class TuneAfterLock(KernelBuilds):
 def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank.
 
-    control: The engine's own policy builds the module, and nothing is tuned.
+    control: The engine's own policy builds the extension, and nothing is tuned.
     fault: The rank tunes while it holds the lock.
     fix: The rank tunes after it has released the lock.
     """

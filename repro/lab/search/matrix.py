@@ -35,7 +35,7 @@ PHASES = ("load", "prepare", "profile", "capture", "serve")
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination. ``configuration`` is config2 (DP8 + EP8) or tp8; both run eagerly here."""
+    """One combination of layout, backends and cache. ``configuration`` is config2 (DP8 + EP8) or tp8; no graphs."""
 
     configuration: str
     gdn: str
@@ -106,7 +106,7 @@ def run(
     say: Callable[[str], None],
     done: Callable[[Path], None] = lambda root: None,
 ) -> list[Result]:
-    """Run the cells one after another.
+    """Run the cells (combinations of settings) one after another.
 
     say: called with a line for each cell
     done: called with each run directory once the run is over

@@ -54,7 +54,7 @@ def compact(
 
 
 def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geometry:
-    """Return the smallest areas in which every record, vector and group has the same place as in ``data``."""
+    """Return the smallest areas that still have room for every record, vector and group at its place in the area."""
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:
         used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)

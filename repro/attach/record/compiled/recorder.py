@@ -62,7 +62,10 @@ class CompiledRecorder(Recorder):
         self.tape.wait(self._entered_or(collective) if call is None else call, ticket)
 
     def call_at(self, caller: FrameType, collective: Collective) -> tuple[Any, int]:
-        """Find the call site above ``caller``. Return its call, and the number of frames from ``caller`` to it."""
+        """Find the call site of a collective, outwards from the frame ``caller``.
+
+        Returns the recorder's `Call` for this call site, and the number of frames from ``caller`` to it.
+        """
         depth = self._depth
         call = self._call_from(caller, collective)
         found, self._depth = self._depth - 1, depth

@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass
 class Experiment:
-    """The experiment of one folder, ``root``. ``say`` prints a line for the user."""
+    """The experiment whose cells and results are in the folder ``root``. ``say`` prints a line for the user."""
 
     root: Path
     settings: Settings

@@ -1,4 +1,4 @@
-"""The cells of the experiment: what varies between two starts of vLLM, and the command line of each."""
+"""The cells of the experiment: a cell is one start of vLLM, with its settings and its command line."""
 
 from __future__ import annotations
 

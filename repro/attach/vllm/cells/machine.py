@@ -1,4 +1,4 @@
-"""Find out which cells this machine can start with its GPUs and its vLLM, and why it cannot start the others."""
+"""Find out which cells (starts of vLLM) this machine can run with its GPUs and its vLLM, and why not the others."""
 
 from __future__ import annotations
 

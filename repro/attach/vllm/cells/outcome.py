@@ -1,4 +1,4 @@
-"""The outcome of a cell, and the file in which it is saved."""
+"""The outcome of a cell (one start of vLLM), and the file in which it is saved."""
 
 from __future__ import annotations
 

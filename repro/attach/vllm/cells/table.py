@@ -1,4 +1,6 @@
-"""Write the outcomes of the cells as a table, for a terminal and as Markdown, and say why other cells did not run."""
+"""Write the outcomes of the cells (starts of vLLM) as a table, for a terminal and as Markdown.
+
+Below the table, say why the other cells did not run."""
 
 from __future__ import annotations
 

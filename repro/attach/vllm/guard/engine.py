@@ -132,7 +132,10 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _count(engine: Any, mine: Board) -> None:
-    """Count one execution. In the mode ``agree``, raise Refused if the engine did not request it from its worker."""
+    """Count one execution on the engine's board, ``mine``.
+
+    In the mode ``agree``, raise Refused if the engine did not request this execution from its worker.
+    """
     mine[Field.COUNTED] += 1
     requested, counted = mine.executions()
     if counted <= requested or not _counts_requests:

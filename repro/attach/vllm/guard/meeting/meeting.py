@@ -71,7 +71,7 @@ class Meeting:
         return self.first("refusal", sentence)
 
     def news(self) -> tuple[str, int]:
-        """Return the values of `refusal` ("" if no rank has refused) and `calls`."""
+        """Return the sentence of the first refusal ("" if no rank has refused), and how often states were requested."""
         refusal, calls = self._store.multi_get(["refusal", "calls"])
         return refusal.decode(), int(calls)
 
