@@ -197,8 +197,9 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     def piece(kind: str, linear: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
         """Make the piece that fills the weight of the projection `linear`.
 
-        kind: the name of the projection, "in_proj_qkvz" or "in_proj_ba"; parts: for each of q, k, v, z, b or a in this weight: the range of its rows that this rank holds, its number of
-        rows in a block, and its first row in a block
+        kind   the name of the projection: "in_proj_qkvz" or "in_proj_ba"
+        parts  for each of q, k, v, z, b or a in this weight: the range of its rows that this rank holds, its number of
+               rows in a block, and its first row in a block
         """
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
         held = tuple(rows for part in parts for rows in _in_blocks(*part, block))

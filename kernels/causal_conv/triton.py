@@ -1,4 +1,5 @@
-"""The causal convolution in Triton. A Triton program computes some channels of some tokens (`prefill`) or of one token (`update`).
+"""The causal convolution in Triton. A program (an instance of the kernel) computes some channels of some tokens
+(`prefill`) or of one token (`update`).
 
 `prefill` reads x once from memory (the W shifted reads of a tile hit the cache), writes y once, and reads and writes
 the state once. `update` reads S + 1 numbers and writes S + 1 numbers per channel.

@@ -1,6 +1,6 @@
 """Projections in plain torch.
 
-Shapes: N rows, H inputs, O outputs of a weight, P equal blocks of rows into which a weight is cut, R = O / P rows of such a block.
+Shapes: N rows, H inputs, O outputs of a weight, P blocks of rows into which a weight is cut, R = O / P rows of a block.
 """
 
 from collections.abc import Sequence

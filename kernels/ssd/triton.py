@@ -175,7 +175,9 @@ def _decode(
 ):  # fmt: skip
     """Process one token of one sequence for one head.
 
-    The Triton program that ends last in a group of heads also updates the past inputs of b and c, and applies the norm to the group."""
+    In each group of heads, the Triton program that ends last also updates the past inputs of b and c, and applies the
+    norm to the group.
+    """
     h, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p, n = tl.arange(0, BP), tl.arange(0, BN)
     is_p, is_n = p < P, n < N

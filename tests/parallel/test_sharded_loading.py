@@ -79,7 +79,7 @@ def test_float8_blocks_are_dequantised_before_the_cut(tmp_path):
 
 def test_a_part_is_not_saved_as_if_it_were_the_model(tmp_path):
     part = part_of(CONFIG, "intermediate").init_weights(SEED)
-    with pytest.raises(CheckpointError, match=r"the model holds \d+ parameters in part: only a whole model"):
+    with pytest.raises(CheckpointError, match=r"the model holds only a part of \d+ parameters, but only a whole model"):
         part.save_pretrained(tmp_path)
 
 

@@ -102,7 +102,10 @@ def inside() -> bool:
 
 
 class beneath:
-    """Mark a ``with`` block as the body of a recorded call. A context manager made from a generator would take as long as the recording itself."""
+    """Mark a ``with`` block as the body of a recorded call.
+
+    This is a class, because a context manager made from a generator would take as long as the recording itself.
+    """
 
     __slots__ = ()
 
