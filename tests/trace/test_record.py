@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +260,14 @@ def test_a_killed_writer_leaves_a_readable_witness(tmp_path: Path) -> None:
         witness = read(path)
         assert witness.num_events > 100
         assert len(list(witness.events())) >= 63
+
+
+def test_a_recorder_that_is_no_longer_used_closes_its_file_at_once(tmp_path: Path) -> None:
+    recorder = Recorder.open(tmp_path / "rank000.wit", 0, 1)
+    buffer = weakref.ref(recorder._buffer)
+    gc.disable()
+    try:
+        del recorder
+        assert buffer() is None, "the recorder is part of a reference cycle"
+    finally:
+        gc.enable()

@@ -288,7 +288,8 @@ class Recorder:
 
     # -- interning -----------------------------------------------------------------------------------------------
 
-    def _new_group(self, index: int) -> Group:
+    @staticmethod  # a bound method would be a cycle, which keeps the file open after the last use of the recorder
+    def _new_group(index: int) -> Group:
         return Group(index)
 
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:

@@ -81,7 +81,8 @@ class CompiledRecorder(Recorder):
     def _append(self, fixed: bytes, check: int, seq: int) -> None:
         self.tape.append(fixed, check, seq)
 
-    def _new_group(self, index: int) -> Any:
+    @staticmethod
+    def _new_group(index: int) -> Any:
         group = calls.Group(index)
         return _library.Group(group.index, group.last, group.left_word)
 
