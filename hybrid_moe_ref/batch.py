@@ -1,10 +1,10 @@
 """The tokens of one step, flattened over all sequences, with one row per token.
 
 Sequences with the same number of new tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
-group with T = 1. The groups that a mixer processes in one call are a part of the step. In a part, either every
+group with T = 1. The groups that a mixer processes in one call are a part of the batch. In a part, either every
 sequence has one new token, or every sequence has more than one.
 
-Shapes: N rows of the step, B sequences of a group, T new tokens of each sequence of a group (for a part: its number of
+Shapes: N rows of the batch, B sequences of a group, T new tokens of each sequence of a group (for a part: its number of
 rows), X = 1 + the number of sequences of a part.
 """
 
@@ -33,7 +33,7 @@ S = TypeVar("S", bound=Cached)
 class Group(Generic[S]):
     """Sequences with `length` new tokens each.
 
-    rows_BT       index of each token's row in the step
+    rows_BT       index of each token's row in the batch
     positions_BT  position of each token in its sequence
     starts        number of earlier tokens of each sequence
     sequences     the cached sequences; empty if the tokens are not cached
@@ -52,8 +52,8 @@ class Part(Generic[S]):
 
     In a part, either every sequence has one new token (decode), or every sequence has more than one.
 
-    cached   index of each group in the list of the step's cached groups; empty if the tokens are not cached
-    is_step  whether the part is the whole step, with the rows in the same order
+    cached   index of each group in the list of the batch's cached groups; empty if the tokens are not cached
+    is_step  whether the part is the whole batch, with the rows in the same order
     tables   rotary tables that were computed for this part. A key has all arguments of a table except the positions
     """
 

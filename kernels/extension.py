@@ -52,10 +52,10 @@ class BuildFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Extension:
-    """A native module: its name and source files. Its functions have C linkage, or register themselves with torch.
+    """One extension: its name and source files. Its functions have C linkage, or register themselves with torch.
 
     sources      .cpp files, and .cu files for a GPU
-    headers      the headers that the sources include, so that a change of a header rebuilds the module
+    headers      the headers that the sources include, so that a change of a header rebuilds the extension
     cflags       the flags of the C++ compiler
     cuda_cflags  the flags of nvcc
     ldflags      the flags of the linker

@@ -96,7 +96,7 @@ def differentiable(*tensors: Tensor | None) -> bool:
 
 
 def load(pool_J_: Tensor, slots_B: Tensor, *, copy: bool = False) -> Tensor:
-    """Return the states in these slots: a view for one slot on the CPU, else a copy. copy: always return a copy."""
+    """Return the states in these slots. One slot on the CPU gives a view, unless `copy` is set; all others a copy."""
     if slots_B.numel() == 1 and not slots_B.is_cuda and not copy:
         return pool_J_.narrow(0, int(slots_B), 1)
     return pool_J_[slots_B]

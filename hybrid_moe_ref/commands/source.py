@@ -55,7 +55,7 @@ class Source:
         raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")
 
     def dtype(self, requested: str | None) -> str:
-        """Return the name of the dtype to compute in: the requested one, else the checkpoint's, else float32."""
+        """Return the name of the dtype to compute in: `requested`; if that is None, the checkpoint's, or float32."""
         return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
     def suggestion(self, requested: str | None) -> str:

@@ -55,7 +55,7 @@ class Config:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the hint " (did you mean ...?)" if one of the ``known`` names is similar, else ""."""
+    """Return the hint " (did you mean ...?)" with the most similar of the ``known`` names; "" if none is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 

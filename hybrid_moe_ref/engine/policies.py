@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from hybrid_moe_ref.engine.startup.compilation import Compiler
 
 Exchange = Callable[[StepPlan, str], AgreedStep]
-"""The step agreement C1: (own plan, layer that asks) -> the result for all ranks' plans. It takes one all-reduce."""
+"""The step agreement C1: (own plan, name of the layer that needs it) -> the result for the plans of all ranks.
+
+It takes one all-reduce."""
 
 NewTokens = list[tuple[str, int]]
 """The (request id, token) pairs of one step of one rank."""

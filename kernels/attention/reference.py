@@ -29,7 +29,7 @@ def decode(q_BQD: Tensor, kv_PL2KD: Tensor, table_BX: Tensor, lengths_B: Tensor,
 
 
 def _run(kv_PL2KD: Tensor, table_1X: Tensor, longest: int) -> Tensor:
-    """Return the KV entries of one sequence: a view if the pool has only one page, else a copy."""
+    """Return the KV entries of one sequence: a view if the pool has only one page, a copy otherwise."""
     if kv_PL2KD.shape[0] == 1:
         return kv_PL2KD[:, :longest]
     return kv_PL2KD[table_1X[0]].flatten(0, 1)[None, :longest]

@@ -1,7 +1,7 @@
-"""The gated delta rule of a prefill as a module that is compiled at its first use: C++ on a CPU, CUDA on a GPU.
+"""The gated delta rule of a prefill as an extension that is compiled at its first use: C++ on a CPU, CUDA on a GPU.
 
-Serving libraries compile one function for each pair of head sizes when it is first needed. This module shows what that
-does to the start of a server. It is not fast.
+Serving libraries compile one function for each pair of head sizes when it is first needed. This extension shows what
+that does to the start of a server. It is not fast.
 
 Shapes: T tokens of all sequences, M key heads, H value heads, K key dim, V value dim, B sequences, X = B + 1, J slots
 (each holds the state of one sequence).

@@ -10,10 +10,10 @@
     def test_it(ep_ranks):
         ep_ranks(4, "gloo").run(exchange)
 
-Inside the ``with`` block every torch.distributed collective is recorded, and a watcher follows the ranks. If all ranks
-have been silent for the quiet window and the evidence explains why, the test fails. The error names the waits between
-the ranks, their stacks, and the path of a report. If a rank raises, the test fails with that rank's traceback. No
-process is left running.
+Inside the ``with`` block every torch.distributed collective is recorded, and a watcher follows the ranks. If no rank
+has recorded an event for the quiet window and the evidence explains why, the test fails. The error names the waits
+between the ranks, their stacks, and the path of a report. If a rank raises, the test fails with that rank's traceback.
+No process is left running.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class Ranks:
     second.
 
     root             the folder for the evidence of each run
-    quiet_window_s   how many seconds all ranks must be silent before they are judged
-    deadline_s       after how many seconds a run fails, whether its ranks are silent or not
+    quiet_window_s   after how many seconds without an event on any rank the ranks are judged
+    deadline_s       after how many seconds a run fails, even if its ranks still record events
     """
 
     num_ranks: int

@@ -45,9 +45,9 @@ def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
     """Return a function that makes ranks: ``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n
     ranks.
 
-    A watcher follows the ranks. Optional arguments: ``quiet_window_s`` is how many seconds of silence count as a hang,
-    ``deadline_s`` is the longest time of a run. With ``backend="nccl"`` the test is skipped if there are fewer than n
-    GPUs.
+    A watcher follows the ranks. Optional arguments: after ``quiet_window_s`` seconds without an event on any rank, the
+    ranks are judged; ``deadline_s`` is the longest time of a run, in seconds. With ``backend="nccl"`` the test is
+    skipped if there are fewer than n GPUs.
     """
 
     def make(num_ranks: int, backend: str = "gloo", quiet_window_s: float = 1.0, deadline_s: float = 60.0) -> Ranks:

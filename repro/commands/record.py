@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the program. Returns its exit code if it ended by itself, else the exit code of the verdict."""
+    """Run the program. Returns the program's exit code; UNEXPECTED if --end ended it; INTERRUPTED after Ctrl-C."""
     program = list(args.program)
     root = args.to or Path("runs") / f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-record"
     if args.quiet_window is not None and not 0 < args.quiet_window <= LONGEST_WINDOW_S:

@@ -11,8 +11,8 @@ _HAS_ENTRIES = re.compile(rb'"entries":\s*\[\s*\{')
 def dump() -> bytes | None:
     """Return the record of this process's collectives as JSON; None if torch is not imported or records nothing.
 
-    A CUDA build of torch has two recorders, one for NCCL and one for gloo. The dump is NCCL's if that has entries, else
-    gloo's. Raises RuntimeError if torch cannot dump.
+    A CUDA build of torch has two recorders, one for NCCL and one for gloo. If the recorder for NCCL has entries, its
+    dump is returned; if not, that of the recorder for gloo. Raises RuntimeError if torch cannot dump.
     """
     c10d = sys.modules.get("torch._C._distributed_c10d")
     dumped = None

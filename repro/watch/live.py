@@ -200,7 +200,7 @@ class Watch:
             self._notices.builds(verdict, now_ns, self.host.now_ns())
 
     def _decide_in_quiet(self) -> Verdict | None:
-        """Judge after a quiet window. Return the verdict if it is final; else None, and the watch continues.
+        """Judge after a quiet window. Return the verdict; None if it is not final, so that the watch continues.
 
         A verdict is not final if a rank still works without recording events: the run is then `slow`.
         """
@@ -269,7 +269,7 @@ class Watch:
     def _compared(self, final: bool) -> Verdict | None:
         """Compare the results of a run whose ranks are all done. Return the verdict: `clean` if the results are right.
 
-        Return None if the results cannot be compared yet. final: no later call will come.
+        Return None if the results cannot be compared yet. final: whether this is the last call
         """
         comparison = self.compare(final)
         if comparison is None:

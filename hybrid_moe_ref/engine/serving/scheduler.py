@@ -104,7 +104,7 @@ class Scheduler:
     """Schedules the requests of one dp rank.
 
     Running requests come first, then as many waiting prompts as the budgets of tokens, sequences and pages allow, in
-    order of arrival. A prompt that is too long for one step is run in parts.
+    order of arrival. A prompt that is too long for one step is run in several steps.
 
     pages_for: number of tokens of a sequence -> cache pages that it takes; by default 0, so that the cache is never
     full

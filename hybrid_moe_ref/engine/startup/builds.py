@@ -61,7 +61,10 @@ class KernelBuilds:
     """
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
-        """Build these extensions. The engine calls this on every rank, before the rank communicates."""
+        """Build these extensions. The engine calls this on every rank, before the rank communicates.
+
+        place: the cache folder, the rank and the callbacks of the builds
+        """
         for extension in extensions:
             ensure(extension, place)
 

@@ -17,7 +17,7 @@ from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.notes import Activity, Note, Notes, create
 
 current: Notes | None = None
-"""The notes file of this process if it is an EngineCore, else None."""
+"""The notes file of this process, which is an EngineCore; None if it is not."""
 
 _requested = False  # whether the engine has requested an execution of its worker since it last counted one
 _owner_pid = 0

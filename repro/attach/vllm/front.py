@@ -20,7 +20,7 @@ from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.notes import FRONT, Activity, Note, Notes, create
 
 current: Notes | None = None
-"""The notes file of this process if it is a front end, else None."""
+"""The notes file of this process, which is a front end; None if it is not."""
 
 _owner_pid = 0
 

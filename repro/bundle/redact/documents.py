@@ -157,7 +157,7 @@ def _references(text: str, recogniser: Recogniser) -> str:
 
 
 def _command(words: Any, recogniser: Recogniser) -> list[str]:
-    """Return the words of a command if all are recognised, else []: a part of a command would do something else."""
+    """Return the words of a command; [] if a word is not recognised, because the rest would do something else."""
     before = ""
     for word in map(str, words) if isinstance(words, list) else ():
         known = (

@@ -178,7 +178,7 @@ class Recogniser:
         return kept or ""
 
     def recognised(self, text: str) -> str | None:
-        """Return the text with shortened paths if every token is recognised, else None."""
+        """Return the text with shortened paths; None if a token is not recognised."""
         if len(text) > MAX_TEXT or _GROUPED.search(text):
             return None
         text = _BRACKETED.sub(lambda match: f"[{self._inside(match[1])}{match[2]}]", plain(text))
@@ -220,7 +220,7 @@ class Recogniser:
         return kept
 
     def free(self, text: str, before: str = "") -> str | None:
-        """Return unrecognised text if it may stay, else None. ``before`` is the same as for :meth:`line`."""
+        """Return a text that is not recognised if it may stay; None if it may not. before: as for :meth:`line`"""
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:

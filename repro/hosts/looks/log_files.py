@@ -24,7 +24,7 @@ _OUTPUTS = (1, 2)
 _TORN = b"\n... the middle of this log is left out ...\n"
 
 File = tuple[int, int]
-"""(device, inode)."""
+"""The identity of an open file: (device, inode)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ def park(run_dir: RunDir) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the rank of this process. Returns the exit code.
 
-    The code is 2 after a usage error, 125 if this machine cannot do the run, else 0.
+    The code is 2 after a usage error, 125 if this machine cannot do the run, and 0 in all other cases.
     """
     try:
         environment = RankEnvironment.read()

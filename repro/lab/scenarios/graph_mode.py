@@ -49,7 +49,10 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a failure in the first step in which the ranks' choices differ: a crash under gloo, else a deadlock."""
+    """Predict a failure in the first step in which the ranks' choices differ.
+
+    With gloo the failure is a crash, with NCCL a deadlock.
+    """
     verdict = "crash" if settings.backend == "gloo" else "deadlock"
     sizes = settings.engine.graph_sizes
     first_step = 1 + 2 * len(sizes)  # after the profile step, and two steps of capture for each size

@@ -32,7 +32,10 @@ LOCK = "experts.lock"
 
 def tune(extension: Extension, place: BuildPlace) -> None:
     """The trigger: all ranks must run the experts in the same way. So an all-reduce averages the time of each way, and
-    all ranks choose the fastest."""
+    all ranks choose the fastest.
+
+    place: has the all-reduce as its callback `sum_up`
+    """
     from hybrid_moe_kernels.lab import moe_experts
 
     times = place.sum_up(moe_experts.time_blocks(), extension.name)

@@ -46,8 +46,9 @@ class Series:
         shown      a context manager that shows the run's progress; it is entered only if the run is possible
         reference  a file with reference tokens; by default a single process generates the tokens
 
-        If this machine cannot run the variant, returns None and a document whose ``skipped`` gives the reason. The same
-        if the run cannot write its files and an earlier run has ended. If none has, raises OutputError or OSError.
+        Returns None and a document whose ``skipped`` gives the reason in two cases: this machine cannot run the
+        variant; or the run cannot write its files, and an earlier run of the series has ended. If the first run cannot
+        write its files, raises OutputError or OSError.
         """
         missing = scenarios.load(settings.scenario).missing(settings)
         if not missing:

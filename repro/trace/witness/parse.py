@@ -219,7 +219,7 @@ def parse_vectors(
 
 
 def vectors_named(records: bytes, more: Iterable[Event]) -> set[tuple[int, int]]:
-    """Return (offset, length) of each size vector that these events refer to.
+    """Return (offset, length) of each size vector to which the events in `records` (packed) and in `more` refer.
 
     Only events that issue a collective with several sizes refer to one. A single size is stored in the record itself.
     """
@@ -260,9 +260,12 @@ def _is_sound(records: bytes, newest: int) -> bool:
 
 
 def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problems) -> Ring:
-    """Return the newest intact events that have no gap between them, although some slots are damaged or incomplete.
+    """Return the newest intact events that have no gap between them, although some records are damaged or incomplete.
 
-    Add a problem for each such slot. counted: how many events the writer has counted.
+    Add a problem for each such record.
+
+    slots    the ring buffer, with one record in each slot
+    counted  how many events the writer has counted
     """
     capacity, size = shape.ring_records, RECORD.size
 
@@ -303,7 +306,10 @@ def _may_be_torn(record: memoryview, number: int) -> bool:
 
 
 def _number(record: memoryview, slot: int, capacity: int) -> int:
-    """Return the number of the event in a slot; 0 if the slot has no intact event, or an event of another slot."""
+    """Return the number of the event at an index (``slot``) of the ring buffer; 0 if there is no intact event.
+
+    Also returns 0 for an event whose number belongs to another index.
+    """
     if not is_whole(record):
         return 0
     event = Event._make(RECORD.unpack(record))

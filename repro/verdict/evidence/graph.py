@@ -196,7 +196,7 @@ def _lock_edges(
 
 
 def _cycle_of(nodes: Sequence[Node], at: Mapping[int, Node]) -> list[Node]:
-    """Return the nodes of one cycle of waits; [] if there is none."""
+    """Return the nodes of one cycle of waits; [] if there is none. at: rank -> the node in which the rank waits"""
     # id() stands for a node, because to hash the node's key takes long for a large group
     places = {id(node): place for place, node in enumerate(nodes)}
     waits_for = {

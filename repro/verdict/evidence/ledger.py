@@ -21,7 +21,7 @@ UNKNOWN = "?"
 """Stands in a field of a `Call` that the witness does not record. It counts as equal to every other value."""
 UNKNOWN_ROOT = -2
 HASHED = Knows.ORDER | Knows.LAYERS | Knows.ARGUMENTS
-"""The aspects that a rolling hash covers. Two hashes are compared only if both witnesses record the same of these."""
+"""The aspects that a rolling hash covers. Two hashes are compared only if both witnesses record the same aspects."""
 
 
 class Call(NamedTuple):
@@ -266,6 +266,6 @@ def _differ(one: str | int, other: str | int) -> bool:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """Return the greatest difference between the first of these calls and the others, as `difference` names it."""
+    """Return the greatest difference between the first call of `sides` and the others, as `difference` names it."""
     kinds = {difference(sides[0].call, side.call) for side in sides[1:]}
     return next((kind for kind in ("mismatch", "sizes", "place") if kind in kinds), "")

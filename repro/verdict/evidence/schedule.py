@@ -16,7 +16,9 @@ from repro.verdict.evidence.steps import Entry, Step
 def plans_of(
     key: GroupKey, witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]]:
-    """Return the schedules that the members of a group declared: (step, part of the step) -> schedule -> ranks.
+    """Return the schedules that the members of a group declared: (step, part) -> schedule -> ranks.
+
+    A rank declares the schedule of a step in parts: the second part depends on the result of the step agreement.
 
     The schedules have only the entries that must be equal on all members: the entries of groups to which all of them
     belong.

@@ -46,7 +46,7 @@ def arguments_finding(
 
 
 def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Return the ranks that did not issue the most common call; () if they are not fewer than the ranks that did."""
+    """Return the ranks that did not issue the most common call of `sides`; () if they are not the minority."""
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
     return tuple(others) if len(others) < len(most.ranks) else ()

@@ -59,7 +59,7 @@ def path() -> Path:
 
 
 def build() -> str:
-    """Build the library, unless it exists. Returns the reason if it cannot be built, else ""."""
+    """Build the library, unless it exists. Returns why it cannot be built; "" if it exists now."""
     if not is_supported():
         return "this interpreter has no such library"
     try:

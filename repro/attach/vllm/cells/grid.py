@@ -16,8 +16,8 @@ GDN_FLAGS = {JIT: "flashinfer", TRITON: "triton"}
 
 MOE_FLAGS = {JIT: "flashinfer_cutlass", TRITON: "triton"}
 """Backend of a cell -> value of --moe-backend, in vLLM 0.20, 0.32 and 0.33. Without this flag, vLLM chooses for
-block-FP8 on compute capability 9.0: flashinfer_cutlass with expert parallelism, else triton
-(model_executor/layers/fused_moe/oracle/fp8.py)."""
+block-FP8 on compute capability 9.0: flashinfer_cutlass with expert parallelism, triton without
+it (model_executor/layers/fused_moe/oracle/fp8.py)."""
 
 REPORT_FLAGS = (
     "--trust-remote-code", "--language-model-only", "--gpu-memory-utilization", "0.90", "--max-model-len", "32768",

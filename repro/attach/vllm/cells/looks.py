@@ -24,7 +24,7 @@ def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
 
 
 def bundle(run: Path, to: Path) -> str:
-    """Pack a recording, or a folder that `collect` wrote, into a zip. Returns the reason of a failure, else ""."""
+    """Pack a recording, or a folder that `collect` wrote, into a zip. Returns why that failed; "" if it did not."""
     to.parent.mkdir(parents=True, exist_ok=True)
     _, failure = _run(["bundle", str(run), "--to", str(to)], BUNDLE_S)
     return "" if to.is_file() else f"no bundle of {run.name}: {failure}"

@@ -39,7 +39,7 @@ class Answer:
         )
 
     def where(self) -> str:
-        """Return the sentence about the first culprit, else the first sentence; "" if there is none."""
+        """Return the sentence about the first culprit. If there is none, return the first sentence, or ""."""
         names = [f"rank {rank} " for rank in self.culprits[:1]]
         about = (text for text in self.sentences if any(name in f"{text} " for name in names))
         return next(about, self.sentences[0] if self.sentences else "")
@@ -106,8 +106,9 @@ class Outcome:
 def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silent_s: float, window_s: float) -> Answer:
     """Return the verdict on a start, from the answers of the recorder and of `collect` (``looks``).
 
-    A server that became ready is `slow` if all ranks were silent for ``window_s``, else `clean`. A server that hung
-    gets the recorder's verdict. If `collect` has the same verdict and only `collect` names culprits, these are added.
+    A server that became ready is `slow` if no rank recorded an event for ``window_s`` seconds (``silent_s`` is the
+    longest such time), and `clean` otherwise. A server that hung gets the recorder's verdict. If `collect` has the same
+    verdict and only `collect` names culprits, these are added.
     """
     last = looks[-1] if looks else None
     if state == READY:

@@ -19,7 +19,7 @@ from repro.attach.vllm.guard.meeting.meeting import Meeting
 from repro.attach.vllm.guard.schedule.post import left_out
 
 current: Board | None = None
-"""The board of this process if it is an engine, else None."""
+"""The board of this process, which is an engine; None if it is not."""
 
 guard_thread: GuardThread | None = None
 _engine: Any = None

@@ -22,7 +22,7 @@ DEADLINE_S = 60.0
 """Seconds that the ranks wait for each other in the start vote (HMR_GUARD_DEADLINE)."""
 
 current: Guard | None = None
-"""The guard of this process if it is a worker and all ranks agreed to be guarded, else None."""
+"""The guard of this process. None if the process is not a worker, or if the ranks did not agree to be guarded."""
 
 guard_thread: GuardThread | None = None
 missing: list[str] = []
@@ -129,8 +129,8 @@ def join(config: Any) -> None:
 
 
 def raise_or_say(stop: Stop, why: str) -> None:
-    """Handle a rank that cannot take part in the vote: raise Refused in the mode ``agree``, else print that the guard
-    is off. why: the reason"""
+    """Handle a rank that cannot take part in the vote: in the mode ``agree`` raise Refused, in the mode ``observe``
+    print that the guard is off. why: the reason"""
     if not stop.agrees:
         stop.say(f"off: {why}")
         return
