@@ -11,7 +11,7 @@ An operation is a folder. Its `__init__.py` has the signature as an `Op`, with a
 is the definition in torch, and `native.py` and `triton.py` have functions of the same names. If a backend has no
 function of that name, or none for that dtype, the next backend runs the operation. The choices:
 
-    auto      triton on CUDA, else torch
+    auto      triton on CUDA, torch on other devices
     native    C++ on the CPU for float32 and bfloat16
     triton    also on the CPU, through its interpreter (TRITON_INTERPRET=1)
     torch     the reference

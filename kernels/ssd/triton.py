@@ -1,8 +1,8 @@
 """The Mamba-2 recurrence in Triton. `prefill` and `decode` are one launch each, for sequences of any lengths.
 
-In `prefill`, a program processes the chunks of one sequence and head in order, with the state in registers. For each
-token and head of 64 x 128 in bfloat16, it reads x (128 B), b and c (512 B, mostly from L2, because the heads of a group
-share them) and dt, and writes y (128 B). The state is read and written once per prompt.
+In `prefill`, a Triton program processes the chunks of one sequence and head in order, with the state in registers. For
+each token and head of 64 x 128 in bfloat16, it reads x (128 B), b and c (512 B, mostly from L2, because the heads of a
+group share them) and dt, and writes y (128 B). The state is read and written once per prompt.
 
 `decode` takes the time to read and write the state once: 2 x 4 x H P N bytes a sequence. For 128 heads of 64 x 128 this
 is 8.39 MB, or 1.95 us at 4.3 TB/s. An H200 reaches 3.6 TB/s at 64 sequences and 3.9 at 256, where a kernel that only

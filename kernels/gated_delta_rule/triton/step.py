@@ -1,11 +1,11 @@
 """A decode step of Gated DeltaNet in one Triton launch: all that is between the projections, for one token a sequence.
 
 The step takes the time to read and write the state once: 2 x 4 x H K V bytes a sequence. For 64 heads of 128 x 128 this
-is 8.39 MB, or 1.95 us at 4.3 TB/s; the other operands are less than 2 % of that. A program keeps the state of a whole
-head in registers (64 KB; 128 threads hold 128 numbers each). Two programs on a multiprocessor then have 128 KB of loads
-in flight. From 128 sequences on, this kernel reaches 3.8 TB/s on an H200, where a kernel that only reads and writes in
-place reaches 4.0. Four variants were slower: a program for only a part of a head; a program for several heads that
-prefetches the next state; more threads; and cache hints.
+is 8.39 MB, or 1.95 us at 4.3 TB/s; the other operands are less than 2 % of that. A Triton program keeps the state of a
+whole head in registers (64 KB; 128 threads hold 128 numbers each). Two programs on a multiprocessor then have 128 KB of
+loads in flight. From 128 sequences on, this kernel reaches 3.8 TB/s on an H200, where a kernel that only reads and
+writes in place reaches 4.0. Four variants were slower: a program for only a part of a head; a program for several heads
+that prefetches the next state; more threads; and cache hints.
 
 Shapes: B sequences, H value heads, M key heads, R = H / M, K key dim, V value dim, C = 2 M K + H V channels, W filter
 width, S = W - 1, J slots (each holds the state of one sequence).

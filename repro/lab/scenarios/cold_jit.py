@@ -1,11 +1,11 @@
 """One rank compiles kernels in the middle of the first step, while the others wait for its lock and log nothing.
 
 Upstream: vLLM issues 41865 ("worker 0 compiles for 172 s, the others hang") and 46764. On Hopper the GDN prefill is by
-default a module that is compiled at its first use. Under expert parallelism the module of the experts is also compiled
-at its first use, which is after the dispatch of layer 0. One rank builds. The others wait for a lock file, without a
-time limit and without a log line. No rank makes progress, which looks like a deadlock. But no rank departs from the
-schedule, and the rank with the lock does not wait in a collective. The wait ends when the compiler ends, so the verdict
-must never be a deadlock.
+default a kernel that is compiled at its first use. Under expert parallelism the kernels of the experts are also
+compiled at their first use, which is after the dispatch of layer 0. One rank builds. The others wait for a lock file,
+without a time limit and without a log line. No rank makes progress, which looks like a deadlock. But no rank departs
+from the schedule, and the rank with the lock does not wait in a collective. The wait ends when the compiler ends, so
+the verdict must never be a deadlock.
 
 The control is the same server on a warm cache. The fix: build before the first collective, log the build and send
 heartbeats, and name the building rank to the ranks that wait.

@@ -2,10 +2,10 @@
 
 No single upstream report describes this. But build locks and collective tuning are both common (the tuner's all-reduce
 per tactic is vLLM issue 54618), and a server that does both under one lock can hang like this. At the first use of the
-experts a rank takes the lock and compiles the module of the experts. It then measures several ways to run the module
-and averages the times by an all-reduce, while it still holds the lock. The others wait for the lock before that
-all-reduce. The lock names its holder, has a deadline and checks the holder's heartbeats, but none of this prevents the
-hang.
+experts a rank takes the lock and compiles the extension of the experts. It then measures several ways to run the
+extension and averages the times by an all-reduce, while it still holds the lock. The others wait for the lock before
+that all-reduce. The lock names its holder, has a deadline and checks the holder's heartbeats, but none of this prevents
+the hang.
 
 The fix: the lock protects only the build, and is released before the ranks communicate. Build and tuning are done
 before the first step.

@@ -22,7 +22,7 @@ class Machine:
     gpus         compute capability of each GPU; () without an NVIDIA GPU
     vllm         version of vLLM in this Python; "" if it has none
     recorder     whether this Python offers the entry point of the recorder to vLLM
-    prebuilt     whether FlashInfer finds its modules prebuilt (package flashinfer-jit-cache)
+    prebuilt     whether FlashInfer finds its kernels already compiled (package flashinfer-jit-cache)
     py_spy       whether `collect` can take stacks
     """
 

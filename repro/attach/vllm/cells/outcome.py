@@ -47,7 +47,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one cell.
+    """The outcome of one cell (one start of vLLM).
 
     name      name of the cell
     state     one of STATES: how the start ended

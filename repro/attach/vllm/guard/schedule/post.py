@@ -28,7 +28,8 @@ class Post:
     questions    how many questions "is anyone unfinished?" of the engine have begun, and how many have ended; (0, 0) if
                  unknown
     waits_s      for how many seconds the rank has issued no new entry; 0 if the rank does not run the model
-    asks_s       for how many seconds the worker has been idle, if its engine waits for the answer to a question; else 0
+    asks_s       for how many seconds the worker has been idle while its engine waits for the answer to a question; 0 if
+                 the engine does not wait for an answer
     """
 
     rank: int
