@@ -58,7 +58,7 @@ dist.destroy_process_group()
 
 
 def start(steps: int, started: Path) -> list[subprocess.Popen[str]]:
-    """Start the ranks of one job, and wait until they train. started: a file that they then make."""
+    """Start the ranks of one job, and wait until they train. started: a file that they make when they train"""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -94,7 +94,7 @@ def result_of(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
 
 
 def look(pid: int, folder: Path) -> tuple[str, float]:
-    """Look at the job once; returns the verdict and the seconds that it took, "" where the job had ended."""
+    """Run `collect` on the job. Return the verdict ("" if the job had ended) and the seconds that `collect` took."""
     command = [sys.executable, "-m", "repro", "collect", "--json", "--to", str(folder), str(pid)]
     began_s = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)

@@ -71,7 +71,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """`ranks` that a tool names, number of `findings`, `failed`: it ended with an error."""
+    """The answer of one tool about one job: the ranks that it names, and how many problems it reports (`findings`).
+
+    failed: whether the tool ended with an error
+    """
 
     verdict: str
     ranks: frozenset[int]
@@ -92,7 +95,7 @@ def made_up(root: Path) -> Iterator[Job]:
 
 
 def _with_status(data: bytes) -> bytes:
-    """A made-up dump with the counters of each group, which torch's dumps have, and nvidia-resiliency-ext needs."""
+    """Add the counters of each group to a made-up dump. torch's dumps have them, and nvrx needs them."""
     content = pickle.loads(data)
     if not content["pg_status"]:
         for entry in content["entries"]:
@@ -106,7 +109,7 @@ def _with_status(data: bytes) -> bytes:
 
 
 def live(root: Path) -> Iterator[Job]:
-    """All six at once: they mostly sleep."""
+    """Run the six live gloo jobs at the same time, because they mostly sleep. Yield each job with its dumps."""
     quiet = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     jobs = {
         fault: subprocess.Popen(
@@ -130,7 +133,7 @@ def ask_diagnose(job: Job) -> Answer:
 
 
 def _prefix(job: Job) -> str:
-    """What the names of a job's dumps have in common. Raises ValueError where there are none."""
+    """Return the beginning that the file names of a job's dumps have in common. Raises ValueError without dumps."""
     names = [path.stem for path in job.folder.iterdir() if path.stem[-1:].isdigit()]
     if not names:
         raise ValueError(f"{job.folder}: no dumps; a live job on a loaded machine may end before it is asked for them")
@@ -138,7 +141,10 @@ def _prefix(job: Job) -> str:
 
 
 def ask_torchfrtrace(job: Job) -> Answer:
-    """Ranks in its lines "missing ranks" and "Culprit rank"; JSON dumps it does not read. Time includes its start."""
+    """Run torchfrtrace. Its answer is the ranks in its lines "missing ranks" and "Culprit rank".
+
+    It cannot read JSON dumps. The time includes the start of the program.
+    """
     prefix = _prefix(job)
     program = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", str(job.folder), "-p", prefix]
     start = time.perf_counter()
@@ -153,7 +159,10 @@ def ask_torchfrtrace(job: Job) -> Answer:
 
 
 def ask_nvrx(job: Job, python: Path) -> Answer:
-    """Ranks in the last column of its table of hanging groups; a row is a finding. Time includes its start."""
+    """Run nvrx. Its answer is the ranks in the last column of its table of hanging groups; each row is a finding.
+
+    The time includes the start of the program.
+    """
     prefix = _prefix(job)
     module = "nvidia_resiliency_ext.attribution.trace_analyzer.fr_attribution"
     program = [str(python), "-m", module, "--fr-path", str(job.folder), "-p", f"{prefix}*", "--emit-stdout"]
@@ -169,7 +178,7 @@ TOOLS: dict[str, Callable[[Job], Answer]] = {"diagnose": ask_diagnose, "torchfrt
 
 
 def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """One row a kind and tool."""
+    """Return one row of the table for each kind of job and each tool."""
     answers = [(job, tool, ask(job)) for job in jobs for tool, ask in TOOLS.items()]
     table = []
     for kind in dict.fromkeys(job.kind for job in jobs):
@@ -194,7 +203,7 @@ def _score(tool: str, own: Sequence[tuple[Job, Answer]]) -> Mapping[str, Any]:
 
 
 def scale(num_ranks: int, scratch: Path) -> dict[str, Any]:
-    """Seconds, processor seconds and peak MB of one `diagnose` of a job of so many ranks."""
+    """Run `diagnose` on a job of this many ranks. Return its seconds, processor seconds and peak memory in MB."""
     folder = scratch / str(num_ranks)
     folder.mkdir(parents=True)
     groups = {"0": ("default_pg", range(num_ranks)), "1": ("ep", range(num_ranks))}

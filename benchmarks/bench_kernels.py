@@ -126,7 +126,7 @@ def function(op: str, backend: str) -> Callable[..., Any]:
 
 
 def wrong(case: comparison.Case, dtype: torch.dtype) -> str:
-    """Compare the native result with float64; return what is wrong, or ""."""
+    """Compare the native result with the float64 result. Return what is wrong; "" if nothing."""
     try:
         comparison.check(case.rounded(dtype), comparison.module_of(case, "native"), dtype, gap=0)
     except AssertionError as error:

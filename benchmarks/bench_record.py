@@ -66,7 +66,7 @@ class Runner:
 
 
 def turns(program: str, num_pairs: int, rng: random.Random) -> list[dict[str, float]]:
-    """Return the seconds of one run, by way, in each turn."""
+    """Return, for each turn, the seconds of one run with each way to record: way -> seconds."""
     with tempfile.TemporaryDirectory() as folder:
         runners = {way: Runner(program, way, Path(folder) / way) for way in WAYS}
         for runner in runners.values():

@@ -137,7 +137,7 @@ def expert_weights(E: int, H: int, I: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def experts(N: int, E: int = 512, K: int = 10, H: int = 4096, I: int = 1024) -> Row:
-    """All calls and rows share one layer's weights: 12.9 GB, more than any cache holds."""
+    """Make a row of `moe.experts`. All calls and rows share the weights of one layer: 12.9 GB, more than any cache."""
 
     def make() -> tuple[list[Any], dict[str, Any]]:
         weights = expert_weights(E, H, I)

@@ -94,7 +94,7 @@ def product_rate(dtype: torch.dtype = torch.float32) -> float:
 
 
 def mark(measured: float, wanted: float, at_most: bool = False) -> str:
-    """Return the limit and whether the measured value keeps it, such as ">= 2 ok" or "<= 0.1 MISSED"."""
+    """Return the limit `wanted` and whether the measured value keeps it, such as ">= 2 ok" or "<= 0.1 MISSED"."""
     good = measured <= wanted if at_most else measured >= wanted
     return f"{'<=' if at_most else '>='} {wanted:g} {'ok' if good else 'MISSED'}"
 

@@ -58,7 +58,7 @@ def save(figure: Any, path: Path, document: Document) -> None:
 
 
 def ratios(document: Document, path: Path) -> None:
-    """Draw a panel for each op; above 1 is faster."""
+    """Draw a panel for each op. A ratio above 1 means that ours is faster."""
     rows = [row for row in document["rows"] if "native_us" in row and row["series"] == "race"]
     ops = list(dict.fromkeys(row["op"] for row in rows))
     columns = 4

@@ -89,7 +89,7 @@ def is_file(text: str) -> bool:
 
 
 def below_package(path: str) -> str | None:
-    """Return the part of a path that begins at a known package; None if this part is not recognised."""
+    """Return the part of a path that begins at a known package; None if there is no such part that is recognised."""
     for mark in ("/site-packages/", "/dist-packages/"):
         if mark in path:
             inside = path.rpartition(mark)[2]
