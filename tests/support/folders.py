@@ -23,7 +23,7 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # an indexer of the host may look into it
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @contextlib.contextmanager

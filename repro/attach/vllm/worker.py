@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from repro.attach.record import compiled
 from repro.attach.record import rank as this
 from repro.attach.record.groups import describe
 from repro.attach.vllm import dynamo, engine
@@ -255,23 +256,30 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     attribute: the attribute of the layer that has its name
     """
 
+    library: Any = compiled.load()
+    run = _run_within if library is None else library.within
+
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def forward(self: Any, *args: Any, **options: Any) -> Any:
-            worker = current
-            if worker is None or dynamo.is_tracing():
+            if current is None or dynamo.is_tracing():
                 return original(self, *args, **options)
-            # the same as Rank.in_layer, but without its generator, which would take as long as the record itself
-            local = worker.rank.local
-            outer, local.layer = local.layer, str(getattr(self, attribute, ""))
-            try:
-                return original(self, *args, **options)
-            finally:
-                local.layer = outer
+            return run(str(getattr(self, attribute, "")), original, self, *args, **options)
 
         return forward
 
     return hook
+
+
+def _run_within(layer: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call the function while this thread runs the layer, as the function of this purpose in C does."""
+    assert current is not None
+    local = current.rank.local
+    outer, local.layer = local.layer, layer
+    try:
+        return function(*args, **options)
+    finally:
+        local.layer = outer
 
 
 # -- waiting for the other process of the rank -----------------------------------------------------------------------

@@ -140,7 +140,7 @@ class Recorder:
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
         self._step = step
-        self._write(Kind.STEP, sig=self._schedules.intern(schedule), aux=num_live)
+        self._append(*self._schedules.part(schedule, num_live, self._phase), 0)
 
     # `enter` and `leave` run hundreds of times in a step. They call no helper functions, because each Python call makes
     # them a tenth slower.

@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from repro.trace.witness.format import ENTRY_SEPARATOR, SEPARATOR
+from repro.trace.recording.calls import sealed_part
+from repro.trace.witness.format import ENTRY_SEPARATOR, NO_GROUP, SEPARATOR, Kind
 
 _MOST = 256
 
 
 class Schedules:
-    """Remembers the string number of each declared schedule, so that a repeated schedule is not written again.
+    """Packs the records of steps. A record with the same schedule is packed once.
 
     A schedule that is a tuple is recognised by its id, which is faster than comparing its entries.
     """
 
     def __init__(self, intern: Callable[[str], int]) -> None:
         self._intern = intern
-        self._known: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
+        self._known: dict[tuple[int, int, int], tuple[Sequence[ScheduleEntry], tuple[bytes, int]]] = {}
 
-    def intern(self, schedule: Sequence[ScheduleEntry]) -> int:
-        """Return the number of the string that contains the schedule. Store the string if it is new."""
-        known = self._known.get(id(schedule))
+    def part(self, schedule: Sequence[ScheduleEntry], num_live: int, phase: int) -> tuple[bytes, int]:
+        """Return the constant part of a step's record and its checksum. Store the schedule's string if it is new."""
+        key = id(schedule), num_live, phase
+        known = self._known.get(key)
         if known is not None and known[0] is schedule:
             return known[1]
-        text = ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule)
-        string = self._intern(text)
+        string = self._intern(ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule))
+        part = sealed_part(num_live, 0, string, 0, phase, NO_GROUP, Kind.STEP)
         if isinstance(schedule, tuple):  # a tuple cannot change, so its id identifies the schedule
             if len(self._known) >= _MOST:
                 self._known.clear()
-            self._known[id(schedule)] = (schedule, string)
-        return string
+            self._known[key] = (schedule, part)
+        return part

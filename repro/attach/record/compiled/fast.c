@@ -173,9 +173,24 @@ static PyObject *spill_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args
     Py_RETURN_NONE;
 }
 
+/* within(layer, function, …): call the function with the rest, while this thread runs the layer. */
+static PyObject *within(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count, PyObject *keywords) {
+    if (count < 2 || !PyUnicode_CheckExact(args[0]))
+        return PyErr_Format(PyExc_TypeError, "within: a name of a layer and a function are needed");
+    State *mine = &state;
+    PyObject *outer = mine->layer, *layer = Py_NewRef(args[0]);
+    PyUnicode_InternInPlace(&layer); /* equal names become one object, because the memo compares identities */
+    mine->layer = layer;
+    PyObject *result = PyObject_Vectorcall(args[1], args + 2, count - 2, keywords);
+    Py_XSETREF(mine->layer, outer);
+    return result;
+}
+
 static PyMethodDef functions[] = {
     {"record", record, METH_VARARGS, "record(whether this process is a recorded rank, its tape or None)"},
     {"spill", spill_all, METH_NOARGS, "Move each asynchronous work that is not waited for yet to pending."},
+    {"within", (PyCFunction)(void (*)(void))within, METH_FASTCALL | METH_KEYWORDS,
+     "within(layer, function, ...): call the function with the rest, while this thread runs the layer"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -40,8 +40,8 @@ class CompiledRecorder(Recorder):
         self.tape.phase = self._phase
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
-        self.tape.step = step
-        super().begin_step(step, schedule, num_live)
+        self._step = self.tape.step = step
+        self.tape.append(*self._schedules.part(schedule, num_live, self._phase), 0)
 
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         group_name, op, layer, sizes, dtype, reduce_op, root = collective
