@@ -38,6 +38,8 @@ FRONT_ENDS = {
 LEFT_OUT = "engine left out execution"
 """The phase after a step that the engine counted but did not request. The number of the first such step follows."""
 
+_ANSWERED, _ASKED = Note.ANSWERED.value, Note.ASKED.value  # read at each message, and an enum takes time to read
+
 IDLE_NS = 200_000_000
 """A worker that has waited for its engine this long (ns) is idle. Between two steps it waits about a millisecond."""
 
@@ -112,8 +114,8 @@ class Mirror:
             if self._notes is None:
                 return
         notes, recorder = self._notes, self._rank.recorder
-        answered = notes[Note.ANSWERED]
-        asked = max(answered, notes[Note.ASKED])
+        answered = notes.numbers[_ANSWERED]
+        asked = max(answered, notes.numbers[_ASKED])
         if self._open and answered >= self._asked:
             recorder.leave(QUESTION, self._asked)
             self._open = False

@@ -56,13 +56,13 @@ class Notes:
     """The numbers in one notes file. ``notes[Note.ASKED]`` reads or sets one."""
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
-        self._numbers = memoryview(buffer).cast("B")[:BYTES].cast("q")
+        self.numbers = memoryview(buffer).cast("B")[:BYTES].cast("q")
 
     def __getitem__(self, note: Note) -> int:
-        return self._numbers[note]
+        return self.numbers[note]
 
     def __setitem__(self, note: Note, number: int) -> None:
-        self._numbers[note] = number
+        self.numbers[note] = number
 
 
 ENGINE, FRONT = "engine", "front"
