@@ -93,7 +93,7 @@ class StatePast:
     def zeros(
         cls, num_sequences: int, conv_shape: tuple[int, ...], ssm_shape: tuple[int, ...], like: Tensor
     ) -> "StatePast":
-        """Make pools of zero states, for sequences that are not cached."""
+        """Make a view with two new pools of zeros, for a run of the model without a cache."""
         conv_BWC = like.new_zeros(num_sequences, *conv_shape)
         ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide(like.dtype))
         return cls(conv_BWC, ssm_B___, torch.arange(num_sequences, device=like.device))

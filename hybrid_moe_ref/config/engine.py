@@ -86,8 +86,8 @@ class EngineConfig(Config):
                 raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(names)}", name)
         if self.autotune and self.moe_backend != "auto":
             raise ConfigError(
-                f"with moe_backend {self.moe_backend!r} there is only one tactic: set it to 'auto', or set autotune to "
-                "false",
+                f"with moe_backend {self.moe_backend!r} there is only one way to compute the experts, so there is "
+                "nothing to tune: set moe_backend to 'auto', or autotune to false",
                 "autotune",
             )
         if self.moe_backend == "jit" and self.dtype not in ("float32", "float64"):

@@ -28,7 +28,8 @@ def make_of_evidence(
 ) -> Made:
     """Write the bundle of a job's evidence.
 
-    with_logs: keep messages that no rule recognises, if a search finds nothing suspicious in them
+    with_logs: also keep text that is not known to be harmless, such as log messages, if a search finds nothing in it
+    that may be private
     others: name -> evidence of a further run with one setting changed; if given, ISSUE.md has a table of all verdicts
 
     Raises LeakError if a private name was found, OSError if the zip cannot be written.

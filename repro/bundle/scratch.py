@@ -16,7 +16,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def scratch_folder(prefix: str) -> Iterator[Path]:
     """Yield a folder for a ``with`` block. The first signal raises KeyboardInterrupt (repro.hosts.interrupt).
 
-    A signal that arrives while the folder is created takes effect later, when it is certain that the folder is removed.
+    A signal that arrives while the folder is created takes effect directly after that. From then on, the folder is
+    removed whatever happens.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

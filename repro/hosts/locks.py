@@ -6,8 +6,8 @@ file shows that the holder lives.
 
 /proc does not show processes of other pid namespaces, nor the open files that this user may not read. But the attempt
 to take a lease (fcntl F_SETLEASE) shows whether any process of this host has the file open. A lease does not show
-processes of other hosts. So on a file system that several hosts share, and where no lease is possible, the answer is
-UNKNOWN instead of NOBODY.
+processes of other hosts. So the answer is UNKNOWN instead of NOBODY in two cases: several hosts share the file system,
+or no lease is possible on it.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ CLASSES = {
             hangs=False,
             causes=_DIFFERENCES,
         ),
-        VerdictClass("clean", "every rank finished, with the right numbers", "green", hangs=False),
+        VerdictClass("clean", "every rank finished, and no wrong result was found", "green", hangs=False),
         VerdictClass(
             "inconclusive",
             "evidence is missing or contradicts itself; the verdict says what to collect",

@@ -47,7 +47,11 @@ class Side(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Divergence(msgspec.Struct, frozen=True):
-    """The first place where ranks differ, with one `Side` for each different call or position there."""
+    """The first place where ranks differ.
+
+    Each `Side` is a set of ranks: those that issued the same call there, or those that are at the same collective, step
+    and call site.
+    """
 
     sides: tuple[Side, ...]
 

@@ -49,9 +49,9 @@ def hook(module: ModuleType) -> None:
 
 
 def _replace(packet: Any, kind: Any, op: str) -> None:
-    """Replace the function that an operator and its default overload call.
+    """Replace the function that an operator calls, and the function that its default overload calls.
 
-    packet: the operator; kind: the class of the replacement; op: the name of its collective
+    packet: the operator; kind: the class of the replacements; op: the name of the operator's collective
     """
     for operator in (packet, packet.default):
         operator._op = kind(operator._op, op)

@@ -30,7 +30,7 @@ def after_fork() -> None:
 
 
 def begin(config: Any) -> None:
-    """Create the notes file of this process. config: vLLM's ParallelConfig."""
+    """Create the file in which this engine notes what it does. config: vLLM's ParallelConfig."""
     global current, _owner_pid
     if _owner_pid == os.getpid():
         return

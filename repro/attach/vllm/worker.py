@@ -162,7 +162,10 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.execute_model. A call without scheduled tokens does not run the model."""
+    """Wrap Worker.execute_model, to record the phase `serve`, and how many requests this rank has in the step.
+
+    For a call without scheduled tokens, which does not run the model, the wrapper records nothing.
+    """
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -180,7 +183,7 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.execute_dummy_batch, with which a rank without requests runs the model."""
+    """Wrap Worker.execute_dummy_batch, to record the phase `serve`, and that this rank has no requests in the step."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -197,7 +200,10 @@ def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap dp_utils._run_ar, the step agreement. Its all-reduce is recorded like any other collective of torch."""
+    """Wrap dp_utils._run_ar (the step agreement), to record that a step begins, and the step's schedule if it is known.
+
+    The all-reduce of the agreement is recorded like any other collective of torch.
+    """
     declaring = Harmless("what a rank declares after a step agreement")
 
     @wraps(original)

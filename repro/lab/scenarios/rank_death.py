@@ -32,8 +32,11 @@ class KilledInStep(StateBinding):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In fault and fix, one rank is killed. In the fix, the setting `checks` makes every
-    waiting rank check that the others still exist."""
+    """Return the policies of a rank: the objects that decide for its engine.
+
+    In fault and fix, the policy `binding` of one rank kills this rank. In the fix, the setting `checks` makes every
+    waiting rank check that the other ranks still exist.
+    """
     killed = settings.variant != "control" and rank == struck_rank(settings)
     return Policies(binding=KilledInStep()) if killed else Policies()
 

@@ -67,7 +67,10 @@ def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> 
 
 
 def release(run_dir: RunDir, job_alive: Callable[[], bool]) -> None:
-    """Let the ranks that wait after their work exit by themselves."""
+    """Let the ranks exit by themselves: they have ended their work and wait for this permission.
+
+    Returns when they have exited, or after RELEASE_PATIENCE_S.
+    """
     run_dir.release.touch()
     deadline = time.monotonic() + RELEASE_PATIENCE_S
     while job_alive() and time.monotonic() < deadline:

@@ -130,7 +130,11 @@ class Witness:
         return _schedule(self.text(sig))
 
     def sizes(self, vector: int, num_sizes: int) -> tuple[int, ...]:
-        """Return the sizes of an event from its fields ``vector`` and ``num_sizes``; () if they cannot be read."""
+        """Return the sizes of an event's collective, in rows or elements; () if they cannot be read.
+
+        vector, num_sizes: fields of the event. A single size is ``vector`` itself. For more sizes, ``vector`` is the
+        place in the file at which they are stored.
+        """
         if num_sizes <= 1:
             return (vector,) * num_sizes
         words = self.vectors.get((vector, num_sizes))

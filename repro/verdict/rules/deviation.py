@@ -133,6 +133,9 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 def _conforming(
     deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
-    """Return the positions of the members that kept their schedule, in the form of verdict.json."""
+    """Return where the members that kept their schedule are: collective, step and call site.
+
+    The result has the form of verdict.json, with one entry for all ranks in the same place.
+    """
     members = set(deviation.group[1]) if deviation.group else set(rank_states)
     return places([rank_states[rank] for rank in sorted(members - set(culprits)) if rank in rank_states])

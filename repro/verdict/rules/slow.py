@@ -1,4 +1,4 @@
-"""Judge waits for ranks that still work: `slow`, with the evidence that these ranks work."""
+"""Explain why a run is `slow`: name the ranks that still work while others wait for them, and show that they work."""
 
 from __future__ import annotations
 

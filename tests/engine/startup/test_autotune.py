@@ -77,5 +77,5 @@ def test_a_cache_that_cannot_be_written_costs_the_next_start_its_time_and_nothin
 
 
 def test_tuning_among_a_single_backend_is_refused():
-    with pytest.raises(ConfigError, match="autotune: with moe_backend 'jit' there is only one tactic"):
+    with pytest.raises(ConfigError, match="autotune: with moe_backend 'jit' there is only one way to compute"):
         EngineConfig(autotune=True, moe_backend="jit", dtype="float32")

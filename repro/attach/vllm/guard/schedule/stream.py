@@ -59,7 +59,7 @@ class Stream:
         self.digest = joined(self.digest, entry.digest)
 
     def expected(self) -> int:
-        """Return a digest of all schedules that this rank has learned, one for each kind of step."""
+        """Return one digest of all schedules that this rank has learned. It learns a schedule for each kind of step."""
         if self._changes != self._repeated.changes:
             self._changes, self._expected = self._repeated.changes, 0
             for kind, entries in self._repeated.expected():
