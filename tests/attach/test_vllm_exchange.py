@@ -28,6 +28,7 @@ from repro.attach.vllm import exchange, worker
 
 begin(sys.argv[1])
 dist.init_process_group("fake", rank=0, world_size=2)
+pair = dist.new_group([0, 1], group_desc="pair")
 
 
 class GroupCoordinator:
@@ -66,6 +67,8 @@ for step in range(6):
             print(group.reduce_scatterv_into_output(half, half, dim=0, sizes=[7]))
     at.agreed((0, 0))
     at.end_execution()
+for group.device_group in (pair, dist.group.WORLD, pair):
+    group.all_gatherv(half, 0, [8, 9])
 try:
     group.all_gatherv("", 0, [3, 4])
 except ValueError as error:
@@ -104,9 +107,9 @@ def test_the_compiled_hook_records_an_exchange_as_the_hook_in_python(programs, t
     others, slow = run(programs, tmp_path / "slow", HMR_RECORD_PURE="1")
     assert printed == others and len(printed.splitlines()) == 65, printed
     assert [pair for pair in zip(fast, slow, strict=True) if pair[0] != pair[1]] == []
-    beneath, *issued = (event for event in fast if event[0] == "ENTER")
+    beneath, *issued = (event for event in fast if event[0] == "ENTER" and "new_group" not in event[3])
     assert "all_reduce" in beneath[3] and not any("all_reduce" in event[3] for event in issued)
-    assert len(issued) == 6 * 2 * 5 + 4
+    assert len(issued) == 6 * 2 * 5 + 3 + 4
     assert [event[6] for event in issued[:5]] == [(1, 2), (1, 2), (), (1, 2), (7,)]
     assert [event[6] for event in issued[-4:]] == [(3, 4), (), (1, 2), (5, 6)]
     assert {event[4] for event in issued} == {"serve", "load"}

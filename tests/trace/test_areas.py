@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -35,9 +36,11 @@ def strings_of(data: bytes, shape: Geometry = SHAPE) -> tuple[list[str], tuple[s
 Sizes = tuple[int, ...]
 
 
-def vectors_of(data: bytes, named: set[tuple[int, int]]) -> tuple[dict[tuple[int, int], Sizes], tuple[str, ...]]:
+def vectors_of(
+    data: bytes, named: set[tuple[int, int]], shape: Geometry = SHAPE
+) -> tuple[dict[tuple[int, int], Sizes], tuple[str, ...]]:
     problems = Problems("x")
-    vectors = parse_vectors(data, SHAPE, parse_live(data, problems).vector_words, named, problems)
+    vectors = parse_vectors(data, shape, parse_live(data, problems).vector_words, named, problems)
     return {key: tuple(memoryview(words).cast("q")) for key, words in vectors.items()}, problems.lines()
 
 
@@ -152,6 +155,31 @@ def test_the_newest_vectors_are_read_back_and_the_others_are_known_to_be_overwri
             assert not sizes or len(sizes) >= SHAPE.vector_words
             continue
         assert vectors.get((offset, len(sizes))) in ((sizes,) if offset >= end - SHAPE.vector_words else (None,))
+
+
+def test_each_thread_that_stores_vectors_reads_its_own_back() -> None:
+    shape = Geometry(ring_records=8, vector_words=1 << 16, string_bytes=1 << 10, group_slots=2)
+    data = bytearray(shape.file_bytes)
+    area = Vectors(data, shape)
+    stored: dict[tuple[int, int], Sizes] = {}
+
+    def store(thread: int) -> None:
+        for number in range(2000):
+            sizes = (thread, number, thread)
+            stored[area.store(sizes), 3] = sizes
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=store, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(stored) == 6000
+    assert vectors_of(bytes(data), set(stored), shape) == (stored, ())
 
 
 @pytest.mark.parametrize("word", range(5))

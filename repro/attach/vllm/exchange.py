@@ -45,17 +45,18 @@ def _recorded_exchange(op: str, num_tensors: int, original: Callable[..., Any]) 
         at = worker.current
         if at is None or collectives.inside():
             return original(self, *args, **options)
-        collective = None
+        call = None
         with entering:
             collective = _exchange(at.rank, op, num_tensors, self.device_group, args, options)
             with at.rank.lock:
                 at.rank.recorder.enter(collective)
-        if collective is None:
+                call, ticket = at.rank.recorder.last_call, at.rank.recorder.last_seq
+        if call is None:
             return original(self, *args, **options)
         with collectives.beneath():
             result = original(self, *args, **options)
         with at.rank.lock:
-            at.rank.recorder.leave(collective)
+            at.rank.recorder.leave(None, ticket, call)
         return result
 
     return recorded

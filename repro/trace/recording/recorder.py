@@ -162,8 +162,9 @@ class Recorder:
         elif sizes is self._vector or sizes == self._vector:
             vector = self._vector_offset
         else:
-            vector = self._vector_offset = self._store_vector(sizes)
-            self._vector = sizes
+            vector = self._store_vector(sizes)
+            if vector != NO_VECTOR:
+                self._vector, self._vector_offset = sizes, vector
         group = call.group
         group.seq = seq = group.seq + 1
         group.hash = rolling = crc32(call.digest, group.hash)

@@ -92,12 +92,28 @@ class Vectors:
         self._start = shape.vectors_at
         self._room = shape.vector_words
         self._next = 0
+        self._lock = threading.RLock()
+        self._storing = False
 
     def store(self, sizes: tuple[int, ...]) -> int:
-        """Store a size vector and return its offset; NO_VECTOR if the vector is empty or longer than the ring."""
-        room, num_words = self._room, len(sizes) + 1
-        if not sizes or num_words > room:
+        """Store a size vector and return its offset. Thread-safe.
+
+        Returns NO_VECTOR if the vector is empty or longer than the ring. Also if a signal handler wants to store one
+        while the interrupted thread is storing another.
+        """
+        if not sizes or len(sizes) + 1 > self._room:
             return NO_VECTOR
+        with self._lock:
+            if self._storing:
+                return NO_VECTOR
+            self._storing = True
+            try:
+                return self._store(sizes)
+            finally:
+                self._storing = False
+
+    def _store(self, sizes: tuple[int, ...]) -> int:
+        room, num_words = self._room, len(sizes) + 1
         offset = self._next
         if offset % room + num_words > room:  # a vector must not wrap around
             offset += room - offset % room

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from repro.attach.record import rank as this
+
 dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
 pair = dist.new_group([1, 3], group_desc="pair")
 x, y = torch.zeros(8), torch.zeros(2, 4, dtype=torch.int32)
@@ -119,6 +121,18 @@ def options() -> None:
     rooted = dist.BroadcastOptions()
     for rooted.rootRank in (1, 3, 1):
         group.broadcast([x], rooted).wait()
+    recorded = this.current
+    for root in (2, 1):
+        this.use(None)  # as a test harness does between two tests
+        rooted.rootRank = root
+        this.use(recorded)
+        group.broadcast([x], rooted).wait()
+    opts.asyncOp = False
+    work = group.allreduce([x], opts)
+    in_thread(work.wait)
+    works = [group.allreduce([x], opts) for _ in range(3)]
+    for work in works:
+        work.wait()
 
 
 def in_thread(call) -> None:

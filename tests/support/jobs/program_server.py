@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,9 +56,17 @@ class ProgramServer:
             command = [sys.executable, __file__]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(request + "\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline().strip()
+        try:
+            self._process.stdin.write(request + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline().strip()
+        except BaseException:  # such as the end of the test's time: the answer must not be taken for the next one
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            raise
+        assert answer, "the process that forks has ended"
+        return answer
 
     def close(self) -> None:
         if self._process is not None:
@@ -96,14 +103,19 @@ def _run(path: str) -> None:
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else bool(end.code)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # the recorder may have replaced it
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(code)
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):  # the program may have closed it
+            sys.stdout.flush()
+    finally:
+        os._exit(code)
 
 
 def _open(*files: str) -> None:

@@ -76,7 +76,7 @@ def build() -> str:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
             command = [compiler, *FLAGS, f"-I{include}", str(_HERE / "fast.c"), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT_S)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=BUILD_LIMIT_S)
             if done.returncode:
                 return f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
             os.replace(made, library)

@@ -11,7 +11,7 @@ typedef struct {
     Py_ssize_t sizes_at; /* the position of the sizes in the arguments, if they are given by position */
 } Exchange;
 
-static PyObject *str_sizes;
+static PyObject *str_sizes, *str_device_group;
 
 /* Read everything but the call site. Returns -1, also with an exception, for a call of a shape that is not known. */
 static int read_exchange(const Exchange *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords, Key *key,
@@ -40,15 +40,17 @@ static PyObject *exchange_call(PyObject *callable, PyObject *const *args, size_t
     Py_ssize_t count = PyVectorcall_NARGS(nargsf);
     State *mine = &state;
     if (!is_recording || mine->inside) return PyObject_Vectorcall(self->issue.function, args, nargsf, keywords);
-    Key key = {.method = self, .group = args[0], .layer = mine->layer ? mine->layer : str_empty,
+    PyObject *group = tape && count > 1 ? PyObject_GetAttr(args[0], str_device_group) : NULL;
+    Key key = {.method = self, .group = group, .layer = mine->layer ? mine->layer : str_empty,
                .phase = tape ? tape->phase : 0};
     uint64_t vector = UINT64_MAX; /* repro.trace.witness.format.NO_VECTOR */
     Entry *entry = NULL;
-    if (tape && count > 1 && read_exchange(self, args, count, keywords, &key, &vector) == 0) {
+    if (tape && group && read_exchange(self, args, count, keywords, &key, &vector) == 0) {
         entry = find(&self->issue, &key);
         if (!entry && !PyErr_Occurred()) entry = resolve(&self->issue, args, nargsf, keywords, &key);
     }
     Py_XDECREF((PyObject *)key.dtype);
+    Py_XDECREF(group); /* the coordinator holds it */
     if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return NULL; /* Ctrl-C before the call */
     PyErr_Clear();
     Tape *file = tape;

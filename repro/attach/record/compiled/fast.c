@@ -42,9 +42,9 @@ static PyObject *issue_call(PyObject *callable, PyObject *const *args, size_t na
     if (work == Py_None) {
         if (tape_leave(file, call, seq) < 0) PyErr_Clear();
     } else if (work && !key.asynchronous) {
-        remember_blocking(mine, work, call, seq);
+        remember(work, call, seq, 1, 0);
     } else if (work) {
-        remember(work, call, seq, pollable);
+        remember(work, call, seq, 0, pollable);
     }
     Py_DECREF(file);
     Py_DECREF(call);
@@ -59,11 +59,10 @@ typedef struct {
 
 static PyObject *wait_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *keywords) {
     Wait *self = (Wait *)callable;
-    State *mine = &state;
     PyObject *work = PyVectorcall_NARGS(nargsf) ? args[0] : NULL, *done;
     if ((is_recording && !tape) || (work && is_of_subclass(work)))
         return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
-    Issued one = work ? take(mine, work) : (Issued){NULL};
+    Issued one = work ? take(work) : (Issued){NULL};
     if (one.call) {
         if (!one.blocking && tape && tape_append(tape, one.call->fixed[WAIT], one.call->check[WAIT], one.seq) < 0)
             PyErr_Clear();
@@ -164,6 +163,7 @@ static PyObject *record(PyObject *Py_UNUSED(module), PyObject *args) {
     if (!PyArg_ParseTuple(args, "pO", &recording, &object)) return NULL;
     is_recording = recording;
     generation++;
+    Py_CLEAR(newest.owner);
     Py_XSETREF(tape, Py_IS_TYPE(object, &TapeType) ? (Tape *)Py_NewRef(object) : NULL);
     Py_RETURN_NONE;
 }
@@ -188,7 +188,7 @@ static PyObject *within(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
 
 static PyMethodDef functions[] = {
     {"record", record, METH_VARARGS, "record(whether this process is a recorded rank, its tape or None)"},
-    {"spill", spill_all, METH_NOARGS, "Move each asynchronous work that is not waited for yet to pending."},
+    {"spill", spill_all, METH_NOARGS, "Move each work that is not waited for yet to pending."},
     {"within", (PyCFunction)(void (*)(void))within, METH_FASTCALL | METH_KEYWORDS,
      "within(layer, function, ...): call the function with the rest, while this thread runs the layer"},
     {NULL, NULL, 0, NULL},
@@ -202,7 +202,8 @@ PyMODINIT_FUNC PyInit_hmr_record(void) {
     struct {
         PyObject **place;
         const char *text;
-    } names[] = {{&str_dtype, "dtype"}, {&str_numel, "numel"}, {&str_opts, "opts"}, {&str_sizes, "sizes"}, {&str_empty, ""},
+    } names[] = {{&str_dtype, "dtype"}, {&str_numel, "numel"}, {&str_opts, "opts"}, {&str_sizes, "sizes"},
+                 {&str_device_group, "device_group"}, {&str_empty, ""},
                  {&option_names[ASYNCHRONOUS], "asyncOp"}, {&option_names[ROOT], "rootRank"},
                  {&option_names[REDUCTION], "reduceOp"}};
     PyTypeObject *types[] = {&GroupType, &CallType, &TapeType, &ThreadType, &IssueType, &WaitType, &OptionType, &ExchangeType};

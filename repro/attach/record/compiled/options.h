@@ -97,6 +97,7 @@ static int option_set(PyObject *object, PyObject *owner, PyObject *value) {
     if (!done) return -1;
     Py_DECREF(done);
     if (is_recording && !is_of_subclass(owner)) option_remember(self, owner, value);
+    else if (owner == newest.owner) newest.is_known[self->option] = 0;
     return 0;
 }
 

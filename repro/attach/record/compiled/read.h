@@ -20,9 +20,6 @@ typedef struct {
     int inside;          /* a replaced method runs; what it calls is not recorded again */
     PyObject *coalesced; /* NULL, or the calls of an open coalescing block */
     PyObject *layer;     /* NULL, or the module that runs */
-    PyObject *work;      /* NULL, or the work of the blocking call that this thread issued last and waits for next */
-    Call *call;          /* its call, and its number */
-    uint64_t seq;
 } State;
 
 static __thread State state;
@@ -245,7 +242,7 @@ static Entry *resolve(Issue *self, PyObject *const *args, size_t nargsf, PyObjec
             self->depths[0] = depth;
         }
         entry = slot_of(key);
-        if (learn(entry, key, (Call *)call, pollable, args[0]) < 0) entry = NULL;
+        if (learn(entry, key, (Call *)call, pollable, (PyObject *)key->group) < 0) entry = NULL;
     }
     Py_XDECREF(answer);
     return entry;

@@ -1,7 +1,7 @@
 /* Write the events of one witness file: the hot path of repro.trace.recording.recorder.Recorder, with the same bytes.
  *
- * Each function here changes the file and the counters without giving up the interpreter's lock, so that several
- * threads can record. The layout and the order of writing are those of repro.trace.witness.format; Python passes the
+ * Each function here but tape_vector changes the file and the counters without giving up the interpreter's lock,
+ * so that several threads can record. tape_vector calls Python, before the event of its call is written. The layout and the order of writing are those of repro.trace.witness.format; Python passes the
  * offsets.
  */
 
@@ -205,15 +205,20 @@ static int tape_vector(Tape *self, PyObject *sizes, uint64_t *vector) {
             return -1;
         }
     int equal = self->sizes ? PyObject_RichCompareBool(self->sizes, sizes, Py_EQ) : 0;
-    if (equal == 0) {
-        PyObject *offset = PyObject_CallOneArg(self->store, sizes);
-        if (!offset) return -1;
-        self->sizes_at = PyLong_AsUnsignedLongLong(offset);
-        Py_DECREF(offset);
+    if (equal) {
+        *vector = self->sizes_at;
+        return equal < 0 ? -1 : 0;
+    }
+    PyObject *offset = PyObject_CallOneArg(self->store, sizes); /* another thread may store others meanwhile */
+    if (!offset) return -1;
+    *vector = PyLong_AsUnsignedLongLong(offset);
+    Py_DECREF(offset);
+    if (PyErr_Occurred()) return -1;
+    if (*vector != UINT64_MAX) { /* repro.trace.witness.format.NO_VECTOR */
+        self->sizes_at = *vector;
         Py_XSETREF(self->sizes, Py_NewRef(sizes));
     }
-    *vector = self->sizes_at;
-    return equal < 0 || PyErr_Occurred() ? -1 : 0;
+    return 0;
 }
 
 /* Record that a call is issued. Returns its number in the group; 0 with an exception if the clock failed. */

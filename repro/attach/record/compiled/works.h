@@ -16,7 +16,7 @@ typedef struct {
     int blocking, pollable;
 } Issued;
 
-/* An asynchronous work that was issued lately: its address, and a weak reference to it. */
+/* A work that was issued lately: its address, and a weak reference to it. */
 typedef struct {
     PyObject *work, *reference;
     Issued issued;
@@ -47,52 +47,27 @@ static void spill(Recent *slot) {
     Py_XDECREF(old.issued.call);
 }
 
-/* Remember an asynchronous work. */
-static void remember(PyObject *work, Call *call, uint64_t seq, int pollable) {
+/* Remember a work until it is waited for. blocking: the program waits for it at once. */
+static void remember(PyObject *work, Call *call, uint64_t seq, int blocking, int pollable) {
     PyObject *reference = PyWeakref_NewRef(work, NULL);
     if (!reference) {
         PyErr_Clear();
         return;
     }
     Recent *slot = recent_of(work);
-    spill(slot);
-    *slot = (Recent){work, reference, {(Call *)Py_NewRef((PyObject *)call), seq, 0, pollable}};
+    while (slot->work) spill(slot); /* which may run Python code that issues a collective */
+    *slot = (Recent){work, reference, {(Call *)Py_NewRef((PyObject *)call), seq, blocking, pollable}};
     if (is_of_subclass(work)) spill(slot); /* `_recorded_wait` looks into `pending` only */
 }
 
-/* Remember the work of a blocking call, for which this thread waits next. */
-static void remember_blocking(State *mine, PyObject *work, Call *call, uint64_t seq) {
-    PyObject *older = mine->work;
-    Issued one = {mine->call, mine->seq, 1, 0};
-    mine->work = Py_NewRef(work);
-    mine->call = (Call *)Py_NewRef((PyObject *)call);
-    mine->seq = seq;
-    if (!older) return;
-    PyObject *reference = PyWeakref_NewRef(older, NULL); /* nobody has waited for it yet */
-    if (reference) to_pending(older, reference, &one);
-    else PyErr_Clear();
-    Py_XDECREF(reference);
-    Py_DECREF(one.call);
-    Py_DECREF(older);
-}
-
-/* Take a work that this thread or another one issued lately. The caller owns the call, if there is one. */
-static Issued take(State *mine, PyObject *work) {
+/* Take a work that a thread issued lately. The caller owns the call, if there is one. */
+static Issued take(PyObject *work) {
     Recent *slot = recent_of(work);
-    Issued one = {NULL};
-    PyObject *owned = NULL;
-    if (work == mine->work) {
-        one = (Issued){mine->call, mine->seq, 1, 0};
-        owned = work;
-        mine->work = NULL;
-        mine->call = NULL;
-    } else if (work == slot->work && alive(slot->reference) == work) {
-        one = slot->issued;
-        owned = slot->reference;
-        memset(slot, 0, sizeof *slot);
-    }
-    Py_XDECREF(owned);
-    return one;
+    if (work != slot->work || alive(slot->reference) != work) return (Issued){NULL};
+    Recent taken = *slot;
+    memset(slot, 0, sizeof *slot);
+    Py_DECREF(taken.reference);
+    return taken.issued;
 }
 
 /* Take a work out of `pending`. Returns its tuple, or NULL. */
