@@ -29,6 +29,8 @@ from pathlib import Path
 import judge_faults
 from server import HERE, ROOT, command, environment
 
+from repro.attach.vllm.guard.ending.stop import EXIT_CODE
+
 WAVES = "5:8,5:12 3:40,4:1 9:2,6:70 30:100,2:3 2:1,3:1"
 """Waves in which ranks become idle, of about 240 executions. A prompt of one token ends vLLM 0.32 on a CPU (conv1d)."""
 
@@ -86,7 +88,16 @@ class Check:
 
     def guard(self) -> list[str]:
         wrong = self._run("guard_faults.py", "--vllm", str(self._vllm), "--out", str(self._out / "guard"))
-        return ["the guard did not stop every fault, or stopped what is none"] if wrong else []
+        return ["the guard did not stop every fault, or stopped what is none"] * bool(wrong) + self.guarded_server()
+
+    def guarded_server(self) -> list[str]:
+        """Kill a worker of `vllm serve`: the server must end within 2 s, and its exit code must say why."""
+        serve = [str(self._vllm / "bin" / "python"), str(HERE / "guard_server.py"), "--out", str(self._out / "server")]
+        variables = environment(self._out / "entry_points", HMR_GUARD="agree", HMR_CPU_EP="1")
+        done = subprocess.run(serve, env=variables, capture_output=True, text=True)
+        end = json.loads(done.stdout.strip() or "{}")
+        print(f"vllm serve, one worker killed: {end}")
+        return ["vllm serve did not end as it should"] * (end.get("code") != EXIT_CODE or end["ended_s"] > 2)
 
     def old(self) -> list[str]:
         if self._old is None:
