@@ -5,7 +5,7 @@ state to the requests ("binds" it) sets a new forward context, and this builds t
 all-reduce over the DP CPU group. Only ranks with requests have GDN metadata and bind state; a rank with a dummy batch
 does not. While every rank is busy, all ranks join the extra all-reduce, and the server works. In the first step with an
 idle rank, the busy ranks wait for it in the all-reduce, and it waits for them in the expert dispatch of the same layer.
-The cycle spans two groups. Whoever looks at one of the groups sees only that some ranks are absent.
+The cycle spans two groups. An observer of one group sees only that some of its ranks are absent.
 
 The fix does not skip the second call. It makes the call local: there is one agreement per step, and later callers get
 the result of this agreement without communication.

@@ -76,12 +76,7 @@ static int exchange_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(k
     if (issue->original ||
         !PyArg_ParseTuple(args, "OOOn", &issue->original, &issue->slow, &issue->resolve, &self->sizes_at))
         return -1;
-    Py_INCREF(issue->original); /* the hooks live as long as the process */
-    issue->function = Py_NewRef(issue->original);
-    Py_INCREF(issue->slow);
-    Py_INCREF(issue->resolve);
-    for (int i = 0; i < NUM_DEPTHS; i++) issue->depths[i] = -1;
-    issue->vectorcall = exchange_call;
+    issue_complete(issue, exchange_call);
     return 0;
 }
 

@@ -98,12 +98,7 @@ static int issue_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(opti
                                             &self->sized, &self->has_tensor, &self->rooted, &self->reduces,
                                             &self->one_sided))
         return -1;
-    Py_INCREF(self->original); /* the hooks live as long as the process */
-    self->function = Py_NewRef(function_of(self->original));
-    Py_INCREF(self->slow);
-    Py_INCREF(self->resolve);
-    for (int i = 0; i < NUM_DEPTHS; i++) self->depths[i] = -1;
-    self->vectorcall = issue_call;
+    issue_complete(self, issue_call);
     return 0;
 }
 

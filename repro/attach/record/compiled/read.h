@@ -87,6 +87,16 @@ typedef struct {
     long depths[NUM_DEPTHS]; /* from the caller of the method to the call site, the depth found last first */
 } Issue;
 
+/* Complete a hook whose original, slow and resolve are set. The hooks live as long as the process. */
+static void issue_complete(Issue *self, vectorcallfunc vectorcall) {
+    Py_INCREF(self->original);
+    self->function = Py_NewRef(function_of(self->original));
+    Py_INCREF(self->slow);
+    Py_INCREF(self->resolve);
+    for (int i = 0; i < NUM_DEPTHS; i++) self->depths[i] = -1;
+    self->vectorcall = vectorcall;
+}
+
 /* What tells one call from another. All pointers are compared only while an entry of the memo keeps them alive. The
  * reader of a call owns the data type, the caller of the method the rest. */
 typedef struct {
