@@ -2,10 +2,16 @@
 
     python benchmarks/bench_record.py [--pairs 80] [--processes 2] [--only PROGRAM] [--json FILE]
 
-Each program of recorded_steps.py runs in three processes at once: plain, recorded by the compiled hooks, and recorded
-in Python. They take turns, in an order drawn for each turn, so the machine is in the same state for all three. A turn
-gives two differences from plain. The table shows their medians with a 95 % confidence interval, from resampling whole
-turns; every process is started anew `--processes` times, because a start can be lucky.
+Each collective of recorded_steps.py runs in three processes at once: plain, recorded by the compiled hooks, and
+recorded in Python. They take turns, in an order drawn for each turn, so the machine is in the same state for all three.
+A turn gives two differences from plain.
+
+A step (ddp, fsdp, experts) takes milliseconds, and two processes differ by more than the cost that is looked for. So
+one process runs pairs of steps, of which one, drawn, is recorded. The processor time of the recorder's background
+thread, as a share of the wall time, is added to each difference.
+
+The table shows the medians with a 95 % confidence interval, from resampling whole turns or pairs; every process is
+started anew `--processes` times, because a start can be lucky.
 
 Exits with 1 if the lower end of an interval is above the limit: 2 us a collective, 1 % of a step. Only compiled hooks
 have a limit.
@@ -14,6 +20,7 @@ have a limit.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -33,6 +40,9 @@ COLLECTIVES = ("all_reduce", "asynchronous", "all_gather", "barrier", "gloo")
 WAYS = ("plain", "compiled", "python")
 TURN_S = 0.05
 """How long a process runs in one turn."""
+
+STEPS_PER_TURN = 12
+"""How many pairs of steps stand for one turn of a collective."""
 
 STEPS = Path(__file__).with_name("recorded_steps.py")
 
@@ -54,10 +64,21 @@ class Runner:
 
     def seconds(self, count: int) -> float:
         """Run the program ``count`` times; returns the seconds of one run."""
+        return float(self._ask(str(count))) / count
+
+    def differences(self, num_pairs: int) -> list[float]:
+        """Run pairs of steps of which one is recorded; returns the relative difference of each pair."""
+        return json.loads(self._ask(f"pairs {num_pairs}"))
+
+    def thread_share(self) -> float:
+        """Return the share of the time that the recorder's background thread computes."""
+        return float(self._ask("thread"))
+
+    def _ask(self, request: str) -> str:
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.write(f"{request}\n")
         self._process.stdin.flush()
-        return float(self._process.stdout.readline()) / count
+        return self._process.stdout.readline()
 
     def end(self) -> None:
         self._process.communicate(timeout=60)
@@ -82,6 +103,16 @@ def turns(program: str, num_pairs: int, rng: random.Random) -> list[dict[str, fl
     return rows
 
 
+def shares(program: str, num_pairs: int, way: str) -> tuple[list[float], float]:
+    """Return what recording adds to a step in each pair of steps, as a share of the step; and a step's seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        runner = Runner(program, way, Path(folder))
+        seconds, thread = runner.seconds(10), runner.thread_share()
+        differences = runner.differences(num_pairs)
+        runner.end()
+    return [difference + thread for difference in differences], seconds
+
+
 def interval(values: list[float], rng: random.Random, num_samples: int = 2000) -> tuple[float, float, float]:
     """Return the median of the values, and the ends of its 95 % confidence interval by resampling."""
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(num_samples))
@@ -100,16 +131,20 @@ def main() -> int:
     rng = random.Random(0)
     results, missed = [], False
     for program in args.only or PROGRAMS:
-        rows = [row for _ in range(args.processes) for row in turns(program, args.pairs, rng)]
-        plain_us = statistics.median(row["plain"] for row in rows) * 1e6
+        is_collective = program in COLLECTIVES
+        if is_collective:
+            rows = [row for _ in range(args.processes) for row in turns(program, args.pairs, rng)]
+            plain_us = statistics.median(row["plain"] for row in rows) * 1e6
         for way in WAYS[1:]:
-            if program in COLLECTIVES:
+            if is_collective:
                 unit, most = "us", MOST_US
                 middle, low, high = interval([(row[way] - row["plain"]) * 1e6 for row in rows], rng)
                 text = f"{middle:+.2f} us [{low:+.2f}, {high:+.2f}]"
             else:
                 unit, most = "share", MOST_SHARE
-                middle, low, high = interval([row[way] / row["plain"] - 1 for row in rows], rng)
+                runs = [shares(program, STEPS_PER_TURN * args.pairs, way) for _ in range(args.processes)]
+                middle, low, high = interval([share for differences, _ in runs for share in differences], rng)
+                plain_us = statistics.median(seconds for _, seconds in runs) * 1e6 / (1 + middle)
                 text = f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]"
             above = way == "compiled" and program != "gloo" and low > most
             missed |= above

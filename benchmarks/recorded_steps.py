@@ -1,14 +1,21 @@
 """What bench_record.py measures: one process with one program, which runs on request.
 
-    python benchmarks/recorded_steps.py PROGRAM      then, on standard input, a number of runs a line
+    python benchmarks/recorded_steps.py PROGRAM      then, on standard input, one of these in a line
 
-Prints for each line the seconds of that many runs. Each program is one rank of a job on torch's fake backend, where
-every collective returns at once: nobody waits, so the hooks have nothing to hide behind. Only ``gloo`` is real.
+COUNT        runs the program so many times, and prints the seconds
+pairs COUNT  runs so many pairs of steps, of which one, drawn, is recorded; prints their relative differences as JSON
+thread       runs recorded steps for THREAD_S, and prints the share of the time that the recorder's thread computes
+
+Each program is one rank of a job on torch's fake backend, where every collective returns at once: nobody waits, so the
+hooks have nothing to hide behind. Only ``gloo`` and ``ddp`` use gloo, with one rank.
 """
 
 from __future__ import annotations
 
+import json
+import random
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -18,6 +25,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 RANKS = 8
+THREAD_S = 2.0
 
 
 def join(backend: str, size: int = RANKS) -> None:
@@ -114,14 +122,51 @@ PROGRAMS = {
 }
 
 
+def differences(run: Callable[[], object], num_pairs: int) -> list[float]:
+    """Return (recorded - not) / the mean of both for pairs of neighbouring runs.
+
+    While a run is not recorded the hooks stay in place and return at once. The divisor is symmetric, because the mean
+    of quotients of two noisy times is above 1.
+    """
+    from repro.attach.record import rank as this
+
+    rank, draw = this.current, random.Random(num_pairs)
+    assert rank is not None, "this process is not recorded"
+    pairs = []
+    for _ in range(num_pairs):
+        seconds = {}
+        for on in draw.sample((True, False), 2):
+            this.use(rank if on else None)
+            start = time.perf_counter()
+            run()
+            seconds[on] = time.perf_counter() - start
+        pairs.append(2 * (seconds[True] - seconds[False]) / (seconds[True] + seconds[False]))
+    return pairs
+
+
+def thread_share(run: Callable[[], object]) -> float:
+    """Return the processor time of the recorder's background thread as a share of the wall time of recorded runs."""
+    clock = next(time.pthread_getcpuclockid(at.ident or 0) for at in threading.enumerate() if at.name == "repro record")
+    start, start_s = time.clock_gettime(clock), time.perf_counter()
+    while time.perf_counter() < start_s + THREAD_S:
+        run()
+    return (time.clock_gettime(clock) - start) / (time.perf_counter() - start_s)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     run = PROGRAMS[sys.argv[1]]()
     for line in sys.stdin:
-        count = int(line)
+        *pairs, count = line.split()
+        if count == "thread":
+            print(thread_share(run), flush=True)
+            continue
+        if pairs:
+            print(json.dumps(differences(run, int(count))), flush=True)
+            continue
         start = time.perf_counter()
-        for _ in range(count):
+        for _ in range(int(count)):
             run()
         print(time.perf_counter() - start, flush=True)
     dist.destroy_process_group()

@@ -98,7 +98,7 @@ class Shards:
         return torch.cat([block for _, block in self.rows(name, index)])
 
     def _open(self, path: Path, problems: list[str]) -> dict[str, Entry]:
-        """Return the entries of one file, and append its problems to `problems`."""
+        """Read the header of one file. Returns its tensors by name, and appends what is wrong with it to `problems`."""
         if not path.is_file():  # opening a pipe would wait for its writer
             problems.append(f"{path}: not a regular file")
             return {}

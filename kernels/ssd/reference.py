@@ -70,8 +70,9 @@ def decode(
 ) -> Tensor:
     """Process one token of each sequence: convolution, time step, recurrence, and the gated norm. Return y [B, I].
 
-    xbc, z and dt are outputs of the input projection: dt = clamp(softplus(dt + dt_bias), *dt_limit), A = -exp(A_log).
-    If norm_weight is None, the caller applies gate and norm.
+    xbc, z and dt are outputs of the input projection. The time step is clamp(softplus(dt + dt_bias), *dt_limit), and
+    the decay rate -exp(A_log). Sequence b uses the row slots[b] of conv and state, which are updated in place. If
+    norm_weight is None, the caller applies the gate and the norm.
     """
     (H, P, N), G = state_JHPN.shape[1:], num_groups
     xbc_BC = update(xbc_BC, conv_weight_CW, conv_bias_C, conv_JSC, slots_B)

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser_of(argv: Sequence[str]) -> Parser:
-    """Return the parser of the program, with the arguments of the command in ``argv``."""
+    """Return the program's parser. Only the command that ``argv`` names gets its arguments; nothing is parsed yet."""
     name = Path(sys.argv[0]).name
     parser = Parser(
         prog=name if name == "hmr" else "python -m repro",

@@ -139,7 +139,7 @@ class _Recording:
         return code if code >= 0 else 128 - code
 
     def _watch(self) -> Document | None:
-        """Watch the ranks once the first rank has begun. Returns None if the program ends before that."""
+        """Wait for the first rank to begin, then watch the ranks. Returns the verdict; None if no rank began."""
         run_dir = RunDir(self._root)
         while not run_dir.description.exists():
             if self._child.poll() is not None or self._interrupt():

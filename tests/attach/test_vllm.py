@@ -15,7 +15,7 @@ import pytest
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import groups
 from repro.attach.record import rank as this
-from repro.attach.vllm import dynamo, engine, exchange, front, hooks, mirror, notes, worker
+from repro.attach.vllm import engine, exchange, front, hooks, mirror, notes, worker
 from repro.attach.vllm.notes import Activity, Note
 from repro.attach.vllm.qualified import at_exit, qualified
 from repro.trace.recording.recorder import Recorder
@@ -297,7 +297,7 @@ def test_the_engine_counts_executions_and_those_that_it_did_not_request(tmp_path
 def test_a_hook_that_dynamo_traces_does_nothing_while_torch_compiles(make, monkeypatch):
     at, _ = make(0)
     monkeypatch.setattr(worker, "current", at)
-    monkeypatch.setattr(dynamo, "is_tracing", lambda: True)
+    monkeypatch.setattr("torch.compiler.is_dynamo_compiling", lambda: True)
     monkeypatch.setattr(at, "rank", None)  # its use would fail
     assert worker.in_layer("prefix")(lambda self: 7)(None) == 7
     assert exchange.exchanging("all_gather_v", 1)(lambda self, rows: rows)(None, 8) == 8

@@ -72,7 +72,7 @@ class Running:
 
     @property
     def makes_tokens(self) -> bool:
-        """Whether this step runs all pending tokens, and so makes at least one new token."""
+        """Whether this step runs all tokens of the request that the model has not run yet, and so gives a new one."""
         return self.num_fed == self.num_wanted
 
     @property

@@ -24,14 +24,14 @@ def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Call
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
-        recorded = _recorded_exchange(op, num_tensors, original)
+        recorded, is_tracing = _recorded_exchange(op, num_tensors, original), dynamo.tracing_test()
         if (library := compiled.load()) is not None:
             resolve = partial(_resolve_exchange, op, num_tensors)
             recorded = library.Exchange(original, recorded, resolve, num_tensors + 2)
 
         @wraps(original)
         def exchange(*args: Any, **options: Any) -> Any:
-            return original(*args, **options) if dynamo.is_tracing() else recorded(*args, **options)
+            return original(*args, **options) if is_tracing() else recorded(*args, **options)
 
         return exchange
 

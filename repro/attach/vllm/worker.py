@@ -204,12 +204,12 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
 
     The all-reduce of the agreement is recorded like any other collective of torch.
     """
-    declaring = Harmless("what a rank declares after a step agreement")
+    declaring, is_tracing = Harmless("what a rank declares after a step agreement"), dynamo.tracing_test()
 
     @wraps(original)
     def _run_ar(*args: Any, **options: Any) -> Any:
         worker = current
-        if worker is None or dynamo.is_tracing():
+        if worker is None or is_tracing():
             return original(*args, **options)
         if not worker.begin_step():
             with worker.rank.in_layer(worker.rank.local.layer or AGREEMENT):
@@ -266,9 +266,11 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     run = _run_within if library is None else library.within
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        is_tracing = dynamo.tracing_test()
+
         @wraps(original)
         def forward(self: Any, *args: Any, **options: Any) -> Any:
-            if current is None or dynamo.is_tracing():
+            if current is None or is_tracing():
                 return original(self, *args, **options)
             return run(str(getattr(self, attribute, "")), original, self, *args, **options)
 

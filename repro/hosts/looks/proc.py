@@ -107,7 +107,10 @@ def read_all(proc: Path = PROC) -> dict[int, Status]:
 
 
 def read_words(pid: int, name: str, proc: Path = PROC) -> list[str]:
-    """Read the words of cmdline or environ; [] for a process that has ended. Raises PermissionError."""
+    """Return the strings of /proc/PID/cmdline or environ; [] if the process has ended.
+
+    Raises PermissionError if this user may not read the file.
+    """
     try:
         return [word for word in read_text(proc / str(pid) / name).split("\0") if word]
     except (FileNotFoundError, ProcessLookupError):

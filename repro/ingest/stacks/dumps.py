@@ -214,10 +214,9 @@ def _pyspy_frame(text: str, bare: bool) -> str:
 
 
 def _runs_the_program(frames: Sequence[str]) -> bool:
-    """Whether a stack belongs to the thread that runs the program.
+    """Whether a stack is that of the main thread, or that of TensorRT-LLM's main loop, which runs in another thread.
 
-    The stack of this thread has Python frames, and its outermost frames are not those with which `threading` starts a
-    thread. TensorRT-LLM runs its main loop in a separate thread. For this thread, too, the result is true.
+    The stack of a main thread has Python frames, and does not begin in `threading`.
     """
     if any("pyexecutor/py_executor.py" in frame and "_loop" in frame for frame in frames):
         return True

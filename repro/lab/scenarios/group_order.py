@@ -54,7 +54,7 @@ class CountTokens(AllGatherReduceScatter):
         return False
 
     def count(self) -> None:
-        """Issue the all-reduce of the statistics."""
+        """All-reduce the number of tokens of each expert over the group dp."""
         self.comm.all_reduce("dp", self.counted["tokens_E"], layer=self.layer)
 
 

@@ -59,7 +59,7 @@ class Cell:
     def settings(self, document: Mapping[str, Any], flags: Mapping[str, Any]) -> RunSettings:
         """Return the settings of this cell's run.
 
-        The variant is always "fault", because servers compile at first use.
+        The variant is always "fault": kernels are compiled at their first use, as servers do it.
         """
         engine = {**document.get("engine", {}), "gdn_prefill_backend": self.gdn, "moe_backend": self.moe}
         mine = {"scenario": self.configuration, "variant": "fault", "kernel_cache": self.cache}

@@ -4,8 +4,8 @@
     comm = Communicator(…, observer=recorder)
 
 The layout of the file is described in :mod:`repro.trace.witness.format`. The recorder never reads the file, and it
-allocates no disk blocks after ``open``. A full area of the file raises no error: a further string becomes "?", and a
-further group gets no slot, so that the file does not show its progress.
+allocates no disk blocks after ``open``. The areas of the file have a fixed size, and a full one raises no error: a new
+string is then recorded as "?", and the progress of a new group is not recorded.
 """
 
 from __future__ import annotations

@@ -130,8 +130,8 @@ def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
         raise WitnessError(f"{name}:{HEADER.size}: damage: the header does not match its checksum")
     if record_bytes != RECORD.size or rank >= num_ranks:
         raise WitnessError(
-            f"{name}:12: the header says rank {rank} of {num_ranks} and records of {record_bytes} "
-            "bytes, which is impossible"
+            f"{name}:12: the header says rank {rank} of {num_ranks}, with records of {record_bytes} bytes; a rank is "
+            f"below the number of ranks, and a record has {RECORD.size} bytes"
         )
     try:
         shape = Geometry(*areas)

@@ -203,9 +203,9 @@ def _habit_finding(
     since: int,
     rank_states: Mapping[int, RankState],
 ) -> Finding | None:
-    """Explain a hang if no schedule was declared, but all ranks issued the same collectives in every earlier step.
+    """Explain a hang without a declared schedule, if all ranks issued one and the same sequence in every earlier step.
 
-    The ranks that issued other collectives now are suspects.
+    The ranks that deviate from this sequence now are suspects. since: the first step that is compared.
     """
     plan = habitual_plan(all_steps, since)
     if not plan or any(step.plan for steps in all_steps.values() for step in steps):

@@ -11,7 +11,6 @@ import types
 import pytest
 import torch
 
-from repro.attach.vllm import dynamo
 from repro.attach.vllm.guard import engine, hooks, worker
 from repro.attach.vllm.guard.ending.stop import Refused, Stop
 from repro.attach.vllm.guard.meeting import board, settings
@@ -287,7 +286,7 @@ def test_without_a_guard_the_hooks_only_call_the_original(monkeypatch):
 
 def test_dynamo_sees_only_the_original(monkeypatch):
     monkeypatch.setattr(worker, "current", object())
-    monkeypatch.setattr(dynamo, "is_tracing", lambda: True)
+    monkeypatch.setattr("torch.compiler.is_dynamo_compiling", lambda: True)
     assert worker.exchanging("all_gather_v")(lambda self: 7)(None) == 7
     assert worker.in_layer("prefix")(lambda self: 5)(None) == 5
 

@@ -18,11 +18,17 @@ from repro.trace.witness.format import Geometry, Identity, Kind, pack_header
 NUM_WORKS = 200
 
 shape = Geometry(ring_records=4096, vector_words=2, string_bytes=1 << 12, group_slots=2)
-buffer = bytearray(shape.file_bytes)
 header = pack_header(Identity(0, 2), shape)
-buffer[: len(header)] = header
-recorder = CompiledRecorder(buffer, Identity(0, 2), shape)
 library = compiled.load()
+
+
+def new_recorder() -> tuple[CompiledRecorder, bytearray]:
+    buffer = bytearray(shape.file_bytes)
+    buffer[: len(header)] = header
+    return CompiledRecorder(buffer, Identity(0, 2), shape), buffer
+
+
+recorder, buffer = new_recorder()
 library.record(True, recorder.tape)
 
 resolved, reads = [], []
@@ -71,6 +77,16 @@ assert kinds[:NUM_WORKS] == [Kind.ISSUE] * NUM_WORKS
 assert kinds[NUM_WORKS : 5 * NUM_WORKS] == [Kind.WAIT, Kind.LEAVE] * NUM_WORKS + [Kind.ENTER, Kind.LEAVE] * NUM_WORKS
 assert kinds[5 * NUM_WORKS :] == [Kind.ISSUE] * NUM_WORKS
 assert (len(resolved), reads) == (2, []), (len(resolved), len(reads))
+
+library.record(False, None)
+library.record(True, recorder.tape)  # the same rank again: its calls are still known
+program(True)
+assert len(resolved) == 2, len(resolved)
+recorder, buffer = new_recorder()
+library.record(True, recorder.tape)  # another rank: the calls belong to the first one's file
+program(True)
+assert len(resolved) == 3, len(resolved)
+assert len(list(parse(bytes(buffer), "memory").events())) == NUM_WORKS
 references = sys.getrefcount(group)
 assert references == 2, references
 print("recorded")

@@ -157,9 +157,12 @@ static PyObject *record(PyObject *Py_UNUSED(module), PyObject *args) {
     int recording;
     if (!PyArg_ParseTuple(args, "pO", &recording, &object)) return NULL;
     is_recording = recording;
-    generation++;
     Py_CLEAR(newest.owner);
     Py_XSETREF(tape, Py_IS_TYPE(object, &TapeType) ? (Tape *)Py_NewRef(object) : NULL);
+    if (tape && tape != known_tape) {
+        generation++;
+        Py_XSETREF(known_tape, (Tape *)Py_NewRef(object));
+    }
     Py_RETURN_NONE;
 }
 

@@ -10,6 +10,7 @@ enum { NOT_SIZED, FIRST_SIZED, SECOND_SIZED };
 enum { MEMO_SIZE = 1024, NUM_DEPTHS = 4 };
 
 static Tape *tape;          /* of the recorded rank; NULL: use the hooks of collectives.py */
+static Tape *known_tape;    /* the tape to which the calls in the memo belong */
 static unsigned generation; /* another one with each tape: what the memo has is of the past then */
 static PyObject *get_frame; /* sys._getframe */
 static PyObject *str_dtype, *str_numel, *str_opts, *str_empty;
@@ -243,7 +244,8 @@ static Entry *resolve(Issue *self, PyObject *const *args, size_t nargsf, PyObjec
     long depth;
     int pollable;
     Entry *entry = NULL;
-    if (answer && answer != Py_None && asked == generation && key->phase == tape->phase && /* no call across a change of the phase or the rank */
+    if (answer && answer != Py_None && tape && asked == generation && /* no call across a change of the rank */
+        key->phase == tape->phase &&                                   /* or of the phase */
         PyArg_ParseTuple(answer, "O!lp", &CallType, &call, &depth, &pollable) && read_site(depth, key) == 0) {
         int known = 0;
         for (int i = 0; i < NUM_DEPTHS; i++) known |= self->depths[i] == depth;

@@ -255,10 +255,12 @@ def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[.
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        is_tracing = dynamo.tracing_test()
+
         @wraps(original)
         def exchange(self: Any, *args: Any, **options: Any) -> Any:
             guard = current
-            if guard is None or dynamo.is_tracing() or not guard.watches():
+            if guard is None or is_tracing() or not guard.watches():
                 return original(self, *args, **options)
             group = _group_of(getattr(self, attribute, None))
             if not group.shared:
@@ -299,10 +301,12 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        is_tracing = dynamo.tracing_test()
+
         @wraps(original)
         def forward(self: Any, *args: Any, **options: Any) -> Any:
             guard = current
-            if guard is None or dynamo.is_tracing():
+            if guard is None or is_tracing():
                 return original(self, *args, **options)
             outer, guard.layer = guard.layer, str(getattr(self, attribute, ""))
             try:

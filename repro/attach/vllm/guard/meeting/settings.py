@@ -1,4 +1,4 @@
-"""The ballot of the start vote: each rank reports its plug-in, its vLLM, and the settings that decide its schedule."""
+"""What the ranks compare at the start: the versions of plug-in and vLLM, and the settings that decide a schedule."""
 
 from __future__ import annotations
 
