@@ -68,7 +68,7 @@ def ask(at: worker.Worker, engine_notes: notes.Notes, answered: bool = True) -> 
     engine_notes[Note.ASKED] += 1
     engine_notes[Note.ANSWERED] += answered
     assert at.mirror is not None
-    at.mirror._since_ns = time.monotonic_ns() - 2 * mirror.IDLE_NS
+    at.mirror.since_ns = time.monotonic_ns() - 2 * mirror.IDLE_NS
     at.mirror.note_idle()
 
 
@@ -154,10 +154,10 @@ def test_an_idle_worker_says_whether_its_engine_waits_for_requests(make, tmp_pat
     at, engine_notes = make(0)
     execute(at, AGREEMENT)
     engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_REQUESTS
-    at.mirror.wait()
+    at.mirror.since_ns = time.monotonic_ns()
     at.mirror.note_idle()
     assert witness_of(tmp_path, 0).text(witness_of(tmp_path, 0).last.phase) == "serve", "not idle for long enough"
-    at.mirror._since_ns -= 2 * mirror.IDLE_NS
+    at.mirror.since_ns -= 2 * mirror.IDLE_NS
     at.mirror.note_idle()
     at.mirror.note_idle()
     witness = witness_of(tmp_path, 0)
@@ -178,7 +178,7 @@ def test_a_rank_whose_engine_waits_for_requests_is_a_suspect_and_no_culprit(make
             at.rank.recorder.enter(AGREEMENT)
         else:
             engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_REQUESTS
-            at.mirror._since_ns = time.monotonic_ns() - 2 * mirror.IDLE_NS
+            at.mirror.since_ns = time.monotonic_ns() - 2 * mirror.IDLE_NS
             at.mirror.note_idle()
     verdict = qualified(verdict_of(tmp_path), tmp_path)
     assert (verdict.verdict, verdict.culprits, verdict.suspects) == ("slow", (), (1,)), verdict
@@ -199,7 +199,7 @@ def test_ranks_that_are_all_idle_are_nobody_s_fault_and_their_front_ends_say_why
         execute(at, AGREEMENT)
         engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_REQUESTS
         notes.create(tmp_path, number, notes.FRONT)[Note.ACTIVITY] = activity
-        at.mirror._since_ns = time.monotonic_ns() - 2 * mirror.IDLE_NS
+        at.mirror.since_ns = time.monotonic_ns() - 2 * mirror.IDLE_NS
         at.mirror.note_idle()
     judged = verdict_of(tmp_path)
     verdict = qualified(judged, tmp_path)
@@ -238,7 +238,7 @@ def test_answered_questions_are_recorded_in_order_when_the_engine_s_next_message
     at, engine_notes = make(0)
     execute(at, AGREEMENT)
     engine_notes[Note.ASKED] = engine_notes[Note.ANSWERED] = 2
-    at.mirror.wait()
+    at.mirror.since_ns = time.monotonic_ns()
     at.mirror.woken()
     execute(at, AGREEMENT)
     witness = witness_of(tmp_path, 0)

@@ -35,6 +35,7 @@ class Attendant:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
+        self._request = os.fspath(rank.root / REQUEST)
         self._answered_ns = 0
         self._cpu_s = 0.0
 
@@ -45,7 +46,7 @@ class Attendant:
         while this.current is self._rank:
             time.sleep(INTERVAL_S)
             with contextlib.suppress(OSError):
-                requested_ns = os.stat(self._rank.root / REQUEST).st_mtime_ns
+                requested_ns = os.stat(self._request).st_mtime_ns
                 if requested_ns != self._answered_ns:
                     self._answered_ns = requested_ns
                     self._write_evidence()

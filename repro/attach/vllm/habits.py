@@ -36,10 +36,16 @@ class Habits:
         self._learnt: dict[Hashable, tuple[tuple[ScheduleEntry, ...], int]] = {}
         self._varying: set[Hashable] = set()
 
-    def begin(self) -> None:
-        """Start to note the collectives of an execution of the model."""
+    def begin(self) -> tuple[ScheduleEntry, ...]:
+        """Begin an execution of the model, which ends the one before; start to note its collectives.
+
+        Returns the collectives with which it begins.
+        """
+        if self._issued is not None:
+            self._learn(self._issued)
         self._issued, self._kind = [], None
         self._recorder.note_entries(self._issued)
+        return self.agreement
 
     def plan(self, kind: Hashable) -> tuple[ScheduleEntry, ...]:
         """Return what an execution of this kind issues after the step agreement; () if that is not known."""
@@ -48,19 +54,22 @@ class Habits:
         return entries if count >= NUM_EQUAL else ()
 
     def end(self) -> None:
-        """End an execution: compare it with earlier executions of its kind."""
-        if self._issued is None:
-            return
-        issued, kind = tuple(self._issued[1:]), self._kind
-        if self.agreement != (first := tuple(self._issued[:1])):
+        """End an execution, if one has begun."""
+        if self._issued is not None:
+            self._learn(self._issued)
+            self._issued = None
+            self._recorder.note_entries(None)
+
+    def _learn(self, entries: list[ScheduleEntry]) -> None:
+        """Compare the collectives of an execution with earlier executions of its kind."""
+        issued, kind = tuple(entries[1:]), self._kind
+        if self.agreement != (first := tuple(entries[:1])):
             self.agreement = first  # if equal, keep the old object: the recorder recognises a schedule by identity
-        self._issued = None
-        self._recorder.note_entries(None)
         if kind is None or kind in self._varying:
             return
-        entries, count = self._learnt.get(kind, (issued, 0))
-        if issued == entries:
-            self._learnt[kind] = entries, count + 1
+        learnt, count = self._learnt.get(kind, (issued, 0))
+        if issued == learnt:
+            self._learnt[kind] = learnt, count + 1
         elif count < NUM_EQUAL:
             self._learnt[kind] = issued, 1
         else:

@@ -26,8 +26,12 @@ class Harmless:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, Exception):
             return False
+        self.report(error)
+        return True
+
+    def report(self, error: Exception) -> None:
+        """Print the line about an exception, unless there was one before."""
         if self._what not in _reported:
             _reported.add(self._what)
             reason = f"{type(error).__name__}: {error}"
             print(f"repro record: {self._what} is not recorded: {reason}; the server is not affected", file=sys.stderr)
-        return True

@@ -55,9 +55,10 @@ class Progress:
 class Mirror:
     """Records one engine in the witness of its first worker.
 
-    Call all methods but ``wait`` with the rank's lock held, because the background thread may record at any time.
+    Call all methods with the rank's lock held, because the background thread may record at any time.
 
     first_workers  the rank of each engine's first worker
+    since_ns       when the worker began to wait for a message of its engine (time.monotonic_ns); 0 if it does not wait
     """
 
     def __init__(self, rank: Rank, progress: Progress, habits: Habits, first_workers: Sequence[int]) -> None:
@@ -70,16 +71,12 @@ class Mirror:
         self._open = False  # whether the last question is still unanswered
         self._skipped = 0
         self._idle = ""  # the phase that was recorded for an idle worker
-        self._since_ns = 0  # when the worker began to wait for a message, in ns; 0 if it does not wait
+        self.since_ns = 0
         rank.recorder.groups({GROUP: first_workers})
-
-    def wait(self) -> None:
-        """Note that the worker starts to wait for its engine."""
-        self._since_ns = time.monotonic_ns()
 
     def woken(self) -> None:
         """Note that a message of the engine has arrived."""
-        self._since_ns = 0
+        self.since_ns = 0
         if self._idle:
             self._idle = ""
             self._rank.recorder.phase(self._progress.phase)
@@ -87,7 +84,7 @@ class Mirror:
 
     def note_idle(self) -> None:
         """If the worker is idle, record where the engine waits."""
-        if not self._since_ns or time.monotonic_ns() - self._since_ns < IDLE_NS:
+        if not self.since_ns or time.monotonic_ns() - self.since_ns < IDLE_NS:
             return
         self.catch_up()
         if self._notes is None or self._open:

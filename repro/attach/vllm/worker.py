@@ -6,11 +6,11 @@ torch compiles.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from repro.attach.record import compiled
 from repro.attach.record import rank as this
 from repro.attach.record.groups import describe
@@ -49,7 +49,8 @@ class Worker:
                 self.rank.recorder.phase(name)
 
     def begin_execution(self, num_live: int) -> None:
-        self.phase("serve")
+        if self.progress.phase != "serve":
+            self.phase("serve")
         self._live, self._executing, self._begun = num_live, True, False
         engine.note_request()
 
@@ -66,9 +67,8 @@ class Worker:
         self._begun = True
         self.progress.step += 1
         with self.rank.lock:
-            self.habits.end()
-            self._declare(self.habits.agreement)
-            self.habits.begin()
+            agreement = self.habits.begin()
+            self.rank.recorder.begin_step(self.progress.step, agreement, self._live if self._executing else 0)
         return True
 
     def agreed(self, key: tuple[Any, ...]) -> None:
@@ -76,10 +76,7 @@ class Worker:
         with self.rank.lock:
             plan = self.habits.plan((self.progress.phase, *key))
             if plan:
-                self._declare(plan)
-
-    def _declare(self, plan: tuple[ScheduleEntry, ...]) -> None:
-        self.rank.recorder.begin_step(self.progress.step, plan, self._live if self._executing else 0)
+                self.rank.recorder.begin_step(self.progress.step, plan, self._live if self._executing else 0)
 
     def _note_idle(self) -> None:
         if self.mirror is not None:
@@ -126,22 +123,17 @@ def in_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return original(self, *args, **options)
             outer = worker.progress.phase
             worker.phase(name)
-            result = _reporting(original, self, *args, **options)
+            try:
+                result = original(self, *args, **options)
+            except Exception as error:  # vLLM catches it, so it would not be recorded as the rank's end
+                this.failed(error)
+                raise
             worker.phase(outer or "start")
             return result
 
         return method
 
     return hook
-
-
-def _reporting(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a method of the worker. If it raises, record the exception as the rank's end, because vLLM catches it."""
-    try:
-        return original(*args, **options)
-    except Exception as error:
-        this.failed(error)
-        raise
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +167,10 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
         live = getattr(scheduler_output, "num_scheduled_tokens", None)
         worker.begin_execution(len(live) if isinstance(live, dict) else 1)
         try:
-            return _reporting(original, self, scheduler_output, *args, **options)
+            return original(self, scheduler_output, *args, **options)
+        except Exception as error:
+            this.failed(error)
+            raise
         finally:
             worker.end_execution()
 
@@ -192,7 +187,10 @@ def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **options)
         worker.begin_execution(0)
         try:
-            return _reporting(original, self, *args, **options)
+            return original(self, *args, **options)
+        except Exception as error:
+            this.failed(error)
+            raise
         finally:
             worker.end_execution()
 
@@ -204,7 +202,8 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
 
     The all-reduce of the agreement is recorded like any other collective of torch.
     """
-    declaring, is_tracing = Harmless("what a rank declares after a step agreement"), dynamo.tracing_test()
+    declaring = Harmless("what a rank declares after a step agreement")
+    is_tracing, run = dynamo.tracing_test(), _within()
 
     @wraps(original)
     def _run_ar(*args: Any, **options: Any) -> Any:
@@ -212,12 +211,12 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
         if worker is None or is_tracing():
             return original(*args, **options)
         if not worker.begin_step():
-            with worker.rank.in_layer(worker.rank.local.layer or AGREEMENT):
-                return original(*args, **options)
-        with worker.rank.in_layer(AGREEMENT):
-            rows = original(*args, **options)
-        with declaring:
+            return run(worker.rank.local.layer or AGREEMENT, original, *args, **options)
+        rows = run(AGREEMENT, original, *args, **options)
+        try:
             worker.agreed(_agreed_key(rows))
+        except Exception as error:
+            declaring.report(error)
         return rows
 
     return _run_ar
@@ -229,7 +228,7 @@ def _agreed_key(rows: Any) -> tuple[Any, ...]:
     rows: the result of the step agreement, int32[4, ranks]. For another number of rows, or a tensor on a GPU, the
     result is ().
     """
-    if rows.device.type != "cpu" or rows.shape[0] != 4:
+    if not rows.is_cpu or len(rows) != 4:
         return ()
     *_, microbatch, mode = rows.tolist()
     return min(microbatch), min(mode)
@@ -262,8 +261,7 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     attribute: the attribute of the layer that has its name
     """
 
-    library: Any = compiled.load()
-    run = _run_within if library is None else library.within
+    run = _within()
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         is_tracing = dynamo.tracing_test()
@@ -277,6 +275,12 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         return forward
 
     return hook
+
+
+def _within() -> Callable[..., Any]:
+    """Return the function that calls another one while this thread runs a layer: within(layer, function, …)."""
+    library: Any = compiled.load()
+    return _run_within if library is None else library.within
 
 
 def _run_within(layer: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -303,7 +307,7 @@ def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
         worker = current
         if worker is None or worker.mirror is None or not options.get("indefinite"):
             return original(self, *args, **options)
-        worker.mirror.wait()
+        worker.mirror.since_ns = time.monotonic_ns()
         try:
             return original(self, *args, **options)
         finally:
