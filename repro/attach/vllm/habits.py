@@ -35,23 +35,35 @@ class Habits:
         # kind -> (entries, number of equal executions in a row)
         self._learnt: dict[Hashable, tuple[tuple[ScheduleEntry, ...], int]] = {}
         self._varying: set[Hashable] = set()
+        # all collectives of this execution, if they are known; and kind -> them
+        self._expected: list[ScheduleEntry] | None = None
+        self._known: dict[Hashable, list[ScheduleEntry]] = {}
 
     def begin(self) -> tuple[ScheduleEntry, ...]:
         """Begin an execution of the model, which ends the one before; start to note its collectives.
 
         Returns the collectives with which it begins.
         """
-        if self._issued is not None:
-            self._learn(self._issued)
-        self._issued, self._kind = [], None
-        self._recorder.note_entries(self._issued)
+        if self._issued is not None and self._issued == self._expected:
+            self._issued.clear()  # nothing to learn, and the recorder goes on with the same list
+        else:
+            if self._issued is not None:
+                self._learn(self._issued)
+            self._issued = []
+            self._recorder.note_entries(self._issued)
+        self._kind = self._expected = None
         return self.agreement
 
     def plan(self, kind: Hashable) -> tuple[ScheduleEntry, ...]:
         """Return what an execution of this kind issues after the step agreement; () if that is not known."""
         self._kind = kind
         entries, count = self._learnt.get(kind, ((), 0))
-        return entries if count >= NUM_EQUAL else ()
+        if count < NUM_EQUAL:
+            return ()
+        known = self._known[kind]
+        if known[:1] == [*self.agreement]:
+            self._expected = known
+        return entries
 
     def end(self) -> None:
         """End an execution, if one has begun."""
@@ -70,8 +82,9 @@ class Habits:
         learnt, count = self._learnt.get(kind, (issued, 0))
         if issued == learnt:
             self._learnt[kind] = learnt, count + 1
+            self._known[kind] = [*self.agreement, *learnt]
         elif count < NUM_EQUAL:
             self._learnt[kind] = issued, 1
         else:
             self._varying.add(kind)
-            del self._learnt[kind]
+            del self._learnt[kind], self._known[kind]
