@@ -126,8 +126,8 @@ def test_a_cold_build_in_the_first_step_is_slow_and_names_builder_lock_and_time(
     assert text.count(f"rank {builder} holds lock") == 1
     others = {position["rank"]: position for position in document["ranks"] if position["rank"] != builder}
     assert {position["state"] for position in others.values()} == {"locked"}, document
-    first = min(builds_begun(run_dir, module))
-    assert first[1] == builder, "the rank that began first builds; who comes after it finds all done"
+    # A rank that comes when the lock is free again begins too, and ninja finds nothing to do: not always the first.
+    assert builder in {rank for _, rank in builds_begun(run_dir, module)}
 
 
 def builds_begun(run_dir, module):
