@@ -15,8 +15,9 @@ import pytest
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import groups
 from repro.attach.record import rank as this
-from repro.attach.vllm import engine, exchange, front, hooks, mirror, notes, worker
-from repro.attach.vllm.notes import Activity, Note
+from repro.attach.vllm import exchange, hooks, worker
+from repro.attach.vllm.processes import engine, front, mirror, notes
+from repro.attach.vllm.processes.notes import Activity, Note
 from repro.attach.vllm.qualified import at_exit, qualified
 from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.file import read

@@ -12,7 +12,8 @@ import pytest
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import rank as this
-from repro.attach.vllm import engine, harmless, hooks, mirror, notes, worker
+from repro.attach.vllm import harmless, hooks, worker
+from repro.attach.vllm.processes import engine, mirror, notes
 from repro.attach.vllm.qualified import qualified
 from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.file import read, read_dir

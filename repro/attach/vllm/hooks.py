@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from repro.attach.record import rank, start
 from repro.attach.record.imports import after_import
-from repro.attach.vllm import engine, exchange, front, places, worker
+from repro.attach.vllm import exchange, places, worker
+from repro.attach.vllm.processes import engine, front
 
 JOB = "vllm"
 """The name of the job. All processes of one server use it, so they record into one folder."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from repro.attach.vllm.mirror import FRONT_ENDS, GROUP, LEFT_OUT, WITHOUT_REQUESTS
-from repro.attach.vllm.notes import Activity
+from repro.attach.vllm.processes.mirror import FRONT_ENDS, GROUP, LEFT_OUT, WITHOUT_REQUESTS
+from repro.attach.vllm.processes.notes import Activity
 from repro.trace.witness.file import read_dir
 from repro.verdict import Verdict
 from repro.verdict.result import name_ranks, say

@@ -14,11 +14,12 @@ from typing import Any
 from repro.attach.record import compiled
 from repro.attach.record import rank as this
 from repro.attach.record.groups import describe
-from repro.attach.vllm import dynamo, engine
+from repro.attach.vllm import dynamo
 from repro.attach.vllm.habits import Habits
 from repro.attach.vllm.harmless import Harmless
-from repro.attach.vllm.mirror import Mirror, Progress
-from repro.attach.vllm.notes import Activity, Note
+from repro.attach.vllm.processes import engine
+from repro.attach.vllm.processes.mirror import Mirror, Progress
+from repro.attach.vllm.processes.notes import Activity, Note
 
 AGREEMENT = "step"
 """The layer under which the step agreement (C1) is recorded; this project's engine uses the same name."""

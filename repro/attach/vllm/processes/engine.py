@@ -1,4 +1,4 @@
-"""Hooks for vLLM's EngineCore, which write its progress into a file (:mod:`repro.attach.vllm.notes`).
+"""Hooks for vLLM's EngineCore, which write its progress into a file (:mod:`repro.attach.vllm.processes.notes`).
 
 An engine asks the other engines "is anyone unfinished?" by an all-reduce in a group of engines, which no worker can
 see. The file shows how many of these questions the engine has begun and ended.
@@ -14,7 +14,7 @@ from typing import Any
 from repro.attach.record import collectives
 from repro.attach.record import rank as this
 from repro.attach.vllm.harmless import Harmless
-from repro.attach.vllm.notes import Activity, Note, Notes, create
+from repro.attach.vllm.processes.notes import Activity, Note, Notes, create
 
 current: Notes | None = None
 """The notes file of this process, which is an EngineCore; None if it is not."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.vllm.habits import Habits
-from repro.attach.vllm.notes import FRONT, Activity, Note, Notes, open_notes
+from repro.attach.vllm.processes.notes import FRONT, Activity, Note, Notes, open_notes
 
 if TYPE_CHECKING:
     from repro.attach.record.rank import Rank

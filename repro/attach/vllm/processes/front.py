@@ -15,9 +15,9 @@ from multiprocessing import util
 from typing import Any
 
 from repro.attach.record import rank as this
-from repro.attach.vllm.engine import first_worker
 from repro.attach.vllm.harmless import Harmless
-from repro.attach.vllm.notes import FRONT, Activity, Note, Notes, create
+from repro.attach.vllm.processes.engine import first_worker
+from repro.attach.vllm.processes.notes import FRONT, Activity, Note, Notes, create
 
 current: Notes | None = None
 """The notes file of this process, which is a front end; None if it is not."""
