@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Sequence
 
 from repro.trace.foreign.records import Call, Group
@@ -50,7 +52,24 @@ _LIBRARY = (
 )
 
 
+_PYTHON_FOLDER = re.compile(r"/lib(64)?/python3\.\d+/(?!(site|dist)-packages/)")
+
+
 def program_frames(frames: Sequence[str], limit: int = 2) -> str:
-    """Return the innermost frames of the program itself, without torch's frames: "unshard (train/fsdp.py:210)"."""
+    """Return the innermost frames of the program itself, without torch's frames: "unshard (train/fsdp.py:210)".
+
+    If they are all of Python's library, the innermost frame of other code follows: "stat (pathlib.py:1013) < …".
+    """
     own = [frame for frame in frames if not any(part in frame for part in _LIBRARY) and ".so" not in frame]
-    return " < ".join(own[:limit])
+    shown = own[:limit]
+    if shown and all(map(_is_of_python, shown)):
+        shown += [frame for frame in own[limit:] if not _is_of_python(frame)][:1]
+    return " < ".join(shown)
+
+
+def _is_of_python(frame: str) -> bool:
+    """Whether a frame is of Python's own library, by its file: "stat (pathlib.py:1013)", "/usr/lib/python3.11/…"."""
+    file = frame.rpartition("(")[2].partition(":")[0]
+    if file.startswith("/"):
+        return bool(_PYTHON_FOLDER.search(file))
+    return file.partition("/")[0].removesuffix(".py") in sys.stdlib_module_names

@@ -8,6 +8,7 @@ import pytest
 
 from repro.trace.foreign.records import Child, Connections, LockLook, Note, Process, ProcessLook, Source, Stack
 from repro.verdict.partial import diagnose
+from repro.verdict.partial.words import program_frames
 
 PLACES = {
     "all_reduce": ("collective", "all_reduce"),
@@ -112,6 +113,8 @@ RUNS = {"moves": True, "cpu_s": 1.8}
         (job(rank(0), rank(1, "prompt"), rank(2)), ("stall", "host", (1,), ())),
         (job(rank(0), rank(1, "runs", state="T"), rank(2)), ("stall", "host", (1,), ())),
         (job(rank(0, cpu_s=1.9), rank(1, "runs", state="T")), ("stall", "host", (1,), ())),
+        (job(rank(0), rank(1, "runs", state=("S", "R")), rank(2)), ("stall", "host", (1,), ())),
+        (job(rank(0), rank(1, "runs", state=("S", "R"), line=(3, 9)), rank(2)), ("slow", "straggler", (1,), ())),
         (job(rank(0), rank(1, "runs", state=("S", "X"), stack=False), rank(2)), ("crash", "dead_rank", (1,), ())),
         (job(rank(0), rank(2), world=3, extra=[Note("no process", "", Process(rank=1), "1")]),
          ("crash", "dead_rank", (1,), ())),
@@ -242,3 +245,17 @@ def test_ranks_of_two_hosts_with_equal_pids_are_joined():
         for record in rank(1, "runs", **RUNS)
     ]
     assert verdict(job(rank(0), other)) == ("slow", "straggler", (1,), ())
+
+
+@pytest.mark.parametrize(
+    ("frames", "limit", "shown"),
+    [
+        (["stat (pathlib.py:1013)", "exists (pathlib.py:1239)", "search (a.py:9)", "main (a.py:2)"], 2, [0, 1, 2]),
+        (["poll (multiprocessing/connection.py:9)", "load (a.py:1)"], 1, [0, 1]),
+        (["wait (/usr/lib/python3.11/threading.py:3)", "f (/usr/lib/python3.11/site-packages/x.py:2)"], 1, [0, 1]),
+        (["step (a.py:1)", "exists (pathlib.py:1239)", "main (a.py:2)"], 2, [0, 1]),
+        (["wait (threading.py:3)"], 2, [0]),
+    ],
+)
+def test_where_the_innermost_frames_are_python_s_own_the_program_s_is_shown_too(frames, limit, shown):
+    assert program_frames(frames, limit) == " < ".join(frames[index] for index in shown)

@@ -88,9 +88,11 @@ class RankLook:
     def still(self) -> bool:
         """Whether the main thread and the child processes of the rank did nothing between the looks.
 
-        False if the process is ready to run but gets no processor, because the machine is too busy.
+        False if the process was ready to run but got no processor, because the machine is too busy: it was ready in
+        both looks, or in one of them, and its frames differ. A process that polls may be ready in one look.
         """
-        if "R" in (self.first.state, self.last.state):
+        num_ready = (self.first.state, self.last.state).count("R")
+        if num_ready == 2 or (num_ready and not self.same_frames):
             return False
         switches = self.last.switches - self.first.switches
         return (
