@@ -22,8 +22,9 @@ from repro.trace.witness.file import Tail
 from repro.verdict import Verdict
 from repro.verdict.partial import diagnose
 from repro.verdict.rules.explain import NOT_ENOUGH
+from repro.watch.comparison import Comparison
 from repro.watch.document import Document, Durations, Watcher, describe
-from repro.watch.live import Comparison, Watch
+from repro.watch.live import Watch
 from repro.watch.offline import judge_files
 
 ANSWER_PATIENCE_S = 2.0

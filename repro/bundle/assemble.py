@@ -36,7 +36,7 @@ from repro.trace.witness.file import MAX_BYTES
 from repro.trace.witness.format import CRC, HEADER
 from repro.trace.witness.parse import parse_header
 from repro.verdict import Verdict
-from repro.watch.live import Comparison
+from repro.watch.comparison import Comparison
 from repro.watch.offline import judge_files, options_of
 
 SCHEMA_VERSION = 2

@@ -29,6 +29,7 @@ from repro.trace.witness.tails import Tails
 from repro.verdict import Verdict
 from repro.verdict.classes import class_of
 from repro.verdict.facts import Facts
+from repro.watch.comparison import Comparison
 from repro.watch.document import Document, Durations, Watcher, describe, progress_of
 from repro.watch.failure import failed
 from repro.watch.flight_recorder import compare_dumps
@@ -55,20 +56,6 @@ READ_PATIENCE_S = 5.0
 
 Some failures pass by themselves: a stale NFS file handle, or a lack of file descriptors.
 """
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result of comparing the tokens of a run with the tokens of the reference model, when all ranks are done.
-
-    wrong     a line for each wrong result
-    missing   why the tokens were not compared; "" if they were compared
-    evidence  a sentence that says what was compared: "70 tokens of 13 requests equal the reference's"
-    """
-
-    wrong: tuple[str, ...] = ()
-    missing: str = ""
-    evidence: str = ""
 
 
 @dataclass

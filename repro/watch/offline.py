@@ -18,8 +18,8 @@ from repro.trace.witness.file import Witness, read_dir
 from repro.trace.witness.rewind import rewind
 from repro.verdict import Verdict
 from repro.verdict.classes import class_of
+from repro.watch.comparison import Comparison
 from repro.watch.document import Document, read_document
-from repro.watch.live import Comparison
 from repro.watch.look import Look
 from repro.watch.qualified import ended_from_outside, not_decided, uncompared
 

@@ -27,8 +27,9 @@ from repro.store.run_dir import RunDir
 from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.format import Geometry
 from repro.verdict import Verdict
+from repro.watch.comparison import Comparison
 from repro.watch.document import Durations, Expectation, describe, read_document
-from repro.watch.live import Comparison, Watch
+from repro.watch.live import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,8 +21,8 @@ from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.file import create
 from repro.trace.witness.format import Geometry, Identity
 from repro.watch import offline
+from repro.watch.comparison import Comparison
 from repro.watch.document import read_document, undecided
-from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 
 CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")

@@ -12,7 +12,7 @@ from simulator import Simulation
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.hosts.options import WatchOptions
 from repro.store.run_dir import RunDir, write_json
-from repro.watch.live import Comparison
+from repro.watch.comparison import Comparison
 from repro.watch.offline import judge_files
 
 CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")

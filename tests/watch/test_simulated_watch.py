@@ -27,8 +27,8 @@ from written import written
 from repro.hosts.locks import UNKNOWN
 from repro.hosts.options import WatchOptions
 from repro.verdict.classes import CLASSES
+from repro.watch.comparison import Comparison
 from repro.watch.document import describe as describe_verdict
-from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 
 QUICK = int(os.environ.get("HMR_SEEDS", "200"))

@@ -23,8 +23,9 @@ from repro.trace.witness.format import Identity
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.verdict.result import Position
+from repro.watch.comparison import Comparison
 from repro.watch.flight_recorder import RecorderCheck, compare_dumps
-from repro.watch.live import DEATH_GRACE_S, DEATH_PATIENCE_S, Comparison, Watch
+from repro.watch.live import DEATH_GRACE_S, DEATH_PATIENCE_S, Watch
 from repro.watch.silences import Silences
 
 SETTINGS = RunSettings("compile_skew", "fault", num_ranks=4, quiet_window_s=1.0)

@@ -13,7 +13,7 @@ from hybrid_moe_ref.parallel.observer import Collective
 from repro.hosts.options import WatchOptions
 from repro.trace.witness.file import create
 from repro.trace.witness.format import Identity
-from repro.watch.live import Comparison
+from repro.watch.comparison import Comparison
 from repro.watch.offline import judge_files
 
 CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")

@@ -28,7 +28,7 @@ from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.file import create
 from repro.trace.witness.format import Identity
 from repro.verdict.facts import Facts
-from repro.watch.live import Comparison
+from repro.watch.comparison import Comparison
 from repro.watch.look import Look
 from repro.watch.offline import judge_files
 

@@ -8,8 +8,8 @@ from repro.lab.outcome.expectation import document_of, watch_options
 from repro.lab.outcome.tokens import name_equal, wrong_tokens
 from repro.lab.settings import RunSettings, read_settings
 from repro.store.run_dir import RunDir
+from repro.watch.comparison import Comparison
 from repro.watch.document import Document, Durations, Watcher, progress_of
-from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 
 

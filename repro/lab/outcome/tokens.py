@@ -7,7 +7,7 @@ from collections.abc import Callable
 from repro.store.run_dir import RunDir, read_tokens
 from repro.store.text import escape_control_characters
 from repro.verdict.result import name_ranks
-from repro.watch.live import Comparison
+from repro.watch.comparison import Comparison
 
 MAX_LINES, MAX_NAME = 1000, 120
 """Largest number of lines about wrong requests, and of characters of a request's name in them."""
