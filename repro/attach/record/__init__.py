@@ -8,11 +8,11 @@ then runs ``site/sitecustomize.py`` in every interpreter of the program, also in
     imports.py              calls a function right after a module has been imported
     rank.py                 this process as a rank: its witness file, its background thread, and how it ends
     collectives.py          hooks of torch's process groups: the collectives that the program calls in Python
-    methods.py                  the table of the methods that are hooked
+    methods.py                  the table of the methods that are hooked, and how to read their arguments
     compiled/                   the same hooks in C, with the writer of the witness; used where a compiler built them
     functional.py           hooks of functional collectives (DTensor, torch.compile), which torch calls in C++
     ddp.py                  hooks of DistributedDataParallel, whose collectives torch also calls in C++
-    groups.py               hooks of the creation of groups, which is a collective of all ranks
+    groups.py               names and members of groups; hooks of their creation, a collective of all ranks
     locks.py, builds.py     waits for lock files, and builds (of extensions, of kernels)
     modules.py              the module that a collective belongs to; FSDP and pipeline stages
 

@@ -13,14 +13,14 @@ import functools
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import compiled
 from repro.attach.record import rank as this
-from repro.attach.record.groups import c10d_world, dist_ranks, name_group
+from repro.attach.record.groups import group_of
 from repro.attach.record.imports import replace
-from repro.attach.record.methods import METHODS, Method
+from repro.attach.record.methods import METHODS, Method, dtype_of, reduction_of
 
 if TYPE_CHECKING:
     from repro.attach.record.rank import Rank
@@ -28,20 +28,6 @@ if TYPE_CHECKING:
 
 Calls = tuple[tuple["Call", int], ...]
 """Calls, each with the ticket of its collective."""
-
-
-class _Group(NamedTuple):
-    """A process group: a weak reference to it, its name, its members, and whether it is on the host (CPU).
-
-    The recorder may ask the works of such a group at any time whether they are complete. It must not ask the works of a
-    group on a device, because this would end the capture of a CUDA graph.
-    """
-
-    group: Any
-    name: str
-    members: list[int]
-    on_host: bool
-
 
 _library: Any = compiled.load()
 _pending: dict[int, tuple[Any, Calls, bool, bool]] = {} if _library is None else _library.pending
@@ -52,9 +38,6 @@ blocking   the program waits for the work at once
 pollable   the work may be asked at any time whether it is complete
 """
 
-_groups: dict[int, _Group] = {}  # id(group) -> group
-_dtypes: dict[Any, str] = {}
-_reductions: dict[int, str] = {}
 _unread: set[str] = set()
 
 
@@ -212,7 +195,7 @@ def _read(
             if method.rooted:
                 root = known.members[opts.rootRank]
             if method.reduces:
-                reduction = _reduction(opts)
+                reduction = reduction_of(opts)
         sizes = method.sizes(first, second)
         dtype = dtype_of(first) or dtype_of(second)  # in a gather, only the root has a list for the output
     except Exception as error:
@@ -291,65 +274,3 @@ def note_completions(rank: Rank) -> None:
             with rank.lock:  # `_pending` still had the work: the main thread is not in its `wait`
                 for call, ticket in calls:
                     rank.recorder.leave(None, ticket, call)
-
-
-# -- names -----------------------------------------------------------------------------------------------------------
-
-
-def group_of(rank: Rank, group: Any) -> _Group:
-    """Return the name and the members of a group. The first call for a group also records them."""
-    known = _groups.get(id(group))
-    if known is not None and known.group() is group:
-        return known
-    found = _find(group)
-    members = dist_ranks(found)
-    name = name_group(found, members)
-    on_host = str(c10d_world().pg_map[found][0]) in ("gloo", "mpi")
-    known = _groups[id(group)] = _Group(weakref.ref(group), name, members, on_host)
-    if not on_host and rank.rank == members[0]:
-        rank.note_device_group(name)
-    with rank.lock:
-        rank.recorder.groups({name: members})
-    return known
-
-
-def _find(group: Any) -> Any:
-    """Return the process group of an object, which is either the group itself or one of the group's backends."""
-    import torch
-
-    world = c10d_world().pg_map
-    if group in world:
-        return group
-    for candidate in world:
-        for device in candidate._device_types:
-            if candidate._get_backend(torch.device(device)) is group:
-                return candidate
-    raise LookupError("this object is not a process group that torch.distributed knows")
-
-
-def dtype_of(tensors: Any) -> str:
-    while isinstance(tensors, (list, tuple)):
-        if not tensors:
-            return ""
-        tensors = tensors[0]
-    dtype = getattr(tensors, "dtype", None)
-    name = _dtypes.get(dtype)
-    if name is None:
-        name = _dtypes[dtype] = "" if dtype is None else str(dtype).removeprefix("torch.")
-    return name
-
-
-def _reduction(opts: Any) -> str:
-    """Return the name of a call's reduction.
-
-    opts: the options of the call. In older forms of a call, this may be the reduction, or another argument
-    """
-    reduction = getattr(opts, "reduceOp", None)
-    if reduction is None:
-        operation = getattr(opts, "op", opts)
-        return str(operation).rpartition(".")[2].lower() if type(operation).__name__ == "RedOpType" else "sum"
-    number = hash(reduction)  # of torch: the number of the operation
-    name = _reductions.get(number)
-    if name is None:
-        name = _reductions[number] = str(reduction.op).rpartition(".")[2].lower()
-    return name

@@ -14,6 +14,7 @@ from typing import Any
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import collectives
 from repro.attach.record import rank as this
+from repro.attach.record.groups import group_of
 from repro.attach.record.imports import replace
 
 LAYER = "DistributedDataParallel"
@@ -50,10 +51,10 @@ def _blocking(op: str, original: Any) -> Any:
             group = options.get("process_group")
             name, members = "world", []
             if group is not None:
-                known = collectives.group_of(rank, group)
+                known = group_of(rank, group)
                 name, members = known.name, known.members
         else:
-            known = collectives.group_of(rank, self.process_group)
+            known = group_of(rank, self.process_group)
             name, members = known.name, known.members
         collective = _collective(rank, name, members, op or "ddp_rebuild_buckets")
         with rank.lock:
@@ -79,7 +80,7 @@ def _preparing(original: Any) -> Any:
         result = original(self, *args, **options)
         rank = this.current
         if rank is not None and not _is_compiling() and self.require_backward_grad_sync and _grad_enabled():
-            known = collectives.group_of(rank, self.process_group)
+            known = group_of(rank, self.process_group)
             _ready[known.name] = known.members
         return result
 

@@ -14,6 +14,8 @@ from typing import Any
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import collectives
 from repro.attach.record import rank as this
+from repro.attach.record.groups import group_of
+from repro.attach.record.methods import dtype_of
 
 OPERATORS = {
     "all_reduce": "all_reduce",
@@ -129,14 +131,14 @@ def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
         from torch.distributed.distributed_c10d import _resolve_process_group
 
         names: list[Any] = [arg for arg in args if isinstance(arg, str)]
-        group = collectives.group_of(rank, _resolve_process_group(names[-1]))
+        group = group_of(rank, _resolve_process_group(names[-1]))
         reduction = names[0].lower() if len(names) > 1 else ""
         tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
         sizes = () if op == "all_to_all_single" else tuple(tensor.numel() for tensor in tensors)
         if op.startswith("reduce_scatter"):
             sizes = tuple(size // len(group.members) for size in sizes)
         root = group.members[args[1]] if op == "broadcast" else -1
-        return Collective(group.name, op, rank.local.layer, sizes, collectives.dtype_of(tensors), reduction, root)
+        return Collective(group.name, op, rank.local.layer, sizes, dtype_of(tensors), reduction, root)
     except Exception as error:
         collectives.say_once(rank, op, error)
         return None

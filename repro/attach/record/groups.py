@@ -1,4 +1,4 @@
-"""Name process groups, and record their creation, which is a collective of all ranks."""
+"""Process groups: their names and members, and the record of their creation, which is a collective of all ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import rank as this
@@ -17,6 +17,21 @@ NEW_GROUP = "new_group"
 """The name of a group of all ranks that exists only in the record: each creation of a group is a collective of it,
 because every rank must create the same groups in the same order."""
 
+
+class _Group(NamedTuple):
+    """A process group: a weak reference to it, its name, its members, and whether it is on the host (CPU).
+
+    The recorder may ask the works of such a group at any time whether they are complete. It must not ask the works of a
+    group on a device, because this would end the capture of a CUDA graph.
+    """
+
+    group: Any
+    name: str
+    members: list[int]
+    on_host: bool
+
+
+_known: dict[int, _Group] = {}  # id(group) -> group
 _descriptions: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
@@ -125,6 +140,37 @@ def dist_ranks(group: Any) -> list[int]:
     """Return the global ranks of a group, in group order."""
     ranks: list[int] = _dist().get_process_group_ranks(group)
     return ranks
+
+
+def group_of(rank: this.Rank, group: Any) -> _Group:
+    """Return the name and the members of a group. The first call for a group also records them."""
+    known = _known.get(id(group))
+    if known is not None and known.group() is group:
+        return known
+    found = _find(group)
+    members = dist_ranks(found)
+    name = name_group(found, members)
+    on_host = str(c10d_world().pg_map[found][0]) in ("gloo", "mpi")
+    known = _known[id(group)] = _Group(weakref.ref(group), name, members, on_host)
+    if not on_host and rank.rank == members[0]:
+        rank.note_device_group(name)
+    with rank.lock:
+        rank.recorder.groups({name: members})
+    return known
+
+
+def _find(group: Any) -> Any:
+    """Return the process group of an object, which is either the group itself or one of the group's backends."""
+    import torch
+
+    world = c10d_world().pg_map
+    if group in world:
+        return group
+    for candidate in world:
+        for device in candidate._device_types:
+            if candidate._get_backend(torch.device(device)) is group:
+                return candidate
+    raise LookupError("this object is not a process group that torch.distributed knows")
 
 
 def name_group(group: Any, members: list[int]) -> str:

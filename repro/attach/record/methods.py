@@ -89,3 +89,35 @@ METHODS = {
     "send": Method("send", _none, one_sided=True),
     "recv": Method("recv", _none, one_sided=True),
 }
+
+_dtypes: dict[Any, str] = {}
+_reductions: dict[int, str] = {}
+
+
+def dtype_of(tensors: Any) -> str:
+    """Return the name of the dtype of a tensor, or of the first tensor of nested lists; "" if there is none."""
+    while isinstance(tensors, (list, tuple)):
+        if not tensors:
+            return ""
+        tensors = tensors[0]
+    dtype = getattr(tensors, "dtype", None)
+    name = _dtypes.get(dtype)
+    if name is None:
+        name = _dtypes[dtype] = "" if dtype is None else str(dtype).removeprefix("torch.")
+    return name
+
+
+def reduction_of(opts: Any) -> str:
+    """Return the name of a call's reduction.
+
+    opts: the options of the call. In older forms of a call, this may be the reduction, or another argument
+    """
+    reduction = getattr(opts, "reduceOp", None)
+    if reduction is None:
+        operation = getattr(opts, "op", opts)
+        return str(operation).rpartition(".")[2].lower() if type(operation).__name__ == "RedOpType" else "sum"
+    number = hash(reduction)  # of torch: the number of the operation
+    name = _reductions.get(number)
+    if name is None:
+        name = _reductions[number] = str(reduction.op).rpartition(".")[2].lower()
+    return name

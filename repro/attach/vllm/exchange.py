@@ -10,6 +10,8 @@ from typing import Any
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import collectives, compiled
 from repro.attach.record import rank as this
+from repro.attach.record.groups import group_of
+from repro.attach.record.methods import dtype_of
 from repro.attach.vllm import dynamo, worker
 from repro.attach.vllm.harmless import Harmless
 
@@ -84,6 +86,6 @@ def _exchange(
     rows = args[0] if args else options.get("input_")
     position = num_tensors + 1  # the sizes come after the tensors and dim
     sizes = options.get("sizes", args[position] if len(args) > position else None)
-    group = collectives.group_of(rank, device_group)
+    group = group_of(rank, device_group)
     vector = () if sizes is None else tuple(map(int, sizes))
-    return Collective(group.name, op, rank.local.layer, vector, collectives.dtype_of(rows))
+    return Collective(group.name, op, rank.local.layer, vector, dtype_of(rows))
