@@ -7,8 +7,9 @@ With --guard, what the guard costs instead.
 Of each two neighbouring steps one is recorded, inside the same worker processes and on both ranks alike. Which one is
 drawn. So both sides have the same processes, memory and requests, and a load that comes and goes within a second meets
 both. While the hooks are off they stay in place and return at once. A step is the time from one step agreement (C1) to
-the next, and the processor time of the worker in it. The switch itself is left out. The recorder's background thread
-runs all the time, so its processor time is printed as a share of the wall time.
+the next, and the processor time of the worker in it. The switch itself is left out. The background thread of the
+recorder (or guard) runs all the time, so its processor time is printed as a share of the wall time. The hooks in the
+engine and in the front end are never switched off: what they cost is not measured.
 
 Prints the difference of the pairs in per cent of a step, with a 95 % interval (bootstrap over the steps, as the
 ranks' times in one step belong together), and the load of the machine. The cost is that of the hooks in wall time and
@@ -28,6 +29,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 WARM_UP = 64
@@ -37,8 +39,8 @@ STEPS_PER_LINE = 128
 LIMIT = 0.01
 NUM_DRAWS = 2000
 WAVES = "30:450,20:450"
-THREAD = "repro record"
-"""Name of the recorder's background thread."""
+THREADS = ("repro record", "repro guard")
+"""Names of the background threads of recorder and guard."""
 
 Row = tuple[int, int, int, int]
 """The number of the step, whether it was recorded, its wall time and its processor time in ns."""
@@ -93,15 +95,16 @@ class Switch:
         if os.environ.get("HMR_GUARD"):
             self._switch_guard(on)
             return
+        from repro.attach.record import attendant
         from repro.attach.record import rank as this
         from repro.attach.vllm import worker
 
         if self._recording is None:
             assert worker.current is not None and this.current is not None, "HMR_RECORD is not set"
             self._recording = worker.current, this.current
+            attendant.this = SimpleNamespace(current=this.current)  # else the background thread ends at a switch
         worker.current, rank = self._recording if on else (None, None)
         this.use(rank)
-        this.current = self._recording[1]  # the background thread ends without it; no hook of a step reads it
 
     def _switch_guard(self, on: bool) -> None:
         """The ranks switch at the same agreement, so its tensor has the same shape on all of them."""
@@ -116,13 +119,11 @@ class Switch:
             self._guard._num_executions = self._guard._board[Field.REQUESTED]
 
     def _write(self) -> None:
-        if not self._rows:
-            return
-        threads = [at.ident for at in threading.enumerate() if at.name == THREAD and at.ident]
+        threads = [at.ident for at in threading.enumerate() if at.name in THREADS and at.ident]
         cpu_ns = sum(time.clock_gettime_ns(time.pthread_getcpuclockid(ident)) for ident in threads)
         now = cpu_ns, time.perf_counter_ns()
         line = {"rows": self._rows, "thread": [now[0] - self._thread_before[0], now[1] - self._thread_before[1]]}
-        if self._thread_before[1]:
+        if self._rows:
             with (self._folder / f"steps{os.getpid()}.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         self._thread_before = now
