@@ -107,6 +107,7 @@ def shares(program: str, num_pairs: int, way: str) -> tuple[list[float], float]:
     """Return what recording adds to a step in each pair of steps, as a share of the step; and a step's seconds."""
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(program, way, Path(folder))
+        runner.seconds(3)  # the first steps allocate, and DDP rebuilds its buckets in the second
         seconds, thread = runner.seconds(10), runner.thread_share()
         differences = runner.differences(num_pairs)
         runner.end()

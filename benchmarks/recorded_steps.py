@@ -5,6 +5,7 @@
 COUNT        runs the program so many times, and prints the seconds
 pairs COUNT  runs so many pairs of steps, of which one, drawn, is recorded; prints their relative differences as JSON
 thread       runs recorded steps for THREAD_S, and prints the share of the time that the recorder's thread computes
+             (before the first pairs, because the thread ends when it finds a step that is not recorded)
 
 Each program is one rank of a job on torch's fake backend, where every collective returns at once: nobody waits, so the
 hooks have nothing to hide behind. Only ``gloo`` and ``ddp`` use gloo, with one rank.
@@ -141,6 +142,7 @@ def differences(run: Callable[[], object], num_pairs: int) -> list[float]:
             run()
             seconds[on] = time.perf_counter() - start
         pairs.append(2 * (seconds[True] - seconds[False]) / (seconds[True] + seconds[False]))
+    this.use(rank)
     return pairs
 
 
