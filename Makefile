@@ -21,7 +21,7 @@ matrix: .venv/.ready-repro  ## which of layout, kernel backends and kernel cache
 	@$(VENV_PYTHON) -m repro matrix $(ARGS)
 
 test: .venv/.ready-test  ## all tests but the slowest and those that need a GPU
-	$(VENV_PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+	$(VENV_PYTHON) -m pytest -n 3 --dist worksteal $(ARGS)
 
 test-all: .venv/.ready-test-all  ## every test; what the machine cannot run is skipped
 	HMR_SCENARIO_SEEDS=$${HMR_SCENARIO_SEEDS:-5} $(VENV_PYTHON) -m pytest -m "" $(ARGS)
