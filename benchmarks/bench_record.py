@@ -41,8 +41,8 @@ WAYS = ("plain", "compiled", "python")
 TURN_S = 0.05
 """How long a process runs in one turn."""
 
-STEPS_PER_TURN = 12
-"""How many pairs of steps stand for one turn of a collective."""
+PAIRS_S = 0.4
+"""How long pairs of steps run for one turn of a collective."""
 
 STEPS = Path(__file__).with_name("recorded_steps.py")
 
@@ -103,13 +103,13 @@ def turns(program: str, num_pairs: int, rng: random.Random) -> list[dict[str, fl
     return rows
 
 
-def shares(program: str, num_pairs: int, way: str) -> tuple[list[float], float]:
+def shares(program: str, num_turns: int, way: str) -> tuple[list[float], float]:
     """Return what recording adds to a step in each pair of steps, as a share of the step; and a step's seconds."""
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(program, way, Path(folder))
         runner.seconds(3)  # the first steps allocate, and DDP rebuilds its buckets in the second
         seconds, thread = runner.seconds(10), runner.thread_share()
-        differences = runner.differences(num_pairs)
+        differences = runner.differences(round(num_turns * PAIRS_S / (2 * seconds)))
         runner.end()
     return [difference + thread for difference in differences], seconds
 
@@ -143,7 +143,7 @@ def main() -> int:
                 text = f"{middle:+.2f} us [{low:+.2f}, {high:+.2f}]"
             else:
                 unit, most = "share", MOST_SHARE
-                runs = [shares(program, STEPS_PER_TURN * args.pairs, way) for _ in range(args.processes)]
+                runs = [shares(program, args.pairs, way) for _ in range(args.processes)]
                 middle, low, high = interval([share for differences, _ in runs for share in differences], rng)
                 plain_us = statistics.median(seconds for _, seconds in runs) * 1e6 / (1 + middle)
                 text = f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]"
