@@ -73,8 +73,8 @@ class DeadlockError(AssertionError):
 
 @dataclass(frozen=True)
 class Rank:
-    """The argument of a test's function that runs in a rank: the rank's number, its device, and ``world``, the process
-    group of all ranks. torch.distributed is initialised."""
+    """The argument of the function that ``Ranks.run`` calls in each rank: the rank's number, its device, and ``world``,
+    the process group of all ranks. torch.distributed is initialised."""
 
     rank: int
     num_ranks: int
@@ -95,7 +95,7 @@ _current: list[recorded.Rank] = []
 def assert_no_deadlock(name: str = "") -> Iterator[None]:
     """Record the collectives of the block, so that the verdict explains a hang in it.
 
-    name: the block's name in the verdict, in the place of a layer's name
+    name: the block's name, which the verdict shows where it would show the name of a layer
 
     Use it in a function that ``ep_ranks`` runs. Raises RuntimeError outside a rank.
     """

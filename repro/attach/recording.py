@@ -35,7 +35,10 @@ The rank's background thread looks for requests every 0.2 s, or later if the mai
 
 
 class DeviceGroups(Collection[str]):
-    """The groups of a recorded job whose collectives are queued on a device. Each use reads the file of their names."""
+    """The names of a recorded job's groups whose collectives are queued on a device.
+
+    Each use of this collection reads the file of the names again.
+    """
 
     def __init__(self, run_dir: RunDir) -> None:
         self._path = run_dir.root / DEVICE_GROUPS

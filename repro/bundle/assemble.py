@@ -95,7 +95,7 @@ def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict
 def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: Judge = judge_copy) -> Made:
     """Write the bundle of a run and of its other variants. The default ``path`` is beside the runs.
 
-    judge: judges each copy, so that the bundle's verdict follows from the bundle's files
+    judge: judges each copy, so the verdict in the bundle comes from the files in the bundle
     with_logs: keep text that no rule recognises, if a search finds nothing suspicious in it
 
     If one of the variants is the fault, it is the main run of the bundle. Raises ConfigError if there is no run,

@@ -229,7 +229,10 @@ def latest_request(run_dir: RunDir) -> int:
 
 
 def remove_temporary_files(run_dir: RunDir, leftovers: Iterable[Path] = ()) -> None:
-    """Remove the files that only a running job needs, and incomplete files that a killed process was writing."""
+    """Remove the files that only a running job needs, and incomplete files that a killed process was writing.
+
+    leftovers: more files to remove
+    """
     partials = run_dir.root.glob("**/.*.partial")
     for path in (run_dir.evidence_request, *run_dir.agents.glob("*"), *partials, *leftovers):
         path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> dict
     pids: rank -> pid. Each process must have called `signals.dump_on_signals`, or the signal would end it.
 
     Returns rank -> what it did not write, as the end of a sentence "rank 1 left no …": "stack", or
-    "stack and no Flight Recorder dump". A stopped process writes neither.
+    "stack and no Flight Recorder dump". A suspended process (SIGSTOP) writes neither.
     """
     requests: list[tuple[int, str, Path, int]] = []
     for rank, pid in pids.items():

@@ -44,7 +44,7 @@ class Host:
         return processes.find(writer)
 
     def is_stopped(self, process: psutil.Process) -> bool:
-        """Whether a signal or a debugger has stopped the process."""
+        """Whether a signal such as SIGSTOP, or a debugger, has suspended the process."""
         return processes.is_stopped(process)
 
     def cpu_seconds(self, pids: Iterable[int]) -> dict[int, float]:

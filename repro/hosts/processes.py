@@ -66,7 +66,7 @@ def find(writer: Identity) -> psutil.Process | None:
 
 
 def is_stopped(process: psutil.Process) -> bool:
-    """Whether a signal or a debugger has stopped the process."""
+    """Whether a signal such as SIGSTOP, or a debugger, has suspended the process."""
     try:
         return bool(process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
     except psutil.NoSuchProcess:
@@ -83,10 +83,10 @@ def with_descendants(pid: int) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> list[int]:
-    """Kill processes. Returns the pids that have not ended after REAP_PATIENCE_S.
+    """Kill processes. Returns the pids that have not ended after REAP_PATIENCE_S seconds.
 
-    All processes are stopped before the first is killed. Otherwise a rank that sees a peer's connection close could
-    write to its witness after the verdict, and the files would differ from what was judged.
+    All processes are suspended (SIGSTOP) before the first is killed. Otherwise a rank that sees a peer's connection
+    close could write to its witness after the verdict, and the files would differ from what was judged.
 
     A process that has ended remains in the process table until its parent reaps it. The init process reaps a process
     without a parent, which may take seconds.
@@ -149,7 +149,7 @@ def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
 
 
 def starved_seconds(pid: int) -> float:
-    """Return how many seconds threads of a process were runnable without a processor; 0.0 if not recorded."""
+    """Return how many seconds threads of a process were runnable without a processor; 0.0 if /proc does not show it."""
     waited_ns = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
         for thread in os.listdir(f"/proc/{pid}/task"):

@@ -1,4 +1,4 @@
-"""Collect the facts about the ranks of this host: which processes run or are stopped, their CPU use, lock holders.
+"""Collect the facts about the ranks of this host: which processes run or are suspended, their CPU use, lock holders.
 
 A witness shows what a rank did last. The facts show what the process of the rank does now. Ranks of other hosts are
 left out: an agent on each host (`repro.hosts.agent`) observes the ranks of that host.

@@ -72,7 +72,10 @@ def hook(c10d: Any) -> None:
 
 
 def _hook_options(options: Any, reductions: Any) -> None:
-    """Replace the properties of a class of options, so that the compiled hooks know each value when it is set."""
+    """Replace the properties of a class of options, so that the compiled hooks know each value when it is set.
+
+    options: a class of torch, such as AllreduceOptions; reductions: torch's enum of the reductions
+    """
     for name, original in list(vars(options).items()):
         if name in ("asyncOp", "rootRank", "reduceOp") and isinstance(original, property) and original.fset:
             constants = tuple(reductions.__members__.values()) if name == "reduceOp" else ()
@@ -102,10 +105,10 @@ class beneath:
 def _named(name: str, function: Any) -> Any:
     """Give the code of a hook the name of the method that the hook replaces.
 
-    Without this, an object of a class that the program derived could end in an endless recursion. For such an object,
-    pybind11 looks in Python for a method that overrides the original, finds the hook, and calls it. The hook calls the
-    original, and so on. pybind11 does not look if the calling frame has the name of the method, and the object as its
-    first argument.
+    Without this, a call on an object whose class the program derived from torch's could recurse without end. For such
+    an object, pybind11 looks in Python for a method that overrides the original, finds the hook, and calls it. The hook
+    calls the original, and so on. pybind11 does not look if the calling frame has the name of the method, and the
+    object as its first argument.
     """
     function.__code__ = function.__code__.replace(co_name=name)
     return function

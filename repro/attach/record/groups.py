@@ -21,8 +21,8 @@ because every rank must create the same groups in the same order."""
 class _Group(NamedTuple):
     """A process group: a weak reference to it, its name, its members, and whether it is on the host (CPU).
 
-    The recorder may ask the works of such a group at any time whether they are complete. It must not ask the works of a
-    group on a device, because this would end the capture of a CUDA graph.
+    The recorder may ask torch at any time whether a collective of a group on the host is complete. It must not ask this
+    for a group on a device, because the question would end the capture of a CUDA graph.
     """
 
     group: Any

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 
 def tracing_test() -> Callable[[], bool]:
-    """Return torch's function that is true where Dynamo traces the caller: Dynamo replaces its call by a constant.
+    """Return torch's function that returns whether Dynamo traces its caller.
 
-    Hooks call it directly, about 20 times in a step. A function of ours around it would cost 1 % of a step of a small
-    model, because each call of a Python function at a certain depth maps new memory (CPython's stack of frames).
+    While Dynamo traces, it replaces the call of this function by a constant. Hooks call the function directly, about 20
+    times in a step. A function of ours around it would cost 1 % of a step of a small model: at some depths of the call
+    stack, CPython maps new memory for each further call of a Python function.
     """
     import torch
 

@@ -12,7 +12,9 @@ class Harmless:
     of vLLM.
 
     For example, an unknown version of vLLM may lack an attribute that a hook reads. After an exception, one line says
-    that ``what`` is not recorded, such as "the engine of this rank".
+    what is not recorded.
+
+    what: the subject of this line, such as "the engine of this rank"
     """
 
     __slots__ = ("_what",)
@@ -30,7 +32,7 @@ class Harmless:
         return True
 
     def report(self, error: Exception) -> None:
-        """Print the line about an exception, unless there was one before."""
+        """Print the line about an exception, unless a line about the same ``what`` was printed before."""
         if self._what not in _reported:
             _reported.add(self._what)
             reason = f"{type(error).__name__}: {error}"

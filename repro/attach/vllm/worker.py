@@ -279,13 +279,13 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def _within() -> Callable[..., Any]:
-    """Return the function that calls another one while this thread runs a layer: within(layer, function, …)."""
+    """Return ``within``: within(layer, function, …) calls the function, and its collectives get the layer's name."""
     library: Any = compiled.load()
     return _run_within if library is None else library.within
 
 
 def _run_within(layer: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call the function while this thread runs the layer, as the function of this purpose in C does."""
+    """Call the function, and record its collectives as those of the layer. The library in C has the same function."""
     assert current is not None
     local = current.rank.local
     outer, local.layer = local.layer, layer

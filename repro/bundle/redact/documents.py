@@ -157,7 +157,10 @@ def _references(text: str, recogniser: Recogniser) -> str:
 
 
 def _command(words: Any, recogniser: Recogniser) -> list[str]:
-    """Return the words of a command; [] if a word is not recognised, because the rest would do something else."""
+    """Return the program and arguments of a command; [] if one of them is not recognised.
+
+    Without that argument the command would do something else.
+    """
     before = ""
     for word in map(str, words) if isinstance(words, list) else ():
         known = (

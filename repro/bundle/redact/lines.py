@@ -125,7 +125,7 @@ def stack(text: str, recogniser: Recogniser) -> str:
 
 
 def _joined(lines: Iterable[str | None]) -> str:
-    """Join the lines. None is a dropped line: consecutive ones are replaced by one line with their number."""
+    """Join the lines. None is a dropped line: one line, "[N lines left out]", replaces consecutive ones."""
     kept: list[str] = []
     gone = 0
     for line in (*lines, ""):

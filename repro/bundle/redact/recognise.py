@@ -220,7 +220,11 @@ class Recogniser:
         return kept
 
     def free(self, text: str, before: str = "") -> str | None:
-        """Return a text that is not recognised if it may stay; None if it may not. before: as for :meth:`line`"""
+        """Return an unrecognised text if it may stay; None if it may not.
+
+        before: the line above. If that line is suspicious, the text may not stay, because it may be the value of a
+        secret.
+        """
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
@@ -241,7 +245,7 @@ def is_error(name: str) -> bool:
 
 
 def distinct(names: Iterable[str]) -> frozenset[str]:
-    """Return the names that are not words of the list, not numbers, and longer than two characters."""
+    """Return the names that are not in words.txt, are not numbers, and are longer than two characters."""
     return frozenset(name for name in names if len(name) > 2 and not is_word(name) and not name.isdigit())
 
 

@@ -35,7 +35,7 @@ class Collection:
     job       the job, with the ranks that are known from environment variables or from local variables on the stacks
     signal    number of a signal at which the job's handler writes stacks; 0 if the user allowed none
     logs      log files that the user named
-    numbered  whether the real ranks are unknown, so that the processes are numbered in the order of their start
+    numbered  whether no real rank is known; the workers are then numbered from 0, in the order of their pids
     hidden    for each thing that this user was not allowed to see: a sentence that names it and says how to get access
     """
 
@@ -73,7 +73,10 @@ class Collection:
             self._look(number)
 
     def _sample_moving(self, sample: str) -> None:
-        """Take another stack of each rank that may be making progress, although its first stack shows a wait."""
+        """Take another stack of each rank that may be making progress, although its first stack shows a wait.
+
+        sample: one of SAMPLES, which becomes part of the names of the files
+        """
         program = find_py_spy()
         for pid, answer in (take_stacks(program, self._moving) if program else {}).items():
             if answer.threads:
@@ -87,7 +90,10 @@ class Collection:
         write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
 
     def _take_stacks(self, number: int) -> dict[int, Threads]:
-        """Take stacks with py-spy. If it cannot read a process, ask torch's worker server or use a signal handler."""
+        """Take and save stacks. Returns pid -> the process's threads, for the processes that py-spy could read.
+
+        For the others, ask torch's worker server or use a signal handler. number: 1 for the first look, 2 for the next
+        """
         pids = list(_pids_with_stacks(self.job))
         program = find_py_spy()
         answers = take_stacks(program, pids) if program else {}
@@ -163,7 +169,7 @@ class Collection:
             write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
 
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
-        """Set the ranks of the processes from local variables on the stacks; if there are none, number them by pid."""
+        """Set the unknown ranks from local variables on the stacks. If none is known then, number them by pid."""
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
             return

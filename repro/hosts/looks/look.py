@@ -31,7 +31,7 @@ def look_at(
 
     stacks    pid -> the threads of the process at about this moment; without processes whose stacks could not be taken
     hidden    sentences about what this user was not allowed to see
-    numbered  whether the real ranks are unknown, so that the processes are numbered in the order of their start
+    numbered  whether no real rank is known; the workers are then numbered from 0, in the order of their pids
     """
     table = read_all()
     children = {pid: descendants(table, pid)[:MAX_CHILDREN] for pid in job.pids}

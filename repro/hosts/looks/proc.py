@@ -20,7 +20,8 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 class Status:
     """One process at one moment, from /proc/PID/stat and /proc/PID/status.
 
-    state           R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
+    state           R runs, S sleeps, D waits for a device, T suspended by a signal, t by a debugger,
+                    Z ended and not reaped
     cpu_s           CPU seconds of all its threads
     children_cpu_s  CPU seconds of its children that have ended
     started_s       when it started, in seconds since the boot of the host

@@ -44,7 +44,10 @@ def find_py_spy() -> str:
 
 
 def take_stacks(program: str, pids: Collection[int]) -> dict[int, Answer]:
-    """Take the stacks of all threads of each process, with their local variables."""
+    """Take the stacks of all threads of each process, with their local variables. Returns pid -> answer.
+
+    program: the path of py-spy
+    """
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return dict(zip(pids, pool.map(lambda pid: _dump(program, pid), pids), strict=True))
 

@@ -1,7 +1,7 @@
 """Read the local variables that py-spy prints, and write only those that a diagnosis needs.
 
-Local variables may hold prompts, samples and passwords. Only these are written to a file: the process group of a
-collective, the other end of a transfer, ranks, and paths of lock files.
+Local variables may hold prompts, samples and passwords. So only four kinds are written to a file: the process group of
+a collective, the other end of a transfer, ranks (and their number), and paths of lock files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ranks_by_variables(stacks: Mapping[int, Threads]) -> tuple[dict[int, int], i
     """Return (pid -> rank, number of ranks) from variables of the main threads.
 
     The table is {} if a process shows no rank, or if two processes show the same rank. The number is None if no
-    variable shows it.
+    variable shows it, or if the processes show different numbers. Returns ({}, None) if a rank is not below the number.
     """
     ranks: dict[int, int] = {}
     sizes: set[int] = set()

@@ -40,7 +40,10 @@ _GARBAGE = 1 << 31
 
 
 class Watchdog:
-    """Reads the watchdog's lines in one file. A time-out without a group is held back until a later line names it."""
+    """Reads the watchdog's lines in one file.
+
+    A time-out whose line names no group is held back until a later line names the group.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[int | None, int, int | None], TimedOut] = {}

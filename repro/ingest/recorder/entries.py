@@ -250,7 +250,7 @@ class _Forms:
 
 @lru_cache(maxsize=65_536)
 def _shared(value: Any) -> Any:
-    """Return the same object for equal values, to save memory, and because comparing equal objects is then fast."""
+    """Return the same object for equal values, to save memory, and because comparing an object with itself is fast."""
     return value
 
 

@@ -71,7 +71,8 @@ def row_of(frames: tuple[str, ...]) -> int | None:
 def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
     """Return the index of the best matching row, and the texts that the groups of its patterns captured.
 
-    The order of preference is described at the top of activities.toml.
+    A row that is not `generic` is better; among these, the row whose first pattern matches the innermost frame; then
+    the row with more patterns; then the earlier row. Returns None if no row matches.
     """
     best: tuple[tuple[bool, int, int, int], list[str]] | None = None
     for place, frame in enumerate(frames):

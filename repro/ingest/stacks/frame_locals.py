@@ -54,7 +54,10 @@ def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the peer of a send or receive, as the program passed it: a global rank, or a group rank."""
+    """Return the peer of a send or receive, as the program passed it: a global rank, or a group rank.
+
+    Return None if the variables do not show the peer.
+    """
     for frame in frames:
         if _is_torch(frame) and (names := _PEERS.get(str(frame.get("name")))):
             variables = dict(variables_of(frame))

@@ -8,8 +8,8 @@ bytes, but each collective takes some microseconds longer. HMR_RECORD_PURE=1 mak
     tape.h         the writer of the witness
     options.h      the options of a call
     read.h         recognises a call
-    works.h        the works that may be incomplete
-    exchange.h     the hook of an exchange of rows
+    works.h        issued collectives that may be incomplete (torch calls them works)
+    exchange.h     the hook of a method by which ranks exchange rows, such as vLLM's all_gatherv
     fast.c         the hooks of collectives
     recorder.py    the recorder of a rank on top of the writer
 """

@@ -19,7 +19,7 @@ _library: Any = compiled.load()
 
 
 def recorder_type() -> type[Recorder]:
-    """Return the class of recorder for the ranks of this process. It is compiled if the library exists."""
+    """Return the class that records this process's ranks: CompiledRecorder if the library exists, else Recorder."""
     return Recorder if _library is None else CompiledRecorder
 
 

@@ -4,7 +4,7 @@ The folder has these files:
 
 experiment.json        the program, model and flags; a later call must have the same program, model and flags
 cells/NAME/            record/ (the recording), looks/ (what `collect` wrote), outcome.json
-caches/PAIR/           removed once the warm start has ended
+caches/PAIR/           the kernel caches; removed when the warm start has ended
 bundles/               NAME.zip: the recording of a cell; NAME-collect.zip: what `collect` saw
 table.txt, table.md    the outcomes of all cells as a table
 results.json           the same outcomes, for programs
@@ -35,7 +35,7 @@ from repro.store.run_dir import OutputError, write_json
 class Settings:
     """What the experiment starts.
 
-    program   the words of the command line before the model: ("vllm", "serve")
+    program   the program and its arguments before the model: ("vllm", "serve")
     flags     flags that all cells share
     window_s  seconds without an event on any rank after which `collect` examines a server
     limit_s   seconds after which a server that is not ready is ended

@@ -11,7 +11,10 @@ from repro.attach.vllm.cells.outcome import HUNG, LIMIT, READY, Outcome
 
 
 def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Return a line for each pair of a cold and a warm start. A pair is left out unless both starts gave an answer."""
+    """Return a line for each pair of a cold and a warm start: which of them stalled, and what this shows.
+
+    A pair is left out unless it is known of each of its starts whether the start stalled.
+    """
     stalls = {cell: _stalls(outcomes.get(cell.name)) for cell in cells}
     lines = []
     for cell in (cell for cell in cells if cell.cache == COLD):

@@ -31,7 +31,10 @@ def bundle(run: Path, to: Path) -> str:
 
 
 def _run(words: list[str], limit_s: float) -> tuple[str, str]:
-    """Run a command of this program. Returns its standard output, and the last line of its standard error."""
+    """Run a command of `hmr`. Returns its standard output, and the last line of its standard error or another reason.
+
+    words: the name of the command and its arguments; limit_s: after this many seconds the command is ended
+    """
     environment = {name: value for name, value in os.environ.items() if name != "HMR_RECORD"}
     try:
         done = subprocess.run(

@@ -35,7 +35,7 @@ SITE = Path(recording.__file__).parent / "record" / "site"
 class Start:
     """The vLLM server that one cell (one combination of settings) starts, and the limits of this start.
 
-    command      the words of the server's command line
+    command      the server's program and its arguments
     environment  the server's environment variables. They set the cache folders; `recorded` adds those of the recorder
     port         the port on which the server listens
     window_s     seconds without an event on any rank after which `collect` looks at the server
@@ -176,7 +176,10 @@ class Trial:
             self._state = outcome.LIMIT
 
     def _progress_s(self, tails: Sequence[Tail], now_s: float) -> float:
-        """Return the time of the last event of any rank. If no rank has begun, return when the log last grew."""
+        """Return the time of the last event of any rank, in seconds of the monotonic clock.
+
+        If no rank has an event, return when the log last grew.
+        """
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns:
             return last_ns / 1e9

@@ -96,7 +96,7 @@ class Mirror:
             self._rank.recorder.phase(idle)
 
     def _front_end(self) -> str:
-        """Return the text of FRONT_ENDS about the rank's front end; "" if there is none for what it does."""
+        """Return the text of FRONT_ENDS for what the rank's front end does now; "" if FRONT_ENDS has no text for it."""
         if self._front is None:
             self._front = open_notes(Path(self._rank.root), self._rank.rank, FRONT)
         return FRONT_ENDS.get(Activity(self._front[Note.ACTIVITY]), "") if self._front is not None else ""

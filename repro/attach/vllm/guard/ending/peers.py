@@ -1,6 +1,6 @@
 """Find out which processes of the other ranks have ended.
 
-A process on this host is watched by a pidfd, so that a slow or stopped process never counts as ended. A process on
+A process on this host is watched by a pidfd, so a slow or suspended process never counts as ended. A process on
 another host is watched by its heartbeat, a number in the store: each process changes its own number twice a second.
 """
 

@@ -35,7 +35,7 @@ class Stop:
 
     who      the name of the process in its log lines: "rank 1", "engine of rank 1"
     agrees   whether the mode is ``agree``: the guard stops the process; in the mode ``observe`` it only prints
-    leave    ends the process with this exit code
+    leave    ends the process with the exit code that it gets
     tell     called once, at the refusal, to notify a process that has no guard thread
     """
 
@@ -87,10 +87,10 @@ class Stop:
             util.Finalize(None, self.leave, exitpriority=-1000)
 
     def explain(self, error: Exception) -> None:
-        """Raise Refused if the ranks stop within EXPLAIN_S; call this when a collective has failed with ``error``.
+        """Wait at most EXPLAIN_S seconds for a refusal, and raise Refused if one comes; not in the mode ``observe``.
 
-        If another process has ended, the collective fails first, because its connections break. The guard's thread
-        learns the reason a moment later.
+        Call this when a collective has failed with ``error``. If another process has ended, the collective fails at
+        once, because the connections to that process break. The guard's thread learns the reason only a moment later.
         """
         if isinstance(error, Refused) or not self.agrees:
             return
@@ -101,7 +101,7 @@ class Stop:
             time.sleep(POLL_S)
 
     def due(self, extra_s: float = 0.0) -> bool:
-        """Whether GRACE_S + ``extra_s`` seconds have passed since a refusal, so that the process must be ended."""
+        """Whether the process must be ended: GRACE_S + ``extra_s`` seconds have passed since a refusal."""
         return bool(self.sentence) and self._clock() - self._since_s >= GRACE_S + extra_s
 
     def leave(self) -> None:

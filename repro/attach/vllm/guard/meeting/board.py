@@ -71,8 +71,8 @@ class Board:
     def executions(self) -> tuple[int, int]:
         """Return how many executions were requested, and how many were counted.
 
-        COUNTED is read first. So if the engine writes between the two reads, the result never has more counted than
-        requested executions because of that.
+        COUNTED is read first. So an execution that the engine requests and counts between the two reads never makes the
+        second number exceed the first.
         """
         counted = self[Field.COUNTED]
         return self[Field.REQUESTED], counted

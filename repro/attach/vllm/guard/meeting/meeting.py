@@ -95,7 +95,7 @@ class Meeting:
     def wait_for(
         self, keys: Iterable[str], deadline_s: float, check: Callable[[], None], clock: Callable[[], float]
     ) -> list[str]:
-        """Wait until all keys are set. Returns the keys that are not set at the deadline.
+        """Wait at most ``deadline_s`` seconds until all keys are set. Returns the keys that are not set then.
 
         ``check`` is called again and again; it may raise to end the wait.
         """

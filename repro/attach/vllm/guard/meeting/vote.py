@@ -33,9 +33,10 @@ def decide(
 ) -> str:
     """Vote. Returns the same on all ranks: "" if they may go on, else the reason, one sentence.
 
-    topic  the name of the vote: "start"
-    judge  rank 0 calls this with all ballots; returns "" if the ranks may go on, else the reason why not
-    check  called again and again while this rank waits; may raise to end the wait
+    topic       the name of the vote: "start"
+    deadline_s  how many seconds this rank waits for the others
+    judge       rank 0 calls this with all ballots; returns "" if the ranks may go on, else the reason why not
+    check       called again and again while this rank waits; may raise to end the wait
     """
     meeting.set(f"{topic}/{rank}", json.dumps(ballot))
     decision = f"{topic}/decision"

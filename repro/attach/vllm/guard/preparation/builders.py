@@ -39,8 +39,8 @@ def _gdn_on_flashinfer(model: Any) -> bool:
 def _moe_on_flashinfer(model: Any) -> bool:
     """Whether any layer's experts are vLLM's FlashInferExperts (CUTLASS).
 
-    The attribute fused_experts has them. Depending on the version of vLLM, this is an attribute of the layer's
-    quant_method, or of the quant_method's moe_kernel or kernel.
+    The attribute fused_experts has them. Depending on the version of vLLM, the layer's quant_method has this attribute,
+    or the quant_method's moe_kernel or kernel has it.
     """
     for module in model.modules():
         method = getattr(module, "quant_method", None)
