@@ -54,7 +54,7 @@ class Part(Generic[S]):
 
     cached   index of each group in the list of the batch's cached groups; empty if the tokens are not cached
     is_step  whether the part is the whole batch, with the rows in the same order
-    tables   rotary tables that were computed for this part. A key has all arguments of a table except the positions
+    tables   rotary tables that were computed for this part, by (rotary dim, theta, dtype)
     """
 
     groups: tuple[Group[S], ...]
@@ -126,7 +126,10 @@ class Batch(Generic[S]):
 
     @classmethod
     def dummy(cls, num_tokens: int, device: torch.device | str | None = None) -> Self:
-        """Build the batch that an idle rank runs: one uncached sequence that starts from the zero state."""
+        """Build the batch that an idle rank runs: one uncached sequence of `num_tokens` tokens from the zero state.
+
+        The batch is empty if `num_tokens` is 0.
+        """
         return cls.dense(1, num_tokens, device)
 
     @classmethod

@@ -150,7 +150,10 @@ class BuildLock:
             return None
 
     def _try(self) -> bool:
-        """Take the lock if it is free, and return whether it was free. A previous holder may remove the file then."""
+        """Take the lock if it is free, and return whether this process has it now.
+
+        The result is also False if the previous holder has just removed the file.
+        """
         descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

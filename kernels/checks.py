@@ -18,7 +18,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Inside:
-    """A kind of ``with`` block. Counts the blocks of this kind that are running in all threads. Blocks may overlap."""
+    """Counts the ``with`` blocks of one kind that are running now, in all threads. Blocks may overlap."""
 
     def __init__(self) -> None:
         self.count, self._lock = 0, threading.Lock()

@@ -4,7 +4,7 @@
     PREFILL.library().gdn_prefill_f32(...)
 
 Before torch 2.14, the loader excludes other processes by a lock file ("baton"), which it creates and removes. A builder
-that is killed leaves this file behind. Since torch 2.14, the loader takes a lock of the operating system, which ends
+that is killed leaves this file behind. From torch 2.14 on, the loader takes a lock of the operating system, which ends
 with its holder. In both cases a process that waits has no time limit and logs nothing. So a server should load its
 extensions before it does anything else (``hybrid_moe_ref.engine.startup.builds``). If `on_first_use` was not called,
 `library` compiles in `default_cache()`.
@@ -41,7 +41,7 @@ If `has_baton` is true, the existence of this file is the lock.
 """
 
 BUILT = "built"
-"""The file that exists once an extension is completely built; it contains the name of the library."""
+"""The file that exists only if an extension is completely built; it contains the name of the library."""
 
 _use_lock, _loader_lock = threading.Lock(), threading.Lock()
 

@@ -7,9 +7,9 @@
     with registry.using("torch"): ...
     registry.table("cpu", torch.bfloat16)    {"gated_delta_rule.decode": "native", ...}
 
-An operation is a folder. Its `__init__.py` has the signature as an `Op`, with a check of the arguments; `reference.py`
-is the definition in torch, and `native.py` and `triton.py` have functions of the same names. If a backend has no
-function of that name, or none for that dtype, the next backend runs the operation. The choices:
+A folder has one or more operations. Its `__init__.py` has an `Op` for each, with a check of the arguments;
+`reference.py` defines them in torch, and `native.py` and `triton.py` have functions of the same names. If the chosen
+backend has no function of that name, or none for that dtype or device, another backend runs the operation. The choices:
 
     auto      triton on CUDA, torch on other devices
     native    C++ on the CPU for float32 and bfloat16

@@ -96,7 +96,7 @@ def differentiable(*tensors: Tensor | None) -> bool:
 
 
 def load(pool_J_: Tensor, slots_B: Tensor, *, copy: bool = False) -> Tensor:
-    """Return the states in these slots. One slot on the CPU gives a view, unless `copy` is set; all others a copy."""
+    """Return the states in these slots: a view for a single slot on the CPU, unless `copy` is set; else a copy."""
     if slots_B.numel() == 1 and not slots_B.is_cuda and not copy:
         return pool_J_.narrow(0, int(slots_B), 1)
     return pool_J_[slots_B]
@@ -116,6 +116,6 @@ def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
 def sums_between(a__C: Tensor) -> Tensor:
     """Return [..., t, s], the sum of a over s < u <= t, zero where s >= t.
 
-    Each sum is computed from its own terms. As the difference of two prefix sums, it would lose its last bits.
+    Each sum is computed from its own terms, because the difference of two prefix sums would lose the last bits.
     """
     return a__C[..., None].expand(*a__C.shape, a__C.shape[-1]).tril(-1).cumsum(-2)

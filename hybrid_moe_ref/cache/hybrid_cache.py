@@ -165,7 +165,10 @@ class HybridCache:
         sequence.length = snapshot.length
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Drop the tokens from `length` on. Raises ValueError if the model has recurrent states."""
+        """Drop the tokens from `length` on.
+
+        Raises ValueError if the sequence is shorter, or if the model has recurrent states.
+        """
         self._check(sequence)
         if self.layout.states or length > sequence.length:
             raise ValueError(f"a sequence of {sequence.length} tokens cannot be truncated to {length}")
@@ -177,7 +180,7 @@ class HybridCache:
         ]
 
     def check_model(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        """Raise ValueError if the cache was made for another model."""
+        """Raise ValueError if the cache was made for another configuration or another dtype."""
         if dtype != self.dtype:
             raise ValueError(f"the cache has dtype {self.dtype}, but the model has {dtype}")
         if config is not self.config and config != self.config:

@@ -5,8 +5,8 @@ pages from one pool, so all pages have one size. An attention page has the small
 is at least as large as the largest state. A state is padded to the size of a page.
 
 Layers of one kind form groups of `group_size` layers. The i-th layers of all groups share byte buffer i. A page number
-belongs to one group of one sequence, and addresses the same bytes in every buffer. So a sequence takes one page for
-each recurrent group, and ceil(length / tokens) pages for each attention group.
+belongs to one group of one sequence, and stands for the same range of bytes in every buffer. So a sequence takes one
+page for each recurrent group, and ceil(length / tokens) pages for each attention group.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ TOKEN_MULTIPLE = 16
 class StateSize:
     """Size of one sequence's state in one recurrent layer.
 
-    The state consists of the last inputs of the convolution (conv) and of the matrix memory (ssm).
+    The state has two parts: the last inputs of the convolution (conv), and the matrix memory of the recurrence (ssm).
     """
 
     conv_shape: tuple[int, int]
@@ -77,9 +77,11 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 
 
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
-    """Return the number of heads that each rank holds: its share, or 1 if there are fewer heads than ranks.
+    """Return how many heads (or groups) each rank holds: its share, or 1 if there are more ranks than heads.
 
-    In the second case several ranks hold copies of the same head.
+    In the second case several ranks hold copies of the same head or group.
+
+    name: the field of `config` that has the number of all heads or groups
     """
     value: int = getattr(config, name)
     if value % tp_size and tp_size % value:
@@ -88,7 +90,14 @@ def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
 
 
 def state_size(config: ModelConfig, kind: str, conv_itemsize: int, ssm_itemsize: int, tp_size: int = 1) -> StateSize:
-    """Return the size of the state of one layer of kind G or M on one of `tp_size` ranks. Raises ConfigError."""
+    """Return the size of one sequence's state in one layer on one of `tp_size` ranks.
+
+    kind           "G" (Gated DeltaNet) or "M" (Mamba-2)
+    conv_itemsize  bytes of a number in the convolution's inputs
+    ssm_itemsize   bytes of a number in the recurrent state
+
+    Raises ConfigError if the sizes cannot be divided over the ranks.
+    """
     if kind == "G":
         keys, values = (
             _share_or_hold(config, "linear_num_key_heads", tp_size),

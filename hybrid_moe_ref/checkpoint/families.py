@@ -1,7 +1,7 @@
 """Convert the config.json of the supported model families to ModelConfig and back.
 
-A key is either a size, or has only one value that is implemented, or does not matter for inference. A configuration
-with any other key is refused, and the error names the key.
+The known keys are of three kinds: sizes, settings of which only one value is implemented, and keys that do not matter
+for inference. A config.json with another key or another value of a setting is refused, and the error names the key.
 """
 
 from collections.abc import Sequence

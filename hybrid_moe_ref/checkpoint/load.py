@@ -1,8 +1,8 @@
 """Copy the tensors of a folder into the parameters of a model, a few rows at a time.
 
 A model may hold only a part of its parameters: some experts of each layer, or the slices in `model.slices`. Then only
-the rows that it holds are read. If it holds only some columns of a row, the whole row is read all the same: the columns
-are mostly less than one memory page of the mapped file, so that nothing would be saved.
+the rows that it holds are read. If it holds only some columns of a row, the whole row is read: these columns mostly
+take less than one memory page of the mapped file, so reading only them would save nothing.
 
 Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """
@@ -52,7 +52,7 @@ class Piece:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.device | str = "cpu") -> Shards:
-    """Fill all parameters. The model is not changed until every tensor is found and has the right shape.
+    """Fill all parameters from a folder. The model is not changed until every tensor is found and has the right shape.
 
     device: the device for parameters that are on the meta device
 

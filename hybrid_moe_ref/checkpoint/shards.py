@@ -1,6 +1,6 @@
 """Read the tensors of a checkpoint folder, a few rows at a time, with the safetensors library.
 
-The library maps the files, so only the requested rows are read, and the operating system can drop them again. The
+The library maps the files, so only the requested rows are read, and the operating system can drop them from memory. The
 library also checks the header of a file. If it refuses a header, the error is one line that names the file.
 """
 

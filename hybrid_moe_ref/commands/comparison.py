@@ -109,7 +109,7 @@ def float64_throughout(theirs: nn.Module) -> Iterator[None]:
 
 
 def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
-    """Judge float64 logits [B, T, V]: return the largest error, and whether all errors are within LIMIT."""
+    """Judge float64 logits [B, T, V]: return the largest relative error, and whether all errors are within LIMIT."""
     error_BT = errors(ours_BTV, theirs_BTV)
     return {
         "largest_error_in_float64": float(error_BT.max()),
@@ -121,7 +121,7 @@ def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
 def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> dict[str, Any]:
     """Judge logits [B, T, V] of a narrower dtype.
 
-    Returns the median errors of both models, and whether ours is at most FACTOR times theirs.
+    Returns the median relative errors of both models, and whether ours is at most FACTOR times theirs.
     """
     ours, theirs = (float(errors(x_BTV, truth_BTV).median()) for x_BTV in (ours_BTV, theirs_BTV))
     return {"median_error": ours, "their_median_error": theirs, "agrees": ours <= FACTOR * theirs}

@@ -48,7 +48,7 @@ class StepAgreement:
 
 
 class StateBinding:
-    """Chooses the metadata with which a rank goes on at the first recurrent layer of a step.
+    """Chooses the metadata (an `AgreedStep`) with which a rank goes on at the first recurrent layer of a step.
 
     The ranks have agreed on this metadata before the model ran, and the agreement is still valid. So a rank needs no
     collective when its recurrent layers look up their states.

@@ -80,8 +80,8 @@ class ServerConfig(Config):
 def content_digest(folder: str) -> str:
     """Compute a digest of a checkpoint from a small part of its bytes.
 
-    The digest covers config, index, and the name, size and last bytes of each weight file. Two copies of a checkpoint
-    have the same digest, and two trainings of one model have different digests.
+    The digest covers all JSON files, and the name, size and last TAIL_BYTES bytes of each weight file. Two copies of a
+    checkpoint have the same digest, and two trainings of one model have different digests.
     """
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):

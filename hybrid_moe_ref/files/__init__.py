@@ -1,4 +1,4 @@
-"""Open, read and write files safely that other programs can write or replace. Nothing here imports torch."""
+"""Safely open, read and write files that other programs can write or replace. Nothing here imports torch."""
 
 from hybrid_moe_ref.files.bounded_json import MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_JSON_MEMORY, parse_json, read_json
 from hybrid_moe_ref.files.opening import DamagedFile, open_own, open_regular

@@ -1,7 +1,7 @@
 """Read JSON that another program may have written, with bounds on its size and depth.
 
-A few hundred kilobytes of brackets can take gigabytes once they are parsed, so the functions here estimate size and
-depth before they parse.
+A few hundred kilobytes of brackets can take gigabytes of memory when they are parsed, so the functions here estimate
+size and depth before they parse.
 """
 
 import json
@@ -74,7 +74,7 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _depth(data: bytes) -> int:
-    """Return how deeply lists and mappings are nested; 0 if there are at most MAX_JSON_DEPTH of them."""
+    """Return how deeply lists and mappings are nested; 0 if there are at most MAX_JSON_DEPTH lists and mappings."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return 0  # too few brackets to be nested too deeply
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)

@@ -59,7 +59,7 @@ def room_for(path: Path, num_bytes: int) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Return only after the content of a file, or the entries of a folder, are on the disk."""
+    """Write the content of a file, or the list of files in a folder, to the disk before returning."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)

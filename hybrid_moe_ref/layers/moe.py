@@ -95,7 +95,7 @@ class Experts(nn.Module):
         return part
 
     def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
-        """Return, for each row, the weighted sum over those of its experts that this module has; 0 if it has none."""
+        """Return, for each row, the weighted sum over its chosen experts that this module has; 0 if there are none."""
         local_NK = ids_NK - self.first_expert
         y_NH: Tensor = self.mlp(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
         return y_NH

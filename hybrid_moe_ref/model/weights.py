@@ -5,7 +5,8 @@ some experts draws random numbers only for these. If a rank holds a part of anot
 drawn and then cut, so the peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast, so the
 device does not change the weights, and the dtype changes them only by rounding.
 
-Scales follow the fan-in, so that activations keep their size through any number of layers.
+A weight's scale depends on its fan-in (number of inputs), so that activations keep their size through any number of
+layers.
 """
 
 import hashlib

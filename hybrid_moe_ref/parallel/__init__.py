@@ -14,7 +14,7 @@
 (3) This collective exists only if tp_size > 1.
 (4) The sizes may be uneven, and 0 for some ranks.
 (5) One row is [hidden, topk_weights, topk_ids] of a token, packed into bytes.
-(6) The ranks ask this only after some of the steps. If `engine.protocol` is "0.33", it is a sum of 2 numbers.
+(6) The ranks ask this only after some of the steps. If `engine.protocol` is "0.33", the op is a sum of 2 numbers.
 
 C1 comes first because it decides the sizes of C2 and C3. A rank without requests takes part with a dummy batch. The
 drafter runs after the layers, and its passes have their own C2 and C3. Without expert parallelism over dp ranks, the

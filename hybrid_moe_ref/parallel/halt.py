@@ -6,8 +6,8 @@
 
 A killed rank reports nothing, and what the others notice depends on the backend. NCCL waits for ever. gloo fails only
 on the ranks that were communicating with the dead one. So each rank publishes its process id in the store, and checks
-while it waits whether the processes of the others exist. This check is exact: a slow or stopped rank does not count as
-dead. Ranks on other hosts, or in containers whose processes are not visible, are not checked.
+while it waits whether the processes of the others exist. This check is exact: a slow or suspended rank does not count
+as dead. Ranks on other hosts, or in containers whose processes are not visible, are not checked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hybrid_moe_ref.parallel.observer import Collective
 _HALT = "halt"
 
 LOOK_UP_INTERVAL = timedelta(milliseconds=100)
-"""Interval in which a waiting rank checks whether another rank has stopped the job."""
+"""Interval at which a waiting rank checks whether another rank has stopped the job."""
 
 PATIENCE_S = 1.0
 """Seconds that a rank whose connection broke searches for a dead peer before it reports its own failure."""
@@ -100,7 +100,7 @@ class RollCall:
         return [rank for rank, (pid, ticks) in sorted(self._processes.items()) if _start_ticks(pid) != ticks]
 
     def pid(self, rank: int) -> int:
-        """Return the process id of a rank on this host that has published it."""
+        """Return the process id of a rank on this host that `lost` has returned."""
         return self._processes[rank][0]
 
 
@@ -185,7 +185,8 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
     """Get the result of a collective that has completed or failed.
 
-    If it failed because another rank stopped the job or died, raise the error that says so, not the backend's error.
+    If the collective failed because another rank stopped the job or died, raise the error that says this, not the
+    backend's error.
     """
     try:
         work.wait()

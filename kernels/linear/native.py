@@ -1,7 +1,7 @@
 """Projections in C++, for a few rows.
 
-For more rows, torch's product is as fast as this one. Only for bfloat16 on a processor without bfloat16 instructions,
-torch's product is eight times slower.
+For more rows, torch's product is as fast as this one. The exception is bfloat16 on a processor without bfloat16
+instructions: there torch's product is eight times slower.
 
 Shapes: N rows, H inputs, O outputs of a weight.
 """

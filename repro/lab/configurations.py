@@ -1,7 +1,7 @@
-"""The report's three start commands (vllm#41862) on the reference model: config1, config2 and tp8.
+"""The three start commands of the report vllm#41862, on the reference model: config1, config2 and tp8.
 
-Each is a scenario. Its fault is what servers do by default: compile a kernel when a layer first needs it. The commands
-differ in more than expert parallelism:
+Each command is a scenario. Its fault is what servers do by default: compile a kernel when a layer first needs it. The
+commands differ in more than expert parallelism:
 
     config1  DP8 EP8, graphs     GDN prefill and experts are compiled at first use
     config2  DP8 EP8, eager      GDN prefill and experts are compiled at first use

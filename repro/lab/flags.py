@@ -42,7 +42,7 @@ class Flag:
         return getattr(settings.engine if self.field.startswith("engine.") else settings, self.dest)
 
     def words(self, value: Any) -> list[str]:
-        """Return the words of a command line that set this value."""
+        """Return the arguments of a command line that set this value."""
         return [self.option] if value is True else [self.option, str(value)]
 
 

@@ -155,8 +155,10 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
 def _end_children_but(others: set[int], by_force: bool) -> None:
     """Kill the processes that the build started: all children except ``others``.
 
-    The first signal is SIGTERM, not SIGKILL, because ninja ends its compilers when it gets SIGTERM. Ninja may just have
-    started a compiler that this function does not see yet, and after the end of ninja nothing could find that compiler.
+    by_force: send SIGKILL instead of SIGTERM
+
+    Send SIGTERM first, because ninja ends its compilers when it gets SIGTERM. Ninja may just have started a compiler
+    that this function does not see yet. After a SIGKILL of ninja, nothing could find that compiler.
     """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
@@ -165,7 +167,7 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 
 
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
-    """Delete the extension loader's lock file ("baton") if its holder has ended. torch never checks whether it has.
+    """Delete the extension loader's lock file ("baton") if its holder has ended. torch itself never checks this.
 
     If the holder still runs, it is a process that does not use this project's lock. This function then waits until the
     holder deletes the file, at most ``place.deadline_s`` seconds.

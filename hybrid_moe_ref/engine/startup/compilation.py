@@ -50,7 +50,7 @@ class Compiler:
 
     @property
     def done(self) -> Path:
-        """Return the marker file, which exists once all modules of a model of this size are compiled in the folder."""
+        """Return the marker file, which exists if all modules of a model of this size are compiled in the folder."""
         kinds = set()
         for part in row_wise(self._model):
             weights = [(name, tuple(x.shape), x.dtype, x.device.type) for name, x in part.named_parameters()]
@@ -58,7 +58,7 @@ class Compiler:
         return self.folder / f"done-{hashlib.sha256(repr(sorted(kinds)).encode()).hexdigest()[:12]}"
 
     def install(self) -> None:
-        """Replace the forward of each row-wise module by a function that compiles at its first call."""
+        """Replace the `forward` of each row-wise module by a function that compiles the module at the first call."""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder)
         import torch._inductor.config as inductor  # takes seconds, so only ranks that compile import it

@@ -54,7 +54,10 @@ def findings(config: ServerConfig, policies: Policies | None = None) -> Iterator
 
 
 def _unagreed(config: ServerConfig) -> Iterator[str]:
-    """Yield a finding if expert parallelism or graphs run layers with recurrent state without comparing schedules."""
+    """Yield a finding if a model with recurrent state uses expert parallelism, and ranks do not compare schedules.
+
+    Yield a second finding if this server also uses graphs.
+    """
     parallel = config.parallel
     exchanges = parallel.expert_parallel and parallel.dp_size > 1 and config.model.num_experts > 0
     kinds = [RECURRENT[kind] for kind in RECURRENT if kind in config.model.layer_pattern]

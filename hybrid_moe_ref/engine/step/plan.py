@@ -67,7 +67,8 @@ class AgreedStep:
     microbatch     whether the step is split in two
     same_schedule  whether all ranks that took part in the agreement are about to run the same schedule
     same_feed      whether the ranks of each tp group run the same tokens of the same requests
-    draft_sizes    rows of each dp rank in the drafter's first pass, which is never padded, and in its later passes
+    draft_sizes    two tuples with the rows of each dp rank: in the drafter's first pass, which is never padded, and in
+                   each later pass
     """
 
     sizes: tuple[int, ...]

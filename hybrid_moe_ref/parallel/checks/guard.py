@@ -41,7 +41,7 @@ class ScheduleGuard:
         self._sizes = {}
 
     def extend(self, schedule: Sequence[ScheduleEntry]) -> None:
-        """Append the rest of the step's schedule, if it is known only after the step agreement."""
+        """Append the rest of the step's schedule, which may be known only after the step agreement."""
         self._schedule = (*(self._schedule or ()), *schedule)
 
     def agree(self, group: str, sizes: Sequence[int]) -> None:

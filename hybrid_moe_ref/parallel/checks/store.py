@@ -13,7 +13,7 @@ def loopback_store(meeting: dist.Store, rank: int, num_ranks: int) -> dist.Store
     """Open a TCP store that listens only on loopback.
 
     Rank 0 runs the store, and publishes the store's port in ``meeting``, a store that all ranks already have. A TCP
-    store answers in microseconds. A file store takes milliseconds, and its file keeps deleted entries.
+    store answers in microseconds. A file store takes milliseconds, and its file keeps deleted values.
     """
     if rank != 0:
         return dist.TCPStore(LOOPBACK, int(meeting.get("loopback")), num_ranks, False)

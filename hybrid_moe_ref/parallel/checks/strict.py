@@ -3,7 +3,7 @@
 The schedule guard compares a rank with its own schedule. The strict check compares the ranks with each other, in
 everything that must be equal: operation, layer, agreed sizes, dtype, reduce op and root. So it also detects collectives
 that would pair wrongly without a hang, before any data is changed. The cost is four requests to the store per
-collective: publish the collective, wait for the others, read theirs, and delete an old entry.
+collective: publish the collective, wait for the others, read theirs, and delete the rank's own earlier publication.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hybrid_moe_ref.parallel.observer import Collective
 ANSWER_INTERVAL = timedelta(milliseconds=500)
 LOOK_UP_S = 0.1
 KEPT = 2
-"""A rank deletes the entry that it published KEPT collectives ago, which every member has read by then."""
+"""A rank deletes what it published KEPT collectives ago, because every member has read this."""
 
 
 class StrictComparison:
     """The strict check on one rank: the members compare each collective before they issue it.
 
     patience_s  seconds to wait for a member that has not arrived
-    lost        function that returns why waiting is useless, for example because a peer has died; None if it is useful
+    lost        returns why waiting is useless, for example because a peer has died; None if a member may still arrive
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StrictComparison:
         self._seq: dict[str, int] = {}
 
     def check(self, collective: Collective, members: Sequence[int]) -> None:
-        """Return once every member is about to issue the same collective.
+        """Return as soon as every member is about to issue the same collective.
 
         Raises ScheduleMismatch on every member if one member is about to issue another collective, or does not arrive.
         """

@@ -3,8 +3,8 @@
 A backend is two hooks around the experts of one layer, and the plan of their collectives. `install` registers the hooks
 and returns the plan; the plans of all layers are the schedule of a forward pass. A new backend is a subclass of
 :class:`AllGatherReduceScatter` or has the same methods. Only ``Policies.dispatch`` selects it; there is no setting for
-it. This is the only backend in use; `repro.lab.scenarios.size_vector` has a second one. This file does not import
-torch.
+it. `AllGatherReduceScatter` is the only backend in use; `repro.lab.scenarios.size_vector` has a second one. This file
+does not import torch.
 
 Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
 """
@@ -42,7 +42,7 @@ class ForwardContext:
     def ep_sizes(self) -> tuple[int, ...]:
         """Return the number of tokens that each ep rank dispatches.
 
-        Cached, because every layer needs it twice in a step.
+        The result is cached, because every layer needs it twice in a step.
         """
         if self._chunked[0] is not self.sizes:
             self._chunked = self.sizes, _chunks_of_all(self.sizes, self.tp_size)

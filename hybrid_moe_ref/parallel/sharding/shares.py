@@ -31,14 +31,14 @@ sequence      every ep rank has some whole experts, and every tp rank sends them
 
 
 def expert_sharing(parallel: ParallelConfig) -> ExpertSharing:
-    """Return how a layout with tp_size > 1 shares the routed experts."""
+    """Return how the ranks of a layout with tp_size > 1 share the routed experts."""
     if not parallel.expert_parallel:
         return "intermediate"
     return "expert" if parallel.dp_size == 1 else "sequence"
 
 
 def experts_per_rank(num_experts: int, num_ranks: int) -> int:
-    """Return the number of whole experts that each rank holds. Raises ConfigError if it is not the same for all."""
+    """Return the number of whole experts that each rank holds. Raises ConfigError if it would differ between ranks."""
     if num_experts % num_ranks:
         raise ConfigError(f"{num_experts} experts cannot be divided evenly over {num_ranks} ranks", "num_experts")
     return num_experts // num_ranks

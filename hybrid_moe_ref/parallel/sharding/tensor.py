@@ -64,8 +64,8 @@ MIXER_NAMES = {"G": "gated_delta_net", "A": "gated_attention", "M": "mamba2"}
 class SplitNorm:
     """The hooks of a mixer whose output norm has `num_groups` groups, each of which spans several ranks.
 
-    A group is a group of Mamba-2, which gates before it normalises, or a value head of Gated DeltaNet, which gates
-    after.
+    In Mamba-2, which gates before the norm, these are its groups of heads. In Gated DeltaNet, which gates after the
+    norm, they are its value heads.
 
     The norm should divide a row by the root mean square of the whole group, but a rank knows only the root mean square
     of its own part. The projection after the norm is linear, so this can be corrected after it. The rank multiplies its

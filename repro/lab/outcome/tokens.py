@@ -19,7 +19,7 @@ def compare_tokens(
     """Compare all ranks' outputs with reference.json. Returns None if that file does not exist yet.
 
     reference_alive  whether the process that writes reference.json still runs
-    final            whether to return a result even if reference.json does not exist; it says that the file is missing
+    final            whether to return a result even if reference.json does not exist; the result then says why
     """
     if not run_dir.reference.exists():
         if reference_alive() and not final:
@@ -34,7 +34,10 @@ def compare_tokens(
 
 
 def name_equal(run_dir: RunDir) -> str:
-    """Return a sentence that says that the served tokens equal the reference. Raises OSError or DamagedFile."""
+    """Return the sentence for a run whose served tokens equal the reference, with the number of tokens and requests.
+
+    Does not compare the tokens. Raises OSError or DamagedFile if reference.json cannot be read.
+    """
     reference = read_tokens(run_dir.reference)
     num_tokens = sum(map(len, reference.values()))
     return f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"

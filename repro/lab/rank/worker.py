@@ -51,8 +51,8 @@ LAST_RESORT_S = 25.0
 def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[], dist.Store | None]) -> None:
     """Run one rank, from opening its witness to waiting for its release.
 
-    join: called once the witness is open; imports torch and returns the store through which the ranks meet, or None to
-    use torchrun's environment variables.
+    join: called as soon as the witness is open; imports torch and returns the store through which the ranks meet, or
+    None to use torchrun's environment variables.
     """
     dump_on_signals(run_dir, rank, interrupts=True)
     faulthandler.dump_traceback_later(settings.deadline_s + LAST_RESORT_S, exit=True)

@@ -42,7 +42,10 @@ class Expected:
     or_else: Expected | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry of verdict.json. It always has verdict and cause; the other fields only if they are set."""
+        """Return the content of the field `expected` of verdict.json.
+
+        It always has the keys verdict and cause, and the other keys only if they are set.
+        """
         optional: dict[str, Any] = {
             "step": self.step, "layer": self.layer, "planned": self.planned, "error": self.error,
             "culprits": _listed(self.culprits), "suspects": _listed(self.suspects),

@@ -1,8 +1,8 @@
-"""One rank dispatches with the sizes of an earlier step, because its own entry in that list has not changed.
+"""One rank dispatches with the sizes that all ranks had in an earlier step, because its own size has not changed.
 
 Upstream: TensorRT-LLM issue 16745. If all ranks have the same number of rows, the dispatch is one all-gather, else one
 broadcast per rank. Each rank decides this from a list of all ranks' sizes. It keeps this list for the next steps, and
-to see whether the list is still valid, it checks only its own entry. A rank with a stale list may issue another
+to see whether the list is still valid, it checks only its own size. A rank with a stale list may issue another
 operation than the others, or the same operation with other lengths. The result depends on the backend. NCCL hangs. gloo
 hangs if the operations differ, ends a rank by SIGABRT if it receives more bytes than its buffer holds, and returns
 wrong data if the buffer is too large.

@@ -1,6 +1,6 @@
 """A lock file outlives the process that created it, and every later start waits for a process that no longer exists.
 
-Upstream: InferenceX issue 1360 and PyTorch issue 189245. Before torch 2.14, its extension loader excludes other
+Upstream: InferenceX issue 1360 and PyTorch issue 189245. Before torch 2.14, torch's extension loader excludes other
 processes by a lock file ("baton"), which it creates with O_EXCL and removes at the end. A builder that is killed in
 between, by the out-of-memory killer or an orchestrator's timeout, leaves the file in a cache that outlives containers.
 From then on all ranks of every start wait for the file to disappear, without a time limit or a log line. The file is

@@ -35,7 +35,7 @@ PHASES = ("load", "prepare", "profile", "capture", "serve")
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of layout, backends and cache. ``configuration`` is config2 (DP8 + EP8) or tp8; no graphs."""
+    """One combination of layout, backends and cache. ``configuration``: config2 (DP8 + EP8) or tp8, without graphs."""
 
     configuration: str
     gdn: str
@@ -109,7 +109,7 @@ def run(
     """Run the cells (combinations of settings) one after another.
 
     say: called with a line for each cell
-    done: called with each run directory once the run is over
+    done: called with each run directory when its run is over
     """
     results: list[Result] = []
     for number, (cell, settings) in enumerate(chosen, start=1):

@@ -101,7 +101,8 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
 class Runner:
     """Runs trials without a single-process reference, because a hang serves no tokens to compare.
 
-    last      the directory of the last run, which had ``settings``
+    last       the directory of the last run
+    settings   the settings of the last run
     """
 
     series: Series
