@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make a bundle and print what was left out, or verify a bundle.
+    """Make a bundle and print what was left out of it, or verify a bundle.
 
     Returns 0, or 1 if a verified bundle differs from its manifest.
     """
@@ -96,7 +96,7 @@ def _made(args: argparse.Namespace) -> Made:
 
 
 def _judge(run_dir: RunDir) -> Verdict:
-    """Judge the copy of a run in the same way as `watch`. The imports are here because other evidence needs none."""
+    """Judge the copy of a run in the same way as `watch`. The imports are inside: other evidence does not need them."""
     from repro.attach import recording
 
     if recording.is_recording(run_dir):

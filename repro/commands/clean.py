@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove the run directories below --out. A folder is kept unless its name and its files are those of a run.
+    """Remove the run directories in the folder --out whose processes have ended.
+
+    A folder counts as a run directory if it has the name of one and contains a config.json.
 
     Raises ConfigError for a folder that does not exist, OutputError for a run that cannot be removed.
     """

@@ -108,7 +108,11 @@ def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
 
 
 def _fitting(label: str, texts: Sequence[str], room: int) -> list[str]:
-    """Return the texts that fit completely into ``room`` lines; if the first does not fit, return its beginning."""
+    """Return the texts, each with ``label`` before it, as at most ``room`` lines.
+
+    From the first text on that does not fit completely, all texts are left out, and a last line says so. If not even
+    the first of all texts fits, its beginning is returned.
+    """
     out: list[str] = []
     for number, text in enumerate(texts):
         rows = _wrapped(label, text)

@@ -10,7 +10,7 @@ from repro.ingest.read import Evidence, read
 
 
 def evidence_of(paths: Sequence[Path]) -> Evidence:
-    """Read the paths. Files that are not understood are listed.
+    """Return the evidence under the paths. `Evidence.not_understood` lists the files that are not understood.
 
     Raises DamagedFile or ArchiveError for a damaged folder or bundle of a diagnosis.
     """

@@ -48,7 +48,7 @@ class Output(io.TextIOWrapper):
 
 
 def open_standard_files() -> None:
-    """Open /dev/null for each closed standard file, because the next opened file would take its descriptor."""
+    """Open /dev/null for each closed standard file. Otherwise the next file that is opened would get its descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -165,7 +165,11 @@ class _Recording:
             say(self._console, escape_lines(line))
 
     def _end(self) -> None:
-        """End the program: send SIGTERM, and END_PATIENCE_S later SIGKILL to it and its remaining children."""
+        """End the program with SIGTERM.
+
+        When the program has ended, its remaining descendants get SIGKILL. If it still runs after END_PATIENCE_S, the
+        program and its descendants get SIGKILL.
+        """
         started = processes.with_descendants(self._child.pid)
         self._child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + END_PATIENCE_S
@@ -174,7 +178,10 @@ class _Recording:
         processes.kill(started[1:] if self._child.poll() is not None else started)
 
     def _wait(self) -> int:
-        """Wait for the program. Ctrl-C reaches the program through the terminal; other signals are passed on to it."""
+        """Wait for the program to end, and return its exit status; it is negative if a signal ended the program.
+
+        If the program still runs SIGNAL_GRACE_S after this command got a signal or Ctrl-C, it gets SIGTERM.
+        """
         passed_on = False
         while self._child.poll() is None:
             time.sleep(POLL_S)

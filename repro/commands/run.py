@@ -128,7 +128,8 @@ class Session:
     def run(self, planned: Planned, series: Series, count: str) -> None:
         """Run one variant and add its verdict to ``documents``.
 
-        If the variant cannot run here, that is noted as its verdict; if nothing else has run, CannotRunHere is raised.
+        If the variant cannot run here, `Document.skipped` says why. CannotRunHere is raised instead if the command is
+        for one scenario and this is its first variant.
 
         count: the beginning of the progress line, such as "[3/21] "
         """
@@ -153,7 +154,7 @@ class Session:
 
     @contextlib.contextmanager
     def _shown(self, planned: Planned, title: str) -> Iterator[Display]:
-        """Yield a progress display. If the run may hang, the first reason is printed before it, once per command."""
+        """Yield a progress display. If the run may hang, print a reason first, but no reason twice in one command."""
         for finding in {*planned.unsafe[:1]} - self._printed:
             say(self.console, f"unsafe: {finding}")
             self._printed.add(finding)
@@ -161,7 +162,10 @@ class Session:
             yield shown
 
     def _skip(self, document: Document, title: str) -> None:
-        """Note that a run is not possible on this machine. Raises CannotRunHere if the command makes only this run."""
+        """Note that a run is not possible on this machine.
+
+        Raises CannotRunHere if the command is for one scenario, and ``documents`` is empty.
+        """
         if self.args.scenario != "all" and not self.documents:
             raise CannotRunHere(f"{document.scenario}: {document.skipped}")
         self.documents.append(document)

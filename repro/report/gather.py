@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Named(msgspec.Struct, frozen=True):
-    """The entries of config.json that identify a run."""
+    """The fields of config.json that identify a run."""
 
     scenario: str = ""
     variant: str = ""

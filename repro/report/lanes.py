@@ -38,9 +38,9 @@ class Label(NamedTuple):
 class Span(NamedTuple):
     """One span. Times are in ns of the shared clock; ``end_ns`` is OPEN if the span has no end.
 
-    label  number of its text in Labels
+    label  number of the span's text in Labels
     seq    number of the collective in its group; 0 for other spans
-    step   number of the step to which it belongs; -1 if there is none
+    step   number of the step to which the span belongs; -1 if there is none
     """
 
     start_ns: int

@@ -31,14 +31,14 @@ class Command(Config):
     """A shell command that run.json offers to the reader, for example to repeat the run.
 
     purpose   what the command does: "run it again"
-    words     the words of the command, unquoted; RUN_FOLDER stands for the path of the run's folder
+    words     the program and its arguments, unquoted; RUN_FOLDER stands for the path of the run's folder
     """
 
     purpose: str
     words: tuple[str, ...]
 
     def filled(self, folder: str) -> tuple[str, ...]:
-        """Return the words of the command. The path ``folder`` replaces the placeholder RUN_FOLDER."""
+        """Return the program and its arguments, with the path ``folder`` in place of RUN_FOLDER."""
         return tuple(
             folder + word.removeprefix(RUN_FOLDER) if word == RUN_FOLDER or word.startswith(f"{RUN_FOLDER}/") else word
             for word in self.words

@@ -95,7 +95,7 @@ class RunDir:
     def point_latest(self) -> None:
         """Point the symbolic link ``latest`` in the parent folder to this run.
 
-        Raises OSError if that fails, and leaves the old link. On a file system without symbolic links it does nothing.
+        Raises OSError if that fails; the old link then remains. A file system without symbolic links is no error.
         """
         link = self.root.with_name(f".latest.{os.getpid()}")
         try:

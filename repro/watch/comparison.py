@@ -1,4 +1,4 @@
-"""What a comparison of a run's tokens with the reference model says to the watcher, or to a later judgement."""
+"""The result of comparing a run's tokens with the reference model's, as input of the watcher or a later judgement."""
 
 from __future__ import annotations
 

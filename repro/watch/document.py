@@ -77,9 +77,11 @@ class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Watcher(msgspec.Struct, frozen=True):
-    """The watcher's process, and its monotonic clock when it took its last snapshot of the run.
+    """The watcher's host and pid namespace, and the time of its last snapshot of the run.
 
-    If the run is judged again later, both are compared with the times and process ids in the witnesses.
+    If the run is judged again later, the times and process ids in the witnesses are compared with these.
+
+    now_ns   the time of the snapshot on the monotonic clock of the watcher's host
     """
 
     hostname: str
@@ -94,7 +96,7 @@ class Watcher(msgspec.Struct, frozen=True):
         return cls(here.hostname, here.boot_id, here.pid_namespace, here.wall_offset_ns, look.now_ns)
 
     def identity(self) -> Identity:
-        """Return the watcher's process in the form in which a witness describes its writer."""
+        """Return the watcher's host and pid namespace in the form in which a witness describes its writer."""
         return Identity(
             0,
             1,

@@ -1,9 +1,9 @@
 """The watcher: follow the witnesses of a run from outside the ranks, and decide when and how the run has ended.
 
 The watcher only reads files that the ranks write. If no rank has recorded an event for the quiet window, the watcher
-calls the judge. If the verdict is that a rank still works, the watcher continues. Before a final verdict, the watcher
-collects stacks and Flight Recorder dumps. It writes verdict.json before any process is ended. If the watcher itself
-fails, the verdict is `inconclusive`, and logs/watcher.log has the traceback.
+calls the judge. If the verdict is `slow` (a rank still works) or `inconclusive`, the watcher continues. Before a final
+verdict, the watcher collects stacks and Flight Recorder dumps. It writes verdict.json before any process is ended. If
+the watcher itself fails, the verdict is `inconclusive`, and logs/watcher.log has the traceback.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Watch:
     """Watches one run until there is a verdict. The caller passes in, as functions, what depends on the kind of job.
 
     job_alive     returns whether the processes that were started still exist
-    compare       compares the results with the reference when all ranks are done. It returns None if it is not ready
-                  and is then called again. Its argument is True at the last call: it must then return a Comparison
+    compare       compares the results with the reference when all ranks are done. While it returns None (not ready),
+                  it is called again. Its argument is True at the last call, which must return a Comparison
     describe      makes the content of verdict.json from a verdict, with the settings of the run
     read          converts the witnesses before they are judged
     interrupted   returns whether the user has asked for the end of the run
@@ -187,9 +187,10 @@ class Watch:
             self._notices.builds(verdict, now_ns, self.host.now_ns())
 
     def _decide_in_quiet(self) -> Verdict | None:
-        """Judge after a quiet window. Return the verdict; None if it is not final, so that the watch continues.
+        """Judge after a quiet window. Return the verdict; None if the watch must continue.
 
-        A verdict is not final if a rank still works without recording events: the run is then `slow`.
+        The watch continues if the verdict is not final (`slow` or `inconclusive`), or if a rank recorded an event while
+        stacks and dumps were collected.
         """
         last_event_ns, self._judged_ns = self._last_event_ns(), self.host.now_ns()
         self._system.measure(self._pids())
@@ -282,9 +283,10 @@ class Watch:
         return {rank: process.pid for rank, process in self._running().items() if process is not None}
 
     def _death_is_settled(self, now_ns: int) -> bool:
-        """Whether a rank died or failed, or all processes ended, and the other ranks have had time to record this.
+        """Whether a rank died or failed, or all processes ended, and the other ranks have had time to react.
 
-        They have had time if no event came for DEATH_GRACE_S, or if DEATH_PATIENCE_S have passed.
+        They have had time if no event came for DEATH_GRACE_S, or if DEATH_PATIENCE_S have passed since the watcher
+        noticed the death or failure. In this time they may finish, or record that they lost the rank.
         """
         ended = {rank for rank, process in self._running().items() if process is None}
         # a rank of a user's program ends by itself when it is done: this is not a death

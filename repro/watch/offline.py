@@ -51,9 +51,9 @@ class Again:
 def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) -> Again:
     """Judge a run from its files.
 
-    If the run has a verdict.json, the judge gets the last snapshot of the watcher: its time, its host's clock and its
-    facts are in verdict.json. So the verdict is the same on any machine. If the run has no verdict.json, or a damaged
-    one, its processes are observed now for LOOK_S seconds, and their present state is judged.
+    If the run has a verdict.json, the judge gets the watcher's last snapshot of the run: verdict.json has the time and
+    the facts of this snapshot. So the verdict is the same on any machine. If verdict.json is missing or damaged, the
+    processes of the run are observed now for LOOK_S seconds, and their present state is judged.
     """
     damaged: list[str] = []
     decided: Document | None = None

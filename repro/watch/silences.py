@@ -47,10 +47,11 @@ class Silences:
     def remember(self, verdict: Verdict, facts: Facts, alive_s: float, quiet_window_s: float) -> None:
         """Remember for how long ranks have waited.
 
-        Nothing is remembered if the verdict is not `slow`, or if fewer ranks wait than are awaited. If all awaited
-        ranks build a kernel, the whole wait counts. Otherwise the wait counts only if no rank has sent a heartbeat in
-        the last quiet window. The time in which the awaited ranks lacked a processor then does not count, because the
-        machine was busy, and the job itself was not slow.
+        Nothing is remembered if the verdict is not `slow`, if fewer ranks wait than are awaited, or if all awaited
+        ranks are suspended (SIGSTOP or a debugger). If all awaited ranks build a kernel, the whole wait counts.
+        Otherwise the wait counts only if no rank has sent a heartbeat in the last quiet window. The time in which the
+        awaited ranks lacked a processor then does not count, because the machine was busy, and the job itself was not
+        slow.
 
         alive_s   seconds since the last heartbeat of any rank
         """

@@ -23,7 +23,7 @@ _NEVER = 0xFFFFFFFF
 
 
 def script_data(data: RunData) -> dict[str, Any]:
-    """Return the data as JSON values. Times are counted in units of ``unit`` ns since the first event."""
+    """Return the data as JSON values. Times count from the first event, in units whose length in ns is in ``unit``."""
     start_ns, end_ns = data.span_ns()
     unit_ns = _unit_ns(data)
     verdict = data.verdict

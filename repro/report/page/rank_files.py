@@ -1,4 +1,4 @@
-"""Collect the texts that each rank left (stacks, logs, environment). Ranks with equal texts share one entry."""
+"""Collect the texts that each rank left (stacks, logs, environment). Ranks with equal texts share one `RankText`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_BYTES = 20_000
 
 @dataclass(frozen=True)
 class RankText:
-    """A text that is equal on these ranks."""
+    """A text, and the ranks that left this same text."""
 
     ranks: tuple[int, ...]
     text: str

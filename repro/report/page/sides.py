@@ -61,7 +61,10 @@ class SideBySide:
 
 
 def side_by_side(data: RunData) -> SideBySide | None:
-    """Compare the schedules at the divergence; None if the verdict names no divergence or its steps cannot be read."""
+    """Compare, around the divergence, what each side issued with the declared schedule.
+
+    None if the verdict names no divergence, or if the step cannot be read from any side's witness.
+    """
     sides = [side for side in data.verdict.sides if side.ranks][:MAX_SIDES]
     steps = [_read_step(data, side.ranks[0], side.step) for side in sides]
     known = [step for step in steps if step is not None]

@@ -63,7 +63,7 @@ class Chart:
             self._draw_spans(self._data.lanes[rank], y)
 
     def draw_divergence(self) -> None:
-        """Mark the first divergent entry of each side."""
+        """Mark the place where ranks first differ, on the lanes of the first two sides of the divergence."""
         top = self._frame.top
         for k, side in enumerate(self._data.verdict.sides[:2]):
             for rank in side.ranks:

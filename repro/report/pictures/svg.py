@@ -1,4 +1,4 @@
-"""Build an SVG from shapes with the classes of style.css. ElementTree escapes every string."""
+"""Build an SVG from shapes with the CSS classes of style.css. ElementTree escapes every string."""
 
 from __future__ import annotations
 
@@ -53,7 +53,11 @@ class Svg:
         return self._shape("path", {"class": css, "d": commands})
 
     def arrow(self, colour: int, commands: str) -> None:
-        """Draw a path with an arrow head. colour: the number of the colour of the place at which the ranks wait."""
+        """Draw a path with an arrow head.
+
+        colour     number of the colour of the place at which the ranks wait, from 0
+        commands   the path in the syntax of SVG: "M5,5 h10"
+        """
         self.path(f"n{colour} arrow", commands).set("marker-end", f"url(#{self._key}-head{colour})")
 
     def text(

@@ -1,8 +1,9 @@
 """Write records of evidence as JSON, one record in each line, and read them back.
 
-A bundle contains this file, so that a diagnosis can be repeated without the original files. Its first line has the name
-and version of the format, and the names of the original files. Each other line is `[KIND, FIELDS]`. The file may come
-from outside, so each field is converted strictly to its type. A field of a wrong type raises `DamagedFile`.
+A bundle contains such a file of records, so that a diagnosis can be repeated without the original files. The first line
+has the name and version of the format, and the names of the original files. Each other line is `[KIND, FIELDS]`. The
+file of records may come from outside, so each field is converted strictly to its type. A field of a wrong type raises
+`DamagedFile`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Header(msgspec.Struct):
 
 
 class _Columns(msgspec.Struct):
-    """The columns of `Calls` as lists, for JSON. All lists but `forms` have one entry for each operation."""
+    """The columns of `Calls` as lists, for JSON. All lists but `forms` have one value for each operation."""
 
     file: str
     forms: tuple[Form, ...]
@@ -67,7 +68,7 @@ class _Dump(msgspec.Struct):
     def record(self) -> RecorderDump:
         """Convert the fields, which may come from outside, to a `RecorderDump`.
 
-        Raises ValueError if `order` does not have one entry for each operation of each group, or if `knows` has an
+        Raises ValueError if `order` does not have one index for each operation of each group, or if `knows` has an
         unknown bit.
         """
         counts = Counter(self.order)

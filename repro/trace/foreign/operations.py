@@ -175,12 +175,12 @@ class Calls(Sequence[Call]):
         return [self[place] for place, number in enumerate(self.seqs) if number == seq]
 
     def transfers(self, op: str, peer: int) -> list[int]:
-        """Return the indices of the sends to the rank ``peer``, or of the receives from this rank. op: send or recv."""
+        """Return the indices of the sends to the rank ``peer``, or of the receives from ``peer``. op: send or recv."""
         wanted = [form.op == op and form.peer == peer for form in self.forms]
         return [place for place, form in enumerate(self.form) if wanted[form]] if any(wanted) else []
 
     def times_by_number(self) -> dict[int, float]:
-        """Return sequence number -> time at which the operation was queued, for operations that have both."""
+        """Return sequence number -> time in s at which the operation was queued, for operations that have both."""
         rows = zip(self.seqs, self.times_s, strict=True)
         return {seq: at_s for seq, at_s in rows if seq != NO_NUMBER and not math.isnan(at_s)}
 

@@ -261,7 +261,8 @@ class ProcessLook:
 
     look      number of the look, from 0
     at_s      time of the look in seconds on the host's clock; compare it only with other looks at the same host
-    state     R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
+    state     R runs, S sleeps, D waits for a device, T suspended by a signal, t suspended by a debugger,
+              Z ended and not reaped
     cpu_s     processor seconds of the process so far, without its children
     first_thread_cpu_s  processor seconds of the main thread so far
     switches  how often the main thread has left a processor; the number does not grow while the thread is blocked

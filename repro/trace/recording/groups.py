@@ -18,7 +18,7 @@ from repro.trace.witness.format import (
 
 
 class Groups:
-    """Gives each group a slot in the witness file at its first use. If no slot is left, its index is NO_GROUP.
+    """Gives each group a slot in the witness file at its first use. If no slot is left, the group's index is NO_GROUP.
 
     intern  stores a text in the witness and returns its number
     make    makes a group with an index

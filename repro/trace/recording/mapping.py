@@ -16,9 +16,13 @@ from repro.trace.witness.parse import WitnessError, parse_header
 def map_file(
     path: str | os.PathLike[str], rank: int, num_ranks: int, *, run_id: str, shape: Geometry | None, knows: Knows
 ) -> tuple[mmap.mmap, Identity, Geometry]:
-    """Map a witness file into memory, and write this process into its header as its writer.
+    """Map a witness file into memory, and write this process as the writer into the header of the file.
 
     The launcher may have created the file in advance; otherwise it is created here.
+
+    run_id   written into the header; if it is "", the run id in the launcher's file is kept
+    shape    the sizes of the areas of a new file
+    knows    the aspects that the recorder writes; written into the header
 
     Returns the map, the writer, and the sizes of the file's areas. Raises WitnessError if the file already has a
     writer, or was made for another rank.

@@ -182,8 +182,9 @@ class Recorder:
     def leave(self, collective: Collective | None, ticket: int = 0, call: Call | None = None) -> None:
         """Record that a collective is complete.
 
-        ticket   what `issue` returned; 0 for the collective of the group that was issued last
-        call     the value of `last_call` after the collective was issued; without it, the recorder searches for it
+        collective   may be None if `call` is given
+        ticket       what `issue` returned; 0 for the collective of the group that was issued last
+        call         the value of `last_call` after the collective was issued; if None, the recorder looks it up
         """
         if call is None:
             call = self._entered_call if collective is self._entered else None
@@ -247,8 +248,9 @@ class Recorder:
     def wait(self, collective: Collective | None, ticket: int, call: Call | None = None) -> None:
         """Record that the rank begins to wait for an asynchronous collective.
 
-        ticket   what `issue` returned
-        call     the value of `last_call` after the collective was issued; without it, the recorder searches for it
+        collective   may be None if `call` is given
+        ticket       what `issue` returned
+        call         the value of `last_call` after the collective was issued; if None, the recorder looks it up
         """
         self._append(*(call or self._call_of(collective)).wait, ticket)
 
@@ -257,9 +259,9 @@ class Recorder:
         self.leave(collective, ticket)
 
     def note_entries(self, entries: list[ScheduleEntry] | None) -> None:
-        """From now on, append (group, operation, layer) of each issued collective to ``entries``, up to MAX_NOTED.
+        """Append (group, operation, layer) of each collective that is issued from now on to a list, up to MAX_NOTED.
 
-        From these the caller learns which collectives a step of the program has. None ends the recording into a list.
+        The list shows the caller which collectives a step of the program has. With None, nothing more is appended.
         """
         vars(self).pop("enter", None)
         if entries is None:

@@ -12,9 +12,9 @@ _MOST = 256
 
 
 class Schedules:
-    """Packs the records of steps. A record with the same schedule is packed once.
+    """Packs the constant part of a step's record, and keeps it for later steps with the same schedule.
 
-    A schedule that is a tuple is recognised by its id, which is faster than comparing its entries.
+    Only a schedule that is the same tuple object is recognised: this is faster than comparing the entries.
     """
 
     def __init__(self, intern: Callable[[str], int]) -> None:
@@ -22,7 +22,11 @@ class Schedules:
         self._known: dict[tuple[int, int, int], tuple[Sequence[ScheduleEntry], tuple[bytes, int]]] = {}
 
     def part(self, schedule: Sequence[ScheduleEntry], num_live: int, phase: int) -> tuple[bytes, int]:
-        """Return the constant part of a step's record and its checksum. Store the schedule's string if it is new."""
+        """Return the constant part of a step's record and its checksum. Store the schedule's string if it is new.
+
+        num_live   number of live requests
+        phase      string number of the phase's name
+        """
         key = id(schedule), num_live, phase
         known = self._known.get(key)
         if known is not None and known[0] is schedule:

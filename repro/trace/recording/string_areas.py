@@ -98,8 +98,8 @@ class Vectors:
     def store(self, sizes: tuple[int, ...]) -> int:
         """Store a size vector and return its offset. Thread-safe.
 
-        Returns NO_VECTOR if the vector is empty or longer than the ring. Also if a signal handler wants to store one
-        while the interrupted thread is storing another.
+        Returns NO_VECTOR if the vector is empty or longer than the ring, or if this is called in a signal handler that
+        interrupted the storing of another vector.
         """
         if not sizes or len(sizes) + 1 > self._room:
             return NO_VECTOR

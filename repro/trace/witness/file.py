@@ -52,7 +52,8 @@ _READS = 3
 def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | None = None) -> None:
     """Create a witness file, and allocate all its disk blocks.
 
-    If the disk is full, this raises OSError. Without the allocation, SIGBUS would kill the rank later.
+    If the disk is full, this raises OSError. Without the allocation, a disk that is full later would end the rank: a
+    write into the mapped file would then raise SIGBUS.
     """
     shape = shape or Geometry()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -147,7 +148,7 @@ class Tail:
         return self._num_events
 
     def last_event_ns(self) -> int:
-        """Return the time of the last event in ns, heartbeats excluded; 0 if there is none."""
+        """Return the time of the last event, heartbeats excluded, in ns of the rank's monotonic clock; 0 if none."""
         event = self.last_event()
         return event.t_ns if event else 0
 
@@ -162,7 +163,7 @@ class Tail:
         return event if event.n == num_events and is_whole(record) else None
 
     def heartbeat_ns(self) -> int:
-        """Return the time of the last heartbeat in ns; 0 if there is none."""
+        """Return the time of the last heartbeat in ns of the rank's monotonic clock; 0 if there is none."""
         self._beat_ns = parse_heartbeat(self._map[:GROUPS_AT], Problems(""))[0] or self._beat_ns
         return self._beat_ns
 

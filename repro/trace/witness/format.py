@@ -278,7 +278,7 @@ def pack_group_name(name: int, members: int) -> bytes:
 
 
 def pack_string(text: bytes) -> bytes:
-    """Pack one entry of the string area: length, checksum and bytes of the text."""
+    """Pack one string for the string area: length, checksum and bytes of the text."""
     return STRING.pack(len(text), zlib.crc32(text, len(text))) + text
 
 

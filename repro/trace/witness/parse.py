@@ -156,7 +156,7 @@ def parse_live(data: bytes, problems: Problems) -> Live:
 
 
 def parse_heartbeat(data: bytes, problems: Problems) -> tuple[int, int]:
-    """Return the time in ns and the string number of the last heartbeat; (0, 0) if there is none."""
+    """Return the time of the last heartbeat in ns, and the string number of its name; (0, 0) if there is none."""
     at_ns, name, _, check = HEART.unpack_from(data, HEART_AT)
     body = data[HEART_AT : HEART_AT + HEART.size - CRC.size]
     if check == zlib.crc32(body):

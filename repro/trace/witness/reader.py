@@ -75,7 +75,7 @@ class Witness:
         return self.writer.knows
 
     def last_event_ns(self) -> int:
-        """Return the time of the last event in ns, heartbeats excluded; 0 if there is none."""
+        """Return the time of the last event, heartbeats excluded, in ns of the rank's monotonic clock; 0 if none."""
         return self.last.t_ns if self.last else 0
 
     def line(self, n: int) -> str:

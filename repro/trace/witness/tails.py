@@ -14,7 +14,8 @@ from repro.trace.witness.parse import WitnessError
 class Tails:
     """The open witnesses of a run, one :class:`Tail` per rank.
 
-    here   the process that follows the witnesses; all times are converted to the monotonic clock of its host
+    here   the process that follows the witnesses. The methods whose names end in _ns return times on the monotonic
+           clock of this process's host; :meth:`read` leaves the times of a witness as they are
     """
 
     def __init__(self, run_dir: RunDir, num_ranks: int, here: Identity) -> None:

@@ -65,7 +65,10 @@ class RankState:
 
     @property
     def unable(self) -> bool:
-        """Whether the rank's process has ended or is stopped, so that it cannot finish a collective that it entered."""
+        """Whether the rank cannot finish a collective that it entered.
+
+        This is so if the rank failed, or if its process has ended or is suspended (SIGSTOP or a debugger).
+        """
         if self.state == "done":
             return self.is_gone
         return self.state in ("dead", "failed") or (self.state == "running" and self.group is not None)

@@ -20,8 +20,7 @@ def plans_of(
 
     A rank declares the schedule of a step in parts: the second part depends on the result of the step agreement.
 
-    The schedules have only the entries that must be equal on all members: the entries of groups to which all of them
-    belong.
+    The schedules have only the entries that must be equal on all members: those of groups to which all members belong.
     Sends and receives are left out, because sender and receiver declare different entries.
     """
     members = set(key[1])

@@ -99,7 +99,7 @@ class JobRecords:
         """Keep the newest usable dump of each rank, and an older one of the same process if there is one.
 
         A dump is not usable if it is older than the dumps of the other ranks, or if it lacks the group, the number or
-        the state of its entries. It would then seem that the rank has not queued operations that it has queued.
+        the state of its entries. With such a dump, a rank would seem not to have queued operations that it has queued.
         """
         blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
         if blind:

@@ -1,7 +1,8 @@
-"""Find a rank whose host process or device stopped, by the counters in the dumps of NCCL.
+"""Find a rank whose host process or device makes no more progress, by the counters in Flight Recorder dumps.
 
-The counters of a group are compared between its members. If a rank has completed fewer operations than the others, its
-device stopped. If a rank has queued fewer operations than the others and waits for nothing, its host process stopped.
+The counters of a group are compared between its members. If a rank has completed fewer operations than the others,
+although it has queued more than it completed, its device stopped. If a rank has queued fewer operations than the others
+and waits for nothing, its host process stopped.
 Counters of gloo are not used: they may also differ between the members of a healthy group.
 """
 
@@ -64,9 +65,9 @@ def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupReco
 
 
 def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
-    """Whether the stacks allow that these processes stopped.
+    """Whether no stack contradicts that these processes stopped.
 
-    A process has not stopped if its last stack shows that it works, waits for a lock, or is in a collective.
+    A stack contradicts it if the last stack of a process shows work, a wait for a lock, or a collective.
     """
     stacks = [rows[-1] for rank, rows in job.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)

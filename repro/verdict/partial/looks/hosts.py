@@ -1,5 +1,5 @@
-"""Judge a rank for which the others wait, and which itself waits for no rank: it ended, was stopped, works, or does
-nothing. A look is one observation of the processes by `hmr collect`."""
+"""Judge a rank for which the others wait, and which itself waits for no rank: it ended, is suspended (SIGSTOP or a
+debugger), works, or does nothing. A look is one observation of the processes by `hmr collect`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judge a rank that issues a collective at a place in the code where its program never issues it.
+"""Judge a rank that issues a collective at a place in the code where the program should never issue this collective.
 
 Usually stacks do not show which of two ranks issued the wrong collective. But a serving engine issues some collectives
 at one place only: the step agreement comes before the forward pass of the model. If the stack of a rank shows a step
