@@ -37,6 +37,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     }
     lines = [f"{name} = {value}" for name, value in points.items()]
     (metadata / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
-    path = os.pathsep.join(map(str, (ROOT, HERE, folder)))
+    # The folder comes first: a checkout may have metadata of its own (*.egg-info), which would load the recorder first.
+    path = os.pathsep.join(map(str, (folder, ROOT, HERE)))
     caches = {"VLLM_CACHE_ROOT": str(folder / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     return {**os.environ, **caches, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
