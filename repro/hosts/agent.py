@@ -48,11 +48,13 @@ STATUS_EXPIRY_S = 10.0
 class AgentStatus:
     """The latest observations that one agent reported.
 
-    beat         number of the observation, from 1
-    ranks        ranks of the host that have opened their witnesses
-    facts        facts about these ranks; `died` is on the clock of the host
-    answered     number of the latest evidence request that the agent has answered
-    unanswered   rank -> the evidence that the rank did not write for that request
+    beat             number of the observation, from 1
+    boot_id          identity of the agent's host, as in a witness
+    wall_offset_ns   wall clock minus monotonic clock of this host
+    ranks            ranks of this host that have opened their witnesses
+    facts            facts about these ranks; the times in `Facts.died` are on the monotonic clock of this host
+    answered         number of the latest evidence request that the agent has answered
+    unanswered       rank -> the evidence that the rank did not write for that request
     """
 
     beat: int
@@ -79,7 +81,10 @@ class HostAgent:
         self._reported_ns = 0
 
     def run(self) -> None:
-        """Observe the ranks. Returns when they have ended."""
+        """Observe the ranks until the watcher has given the verdict or does not answer any more, then end them.
+
+        Ranks that are done may exit by themselves first. A watcher is given up OVERTIME_S after the run's deadline.
+        """
         self._path.parent.mkdir(exist_ok=True)
         deadline_ns = self._host.now_ns() + int((self._options.deadline_s + OVERTIME_S) * 1e9)
         while self._host.now_ns() < deadline_ns and not self._run_dir.verdict.exists():
@@ -99,7 +104,10 @@ class HostAgent:
         self._system.note_late((self._host.now_ns() - asleep_ns) / 1e9 - POLL_S)
 
     def poll(self) -> None:
-        """Collect evidence if the watcher has requested it, and write a status twice a second."""
+        """Collect the evidence that the watcher has newly requested, and write the status.
+
+        Without a new request, write the status only if the last one is at least LOOK_S old.
+        """
         self._tails.open()
         request = latest_request(self._run_dir)
         if request > self._answered:
@@ -134,7 +142,10 @@ class HostAgent:
         return {rank: process.pid for rank, process in self._running().items() if process is not None}
 
     def _end_ranks(self) -> None:
-        """Let the ranks that are done exit by themselves, and kill the others."""
+        """Kill the ranks of this host that still run.
+
+        If every rank of the run is done, they first have EXIT_PATIENCE_S seconds to exit by themselves.
+        """
         deadline_ns = self._host.now_ns() + int(EXIT_PATIENCE_S * 1e9)
         while self._host.now_ns() < deadline_ns:
             with contextlib.suppress(*READ_FAILURES):  # the next poll may succeed
@@ -158,13 +169,13 @@ class RemoteHosts:
     _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def statuses(self) -> list[AgentStatus]:
-        """Return the statuses that have not expired."""
+        """Return the last status of each agent, if it arrived less than STATUS_EXPIRY_S ago."""
         self._read_new()
         now_ns = self.host.now_ns()
         return [status for status, read_ns in self._latest.values() if now_ns - read_ns < STATUS_EXPIRY_S * 1e9]
 
     def silent(self) -> list[str]:
-        """Return a sentence for each agent whose last status has expired."""
+        """Return a sentence for each agent whose last status arrived STATUS_EXPIRY_S ago or earlier."""
         self._read_new()
         now_ns = self.host.now_ns()
         return [
@@ -190,7 +201,7 @@ class RemoteHosts:
         return any(alive for status in self.statuses() for alive in status.facts.alive.values())
 
     def request_evidence(self) -> int:
-        """Let the agents collect evidence. Returns the number of the request."""
+        """Ask all agents to collect evidence from their ranks. Returns the number of this request."""
         request = latest_request(self.run_dir) + 1
         if self.statuses():
             # if the disk is full, the request is lost, and `answers` returns all evidence as missing
@@ -199,7 +210,11 @@ class RemoteHosts:
         return request
 
     def answers(self, request: int, patience_s: float) -> dict[int, str]:
-        """Wait at most ``patience_s`` seconds until the agents have answered. Returns rank -> the missing evidence."""
+        """Wait at most ``patience_s`` seconds until the agents have answered the request with this number.
+
+        Returns rank -> the evidence that the rank did not write. For a rank whose agent has not answered, this is all
+        of the evidence.
+        """
         deadline_ns = self.host.now_ns() + int(patience_s * 1e9)
         while any(status.answered < request for status in self.statuses()) and self.host.now_ns() < deadline_ns:
             self.host.sleep(POLL_S / 2)

@@ -75,7 +75,7 @@ _ENDED_BY_SIGNAL = re.compile(r"Received (?:Signals\.)?(\w+) death signal|Keyboa
 
 
 def launcher_was_ended(run_dir: RunDir) -> str:
-    """Say which signal, according to torchrun's log, ended torchrun and so its ranks; "" if none did."""
+    """Return a sentence with the signal that ended torchrun and so its ranks; "" if torchrun's log shows none."""
     match = _ENDED_BY_SIGNAL.search(read_text(run_dir.launcher_log))
     if match is None:
         return ""

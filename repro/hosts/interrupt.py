@@ -14,9 +14,10 @@ PATIENCE = 3
 
 
 class Interrupt:
-    """The user's request to stop a command. Calling this object returns True once a signal has arrived.
+    """The user's request to stop a command. A call of this object returns whether a signal has arrived.
 
-    The first signal raises KeyboardInterrupt in the main thread, but not inside :meth:`deferred`.
+    The first signal raises KeyboardInterrupt in the main thread, unless it arrives inside :meth:`deferred`. A signal
+    after the first PATIENCE signals ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -51,9 +52,9 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals only set the flag inside the ``with`` block.
+        """Raise no KeyboardInterrupt inside the ``with`` block.
 
-        The code in the block checks the flag, so that it can collect evidence before it ends.
+        The code in the block calls this object to learn of a signal, so it can collect evidence before it ends.
         """
         self._deferred += 1
         try:

@@ -69,7 +69,10 @@ def _holders_in_table(status: os.stat_result) -> Iterator[int]:
 
 
 def _has_open(pid: int, status: os.stat_result, name: str) -> bool:
-    """Whether a process has the file open. In the process's mount namespace the file may be in another folder."""
+    """Whether a process has opened the file with this status, and not closed it.
+
+    name: the file's name without its folder, because the folder may differ in the process's mount namespace
+    """
     folder = f"/proc/{pid}/fd"
     for descriptor in os.listdir(folder):
         try:

@@ -26,7 +26,7 @@ ALL_GROUPS = _AllGroups()
 class WatchOptions:
     """The settings of a run that its watcher and its agents need.
 
-    quiet_window_s  once no rank has recorded an event for this many seconds, the ranks are judged
+    quiet_window_s  as soon as no rank has recorded an event for this many seconds, the ranks are judged
     deadline_s      after this many seconds the watch ends, with a verdict or without one
     queued_groups   the groups that use a device, such as NCCL's. A collective of such a group is recorded when the rank
                     queues it, not when the device runs it

@@ -104,11 +104,14 @@ class System:
         self._starved = {rank: round(max(share, host_share), 3) for rank, (_, share) in shares.items()}
 
     def note_late(self, late_s: float) -> None:
-        """Record that this process woke up ``late_s`` seconds after the requested time."""
+        """Record that this process woke up ``late_s`` seconds too late.
+
+        :meth:`measure` then counts these seconds as time in which the ranks, too, got no processor.
+        """
         self._late_s += max(0.0, late_s)
 
     def is_here(self, writer: Identity) -> bool:
-        """Whether the writer of a witness runs, or ran, on this host."""
+        """Whether the process that wrote a witness runs, or ran, on this host and in this pid namespace."""
         return writer.shares_processes(self._host.here)
 
     def _now_s(self) -> float:

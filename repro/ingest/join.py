@@ -119,9 +119,10 @@ def _ranks_of(members: Iterable[Member]) -> _Ranks:
 
 
 def _by_the_world(communicators: Iterable[Sequence[Member]], seen: set[_Key]) -> dict[_Key, int]:
-    """Return process -> global rank, from the communicator that contains every process in ``seen``; {} if none does.
+    """Return (host, pid) -> global rank, from the largest communicator, if it contains every process in ``seen``.
 
-    Such a communicator contains all ranks, so the ranks in it are global ranks.
+    It then contains all ranks, so the ranks in it are global ranks. Return {} if it lacks a process, or if two
+    communicators of the largest size give different ranks.
     """
     rows = list(communicators)
     largest = max((members[0].size for members in rows), default=0)
@@ -138,7 +139,7 @@ def _key(member: Member) -> _Key:
 
 
 def _is_one_communicator(rows: Sequence[Member]) -> bool:
-    """Whether these members can belong to one communicator: they state the same size, and each rank is one process."""
+    """Whether these members can be of one communicator: all have the same `size`, and no rank has two processes."""
     processes: dict[int, _Key] = {}
     return all(row.size == rows[0].size and processes.setdefault(row.rank, _key(row)) == _key(row) for row in rows)
 

@@ -44,7 +44,7 @@ _ZIP_ERRORS = (
 class Evidence:
     """The result of reading files of evidence.
 
-    records          the facts in the files, as types of `repro.trace.foreign.records`
+    records          what the files show, as types of `repro.trace.foreign.records`
     files            the names of the files that were understood
     not_understood   "file:offset: why" for each other file
     """
@@ -61,7 +61,7 @@ class Evidence:
 
 
 def read(paths: Sequence[Path]) -> Evidence:
-    """Read everything under the paths. A damaged file raises no error, but is listed in the result."""
+    """Read all files under the paths. A damaged file raises no error, but is listed in `Evidence.not_understood`."""
     evidence = Evidence()
     collecting = gc.isenabled()
     gc.disable()  # reading creates no reference cycles, and a search for them would take as long as the reading
@@ -115,7 +115,7 @@ def _without_place(text: str) -> str:
 def _files_under(path: Path, evidence: Evidence) -> list[tuple[Path, str]]:
     """Return (path, name for messages) of a file, or of each regular file in a folder and its subfolders.
 
-    Symbolic links are not followed, but noted in ``evidence``.
+    Symbolic links are not followed, but listed in ``evidence.not_understood``.
     """
     if not path.is_dir():
         return [(path, path.name)]
@@ -151,7 +151,7 @@ def _opened(path: Path, name: str, evidence: Evidence) -> Iterator[tuple[str, Bi
 
 
 def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield (name, content) of each file in a zip. A damaged file is noted in ``evidence``, and the others are read."""
+    """Yield (name, content) of each readable file in a zip. The others are listed in ``evidence.not_understood``."""
     try:
         archive = zipfile.ZipFile(file)
     except _ZIP_ERRORS as error:

@@ -71,7 +71,7 @@ class Case:
         return tuple(rank for rank, rank_state in sorted(self.rank_states.items()) if rank_state.state in states)
 
     def place(self, rank: int) -> str:
-        """Return the collective or lock in which a rank waits, as text: "in dp all_reduce #41"."""
+        """Return the collective or lock in which a rank waits: "in dp all_reduce #41", or "outside any collective"."""
         node = self.waits.at.get(rank)
         return "outside any collective" if node is None else f"in {node.name}"
 

@@ -83,7 +83,9 @@ def judge(
 
 
 def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
-    """Turn each culprit with a damaged witness into a suspect. Lower the confidence, and add a line of evidence.
+    """Turn each culprit with a damaged witness into a suspect, and a `clean` verdict into `inconclusive`.
+
+    Lower the confidence, and add a line of evidence. Without damaged witnesses, return the verdict unchanged.
 
     damaged   the ranks whose witness is damaged
     """

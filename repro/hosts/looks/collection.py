@@ -92,7 +92,8 @@ class Collection:
     def _take_stacks(self, number: int) -> dict[int, Threads]:
         """Take and save stacks. Returns pid -> the process's threads, for the processes that py-spy could read.
 
-        For the others, ask torch's worker server or use a signal handler. number: 1 for the first look, 2 for the next
+        The other ranks are asked through torch's worker server. If a rank does not answer, and the user named a signal,
+        the rank's handler for this signal writes the stacks. number: 1 for the first look, 2 for the second
         """
         pids = list(_pids_with_stacks(self.job))
         program = find_py_spy()
@@ -122,7 +123,7 @@ class Collection:
             yield from stacks_by_signal([pid for pid in pids if pid not in answered], self.signal).items()
 
     def _take_offers(self) -> None:
-        """Get Flight Recorder dumps through torch's worker server or NCCL's pipe, and ask NCCL's RAS."""
+        """Save Flight Recorder dumps (from torch's worker server or dump pipe), and the answer of NCCL's RAS."""
         folder = self.run_dir.root / "fr" / self.host
         folder.mkdir(exist_ok=True)
         for rank, member in self.ranks.items():
@@ -140,7 +141,7 @@ class Collection:
                 write_atomically(self.run_dir.root / "logs" / f"ras_{self.host}_{number}.txt", answer)
 
     def _copy_logs(self) -> None:
-        """Copy the logs that were named, and those that the job's processes write to."""
+        """Copy the log files that the user named, and those that the job's processes write to."""
         files = outputs_of(self.job, read_all())
         given = {(status.st_dev, status.st_ino) for log in self.logs if (status := log.path.stat())}
         found = [log for file, log in files.items() if file not in given]
@@ -169,7 +170,7 @@ class Collection:
             write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
 
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
-        """Set the unknown ranks from local variables on the stacks. If none is known then, number them by pid."""
+        """Set the unknown ranks from local variables on the stacks. If no rank is known then, number workers by pid."""
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
             return

@@ -25,7 +25,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One end of a connection: bytes that `pid` has not read, and bytes sent that `peer` has not acknowledged."""
+    """One end of a TCP connection.
+
+    pid              the process at this end
+    peer             pid of the process at the other end; 0 if it is none of the processes that were examined
+    receive_queue    bytes that arrived and that `pid` has not read
+    send_queue       bytes that `pid` sent and that the other end has not acknowledged
+    closed_by_peer   whether the other end has closed the connection
+    """
 
     pid: int
     peer: int
@@ -52,7 +59,10 @@ def parse_table(text: str) -> list[Row]:
 
 
 def look_at_connections(pids: Collection[int], proc: Path = PROC) -> list[Connection]:
-    """Find the connections between these processes; [] if this user may not read their file descriptors."""
+    """Return the ends of the connections between these processes, and the ends that the other side has closed.
+
+    A process whose file descriptors this user may not read is left out.
+    """
     owners: dict[str, int] = {}  # "socket:[inode]" -> pid
     namespaces: dict[str, int] = {}  # network namespace -> a pid in it
     for pid in pids:

@@ -65,7 +65,7 @@ class Job:
         return tuple(member.pid for member in self.members)
 
     def with_ranks(self, ranks: Mapping[int, int], world_size: int | None) -> Job:
-        """Return the job with ranks filled in from `ranks` (pid -> rank)."""
+        """Return the job with unknown ranks set from `ranks` (pid -> rank), and with `world_size` if it has none."""
         members = tuple(
             replace(member, rank=ranks.get(member.pid)) if member.rank is None else member for member in self.members
         )
@@ -116,7 +116,10 @@ def find_jobs(table: Mapping[int, Status]) -> list[Job]:
 
 
 def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]) -> list[Job]:
-    """Return the jobs that contain these pids or run below them. Pids without a job form a job of their own."""
+    """Return the jobs to which these pids belong: as a member, a descendant of one, or an ancestor up to the launcher.
+
+    The pids that belong to no job form one further job.
+    """
     wanted = set(pids)
     chosen = [job for job in jobs if wanted & {*_with_launchers(job, table), *_below(job, table)}]
     rest = wanted - {pid for job in chosen for pid in (*job.pids, *_below(job, table))}
@@ -151,7 +154,7 @@ def _ancestors(pid: int, table: Mapping[int, Status]) -> Iterator[int]:
 
 
 def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
-    """Return the pids of a job and of its parents up to the launcher."""
+    """Return the pids of a job's members and of their ancestors up to the launcher; only the members if it has none."""
     pids = set(job.pids)
     for pid in job.pids:
         at = table.get(pid)
@@ -194,7 +197,8 @@ def _has_torch(pid: int) -> bool:
 def _topmost(rows: Mapping[int, _Candidate], table: Mapping[int, Status]) -> Iterator[_Candidate]:
     """Yield the processes of one rank that have no ancestor among `rows`.
 
-    `rows` are all processes with this RANK. The others are the rank's data loaders and compilers, which inherit RANK.
+    rows   pid -> process, for all processes with the same variable RANK. Those that are not yielded are data loaders
+           and compilers, which inherited RANK
     """
     for row in rows.values():
         at = table.get(row.status.parent)
@@ -255,9 +259,9 @@ def _top_server(pid: int, table: Mapping[int, Status]) -> int:
 def _by_parent(
     candidates: Mapping[int, _Candidate], table: Mapping[int, Status], taken: Collection[int]
 ) -> Iterator[Job]:
-    """Find jobs without rank variables: children of one parent that have loaded torch and have sockets of their own.
+    """Find jobs without rank variables: several children of one parent that have loaded torch.
 
-    mp.spawn, multiprocessing and os.fork start such children.
+    At least two of them must have a socket of their own, or multiprocessing must have started all of them.
     """
     families: dict[int, list[_Candidate]] = {}
     for row in candidates.values():
@@ -294,7 +298,7 @@ def _shared_parent(members: Sequence[Member], table: Mapping[int, Status]) -> in
 def match(
     pattern: re.Pattern[str], table: Mapping[int, Status], command: Callable[[int], str] = command_of
 ) -> list[int]:
-    """Return the processes whose command line matches, without this process and its ancestors."""
+    """Return the pids of the processes whose command line matches, without this process and its ancestors."""
     own = set()
     pid = os.getpid()
     while pid in table:

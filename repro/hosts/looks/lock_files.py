@@ -145,7 +145,7 @@ def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
 
 
 def _openers(status: os.stat_result, table: Iterable[int], proc: Path) -> tuple[list[int], int]:
-    """Return (pids that have the file open, number of processes whose open files are hidden)."""
+    """Return (pids that have the file open, number of Python processes whose open files this user may not read)."""
     openers, hidden = [], 0
     for pid in table:
         try:

@@ -29,8 +29,10 @@ File = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class LogFile:
-    """A file to copy: `path` opens it, `name` is its name in messages.
+    """A log file to copy.
 
+    path  a path that opens the file, such as /proc/PID/fd/1
+    name  the file's own name, for messages and for the copy
     rank  the rank that writes to the file; None if it is not known or if several processes write to the file
     """
 
@@ -47,7 +49,7 @@ def named(paths: Sequence[Path]) -> list[LogFile]:
 
 
 def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
-    """Return the regular files that are standard output or error of the job's processes and of their ancestors.
+    """Return the regular files that are standard output or error of the job's processes or of their ancestors.
 
     A file to which this process or one of its ancestors writes is left out, because it contains `collect`'s own output.
     """

@@ -38,7 +38,7 @@ def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL
     """Return the lines of the kernel log that report an error of a device, or that the kernel killed a process.
 
     since_boot_s  a time in seconds after boot; lines from before this time are left out, because the job is younger
-    names         kills of processes with other names than these are left out
+    names         names of processes; a line that the kernel killed a process with another name is left out
 
     Raises PermissionError if this user may not read the log. Raises OtherClock in a time namespace, where the age of a
     line is not known. Each line begins with its time in UTC.
@@ -101,7 +101,7 @@ def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path(
 
 
 def versions(pid: int, proc: Path = PROC) -> dict[str, str]:
-    """Return the versions of torch and NCCL that a process has loaded, taken from the paths of its libraries."""
+    """Return the versions of torch and NCCL that a process has loaded, from the packages of the loaded libraries."""
     loaded: dict[str, str] = {}
     with contextlib.suppress(OSError):
         paths = {line.split(maxsplit=5)[-1] for line in read_text(proc / str(pid) / "maps", 64 << 20).splitlines()}

@@ -1,5 +1,5 @@
-"""Ask the job's processes through interfaces that they have opened for this purpose: torch's worker server, the pipe of
-the Flight Recorder, NCCL's RAS (reliability service).
+"""Ask the job's processes through interfaces that they have opened for this purpose: torch's worker server, torch's
+dump pipe (a byte in it requests a dump of the Flight Recorder), NCCL's RAS (reliability service).
 
 If a process has opened none of them, nothing is sent to it.
 """
@@ -61,7 +61,7 @@ def ask_worker_server(member: Member, question: str) -> bytes:
 
 
 def request_dumps(members: Mapping[int, Member]) -> dict[int, Path]:
-    """Make ranks dump their Flight Recorder through NCCL's pipe, if they opened one. members: rank -> process.
+    """Make ranks dump their Flight Recorder through torch's dump pipe, if they opened one. members: rank -> process.
 
     Returns rank -> its dump file, for ranks whose file changed within PATIENCE_S.
     """

@@ -1,7 +1,7 @@
 """Read what launchers (torchrun, MPI, Ray) print when a job ends. Each reports the first process that it saw exit.
 
-After a hang, a watchdog ends the first process, so the first exit is not the cause. If the process ended by SIGKILL, it
-may be the cause: no watchdog sends this signal.
+After a hang, a watchdog ends the first process, so the first exit is not the cause of the hang. A process that ended by
+SIGKILL may be the cause, because no watchdog sends this signal.
 """
 
 from __future__ import annotations

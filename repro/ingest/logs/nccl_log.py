@@ -45,8 +45,10 @@ _TYPES = (
 class _Communicator:
     """What a log shows about one communicator in one process, up to the current line.
 
-    begun      whether the log shows the start of the communicator, so that ``count`` counts all launches
-    numbered   whether NCCL numbers the launches (`opCount`)
+    begun      whether the log shows the start of the communicator; ``count`` is then the number of its COLL lines
+    count      number of collectives launched so far, without sends and receives
+    numbered   whether ``count`` comes from NCCL's own numbers (`opCount`), because the log does not show the start
+    calls      the newest operations, with sends and receives
     """
 
     process: Process
@@ -89,7 +91,10 @@ class NcclLog:
             yield Failure(process, kind, f"NCCL met a CUDA failure: {match[1]}", line.at_s, source, host=host)
 
     def finish(self) -> Iterator[Observation]:
-        """Return a record for each communicator: how many operations were launched on it, and the newest of them."""
+        """Return a record for each communicator that was used: its number of collectives, and its newest operations.
+
+        The number is None if the log does not show it.
+        """
         for (host, _, pointer), row in self._communicators.items():
             if row.calls:
                 count = row.count if row.begun or row.numbered else None
@@ -110,10 +115,10 @@ class NcclLog:
         yield Note("world", f"a communicator of {size} ranks", process, str(size), None, source)
 
     def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
-        """Count a launch, and add its operation to the communicator's newest operations.
+        """Read a COLL line: count the launch, and add its operation to the communicator's newest operations.
 
-        `opCount` in the line is the number of the launch, in hexadecimal. Since NCCL 2.27 it is always 0 on a single
-        node. In that case the lines are counted.
+        If the log shows the start of the communicator, the lines are counted. If not, the number of the launch is
+        `opCount` in the line (hexadecimal). But since NCCL 2.27 this is always 0 on a single node: no number is known.
         """
         key = (host, process.pid, match[6])
         row = self._communicators.get(key)

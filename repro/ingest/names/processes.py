@@ -23,7 +23,7 @@ _FILE_RANK = re.compile(r"rank[-_]?(\d{1,12})(?=[-_.]|$)")
 def process_of(*, title: str = "", file: str = "", pid: int | None = None, line: str = "") -> Process:
     """Return what a process title, the prefix of a log line, or a file name shows about a process: pid, rank, role.
 
-    If they show different ranks, the first of these counts: the prefix "[rank3]", which is a global rank; the title;
+    If they show different ranks, the first of these is used: the prefix "[rank3]", which is a global rank; the title;
     another prefix, such as "TP3"; the file name.
     """
     role = role_of(title or line) or role_of(file.rpartition("/")[2])

@@ -8,7 +8,7 @@ from repro.trace.foreign.records import Member, RasCommunicator
 
 
 def of_the_world(members: Iterable[Member], communicators: Sequence[RasCommunicator]) -> list[Member]:
-    """Return the members of the largest communicator; [] if two communicators have the largest size.
+    """Return those ``members`` that are in the largest communicator; [] if two communicators have the largest size.
 
     We assume that the largest communicator contains all ranks, so that the ranks in it are global ranks.
     """

@@ -54,9 +54,10 @@ def _shown_by(entry: Mapping[str, Any]) -> Knows:
 class Rows:
     """The entries of one process group in a dump.
 
-    index     the number of the group in the dump, in the order of first entries
+    index     the number of the group in the dump, from 0; the groups are in the order of their first entries
+    backend   the text that `backend_of` returns, such as "nccl"
     entries   the entries, oldest first
-    numbers   for each entry: its number in the dump
+    numbers   for each entry: its `record_id`, or else its place in the dump
     over      for each entry: 1 if its operation is over, else 0
     """
 
@@ -124,7 +125,11 @@ def backend_of(entry: Mapping[str, Any]) -> str:
 
 
 def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
-    """Whether an operation is over although its entry is not marked as completed."""
+    """Whether the field `retired` shows that an operation is over.
+
+    It does not if the backend is one of EVENT_BACKENDS and saw no completion, and the state is still "scheduled" or
+    "started": then the operation ran into its time-out.
+    """
     retired = bool(entry.get("retired"))
     if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):
         # The backend saw no completion. If the state is still "scheduled" or "started", the operation timed out.
@@ -171,7 +176,7 @@ class Columns:
         self._year_s = _start_of_year(first // 86_400_000_000_000) if first is not None else 0.0
 
     def calls(self, rows: Rows, group: Group) -> Calls:
-        """Convert the entries of one group to columns. Reading a large dump spends most of its time in this loop."""
+        """Convert the entries of one group to columns. This loop takes most of the time of reading a large dump."""
         year_s, forms = self._year_s, _Forms(group.members, self._frames_of)
         known: dict[object, int] = {}
         form, seqs, times_s = array("I"), array("q"), array("d")

@@ -67,7 +67,7 @@ def load(data: bytes, where: str) -> Any:
 
 @contextlib.contextmanager
 def _bounded_memory(room: int) -> Iterator[None]:
-    """Limit this process to `room` more bytes of memory than it has now. More raises MemoryError."""
+    """Let this process allocate at most `room` more bytes. A larger allocation raises MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + room

@@ -71,8 +71,9 @@ def row_of(frames: tuple[str, ...]) -> int | None:
 def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
     """Return the index of the best matching row, and the texts that the groups of its patterns captured.
 
-    A row that is not `generic` is better; among these, the row whose first pattern matches the innermost frame; then
-    the row with more patterns; then the earlier row. Returns None if no row matches.
+    Rows that match are compared by these properties, each used only if the ones before are equal: the row is not
+    `generic`; its first pattern matches a frame further inside; it has more patterns; it comes earlier in the table.
+    Returns None if no row matches.
     """
     best: tuple[tuple[bool, int, int, int], list[str]] | None = None
     for place, frame in enumerate(frames):

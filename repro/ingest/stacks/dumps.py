@@ -123,7 +123,8 @@ def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
 class Stacks:
     """Collects the stacks in a text, line by line, and skips all other lines.
 
-    A stack ends before an empty line, or before a line that is not indented. `open` is true within a stack.
+    A stack ends before an empty line, or before a line that is neither indented nor begins with "#" (gdb) or with the
+    name of the process that wrote it. `open` is true within a stack.
     """
 
     def __init__(self, file: str) -> None:

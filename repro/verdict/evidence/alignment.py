@@ -23,7 +23,7 @@ class Deviation:
     kind     extra (a collective too many), skipped, order (issued before an entry that was due first), or mismatch
              (another operation in place of the entry)
     index    index of the schedule entry that was due
-    entry    the entry that was skipped, or that the rank issued wrongly
+    entry    the entry that the rank skipped or has not issued yet; otherwise the entry that it issued wrongly
     planned  the entry that was due; None after the end of the schedule
     issued   the collective that the rank issued instead; None if the step ended without one
     group    the group of ``entry``, where known
@@ -56,9 +56,9 @@ class Deviation:
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
     """Find all places in one step where the rank left its declared schedule, in order.
 
-    If the rank issued a collective before it was due, the entries in between count as `skipped`, with one exception:
-    the collective is the last one so far, the step has not ended, and none of these entries has the same group. Then
-    the rank may still issue these entries, and has only changed the order of two groups: the deviation is `order`.
+    If the rank issued a collective before the entries that were due first, the deviation is `skipped`, with one
+    exception: the collective is the last one so far, the step has not ended, and none of these entries has the group of
+    the collective. Then the rank may still issue the entries, in another order of the groups: the deviation is `order`.
 
     groups   name of a group -> the group with its members
     """
@@ -140,9 +140,9 @@ class _Comparison:
         return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
 
     def _permuted(self, k: int, i: int) -> int:
-        """Return how many of the next issued entries are the same as in the plan, but in another order.
+        """Return n if the next n issued entries are the next n entries of the plan in another order; otherwise 0.
 
-        Returns the smallest such number up to 8, or 0. The entries begin at index ``k``, those of the plan at ``i``.
+        n is the smallest such number, at most 8. The issued entries begin at index ``k``, those of the plan at ``i``.
         """
         surplus: Counter[Entry] = Counter()
         for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
@@ -195,9 +195,9 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Return the ranks that in an earlier step issued the same two collectives in the same wrong order.
+    """Return the ranks that in an earlier step issued the two collectives of an `order` deviation in the same order.
 
-    In that step they issued both. This suggests that the missing collective is also now only late, and not skipped.
+    In that step the rank issued both collectives, so it may still issue the second one in the present step, too.
     """
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []

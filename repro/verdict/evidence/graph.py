@@ -48,7 +48,10 @@ class Node:
 
     @property
     def is_complete(self) -> bool:
-        """Whether this is a collective that every member has issued with the same arguments, so that it can end."""
+        """Whether this is a collective that can end.
+
+        It can end if every member has issued it, with the same arguments, and none has ended or is suspended in it.
+        """
         return self.key[0] == "collective" and not self.waits_for | self.cannot_return | self.unknown
 
 
@@ -77,7 +80,7 @@ class Waits:
 def wait_graph(
     rank_states: Mapping[int, RankState], ledger: Ledger, lock_holders: Mapping[int, tuple[str, int]]
 ) -> Waits:
-    """Build the wait-for graph. A rank that died or failed inside a collective is still listed as waiting there.
+    """Build the wait-for graph. A rank that died or failed inside a collective is among the ranks that wait in it.
 
     lock_holders   as `Facts.lock_holders`: rank -> (the lock for which it waits, pid of the holder)
     """

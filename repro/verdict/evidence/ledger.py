@@ -164,9 +164,9 @@ class Ledger:
 
 
 def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
-    """Assign each rank whose call is only partly known to the call that matches. Drop the rank if several calls match.
+    """Merge each call that is only partly known into the one call that matches. Drop it if several calls match.
 
-    A field that is not known, such as sizes that were overwritten, never counts as a difference.
+    A field that is not known, such as sizes that were overwritten, matches every value.
 
     together   call -> the ranks that issued it, with details
     """
@@ -179,7 +179,7 @@ def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> No
 
 
 class Row(NamedTuple):
-    """The call site of a recorded call, as a string number, and the time of the call."""
+    """The call site of a recorded call (its index in the witness's strings), and the time of the call."""
 
     site: int
     t_ns: int

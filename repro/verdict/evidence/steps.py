@@ -45,7 +45,8 @@ class Step:
               declares it after the agreement
     live      number of live requests
     over      whether the step has ended, because a later step began or the rank is done
-    is_lost   whether a name in the step was not stored in the witness, so that the step cannot be compared
+    is_lost   whether the witness lacks the text of the schedule or the signature of a collective of this step, so that
+              the step cannot be compared
     """
 
     number: int
@@ -63,7 +64,8 @@ class Step:
 def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
     """Read the last ``num_steps`` steps of a rank.
 
-    A step is left out if the event with which it begins is overwritten, or if a name in it was not stored.
+    A step is left out if its first event is overwritten, or if the witness lacks the text of its schedule or the
+    signature of one of its collectives. Return [] if the witness does not record STEP_CONTENT.
     """
     if STEP_CONTENT not in witness.knows:
         return []
@@ -109,9 +111,9 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
-    """Return the collectives that every rank issued in every earlier step; () if these steps are not all equal.
+    """Return the sequence of collectives that every rank issued in every step before step ``before``.
 
-    before: the number of the first step that is not compared.
+    Return () if these sequences are not all equal, or if a rank has fewer than two such steps.
     """
     habits: set[tuple[Entry, ...]] = set()
     for steps in all_steps.values():

@@ -129,7 +129,7 @@ class JobRecords:
         return dict(sorted(result.items()))
 
     def ranks(self) -> list[int]:
-        """Return all ranks that appear in the records."""
+        """Return, in ascending order, the ranks of all dumps, main threads, time-outs, counters, errors and notes."""
         seen: set[int] = set(self.recorders) | set(self.main_stacks())
         named = [record.rank for record in self.timeouts] + [record.rank for record in self.progress]
         named += [record.process.rank for record in self.failures] + [record.process.rank for record in self.notes]
@@ -141,7 +141,7 @@ class JobRecords:
         return any(note.kind == "devices" for note in self.notes)
 
     def world_size(self) -> int | None:
-        """Return the number of ranks of the job, from a log line or a dump; None if neither shows it."""
+        """Return the number of ranks of the job: the largest in a log line or a dump; None if neither shows one."""
         sizes = [int(note.value) for note in self.notes if note.kind == "world" and note.value.isdigit()]
         sizes += [len(g.members) for d in self.recorders.values() for g in d.configured if g.members]
         return max(sizes, default=None)

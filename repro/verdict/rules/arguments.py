@@ -55,9 +55,9 @@ def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Add to the finding that the calls are for different layers or steps. So their sizes need not be equal.
+    """Remove the cause from the finding: the calls are for different layers or steps, so their sizes need not be equal.
 
-    If ranks then issued the call of the others under the next number, they used another order: the cause is `order`.
+    The cause is `order` if ranks issued under the next sequence number what others issued under this one.
     """
     key, seq, sides = divergence
     finding.cause = ""
@@ -79,7 +79,7 @@ def _call(call: Call) -> str:
 
 
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Find the ranks that passed a wrong size for another rank.
+    """Find the ranks that passed a wrong size for another rank. A call has one size for each member of the group.
 
     The size is wrong if the other rank itself and all remaining members passed a different size. The remaining members
     know this size only from the step agreement, so the culprit did not use the agreed size. A rank is not returned if

@@ -101,7 +101,8 @@ def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Findi
 def _first_death(case: Case, dead: Sequence[int]) -> Finding:
     """Name the dead rank whose death was noticed first.
 
-    If the deaths cannot be ordered, all dead ranks are suspects.
+    If the deaths cannot be ordered, all dead ranks are suspects. If the rank had waited in a collective for TIMEOUT_S
+    or longer, it is only a suspect, with the ranks for which it waited: a timeout of its backend may have ended it.
     """
     died = case.facts.died
     first = min(dead, key=lambda rank: died.get(rank, float("inf")))
@@ -154,7 +155,8 @@ def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
 def _error(case: Case, failed: Sequence[int]) -> Finding:
     """Judge a run in which ranks failed and no rank died.
 
-    Name the rank that failed first, if it failed with an error of its own.
+    Name the rank that failed first, if it failed with an error of its own. If not, no rank is named: the suspects are
+    the ranks with an error of their own, and the ranks for which failed ranks waited.
     """
     alone = _on_their_own(case, failed)
     outside = [rank for rank in failed if rank not in case.waits.at]

@@ -172,7 +172,8 @@ def _plan_finding(
 ) -> Finding | None:
     """Explain a hang by members of a group that declared different schedules for the same step.
 
-    The suspects are the ranks that changed their schedule. If no rank changed it, they are the minority.
+    The suspects are the ranks that changed a schedule which had been the same on all members. If there are none, the
+    suspects are the smallest set of ranks with one schedule, if fewer than half of the members belong to it.
     """
     if schedule_divergence is None:
         return None

@@ -33,7 +33,7 @@ class _Break:
 
     events   the events from this place on
     due      the events of one period of the pattern; the first is the one that was due here
-    number   how many collectives the rank issued before this place
+    number   how many of the operations that were read come before this place
     """
 
     events: Sequence[Event]
@@ -68,7 +68,10 @@ class _Break:
 def rhythm_finding(
     witnesses: Mapping[int, Witness], awaited: Collection[int], until: tuple[GroupKey, int] | None = None
 ) -> Finding | None:
-    """Name the rank that left its repeating pattern. None unless only one rank left it, and others wait for this rank.
+    """Name the rank that left its repeating pattern: as the culprit, if it issued an operation of the pattern there.
+
+    If it issued another operation, it is only a suspect. None unless every rank has a pattern, only one rank left its
+    pattern, and others wait for this rank.
 
     awaited  the ranks that others wait for
     until    (group, sequence number) under which ranks issued different collectives, and some ranks completed them;

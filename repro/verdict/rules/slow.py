@@ -50,9 +50,9 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 
 
 def _only_quiet(case: Case, finding: Finding) -> Finding:
-    """Remove each culprit that recorded an event within the quiet window.
+    """Remove each culprit that moved within the quiet window, because it has worked only for a short time.
 
-    Such a rank has worked only for a short time. In a healthy run, too, ranks are often outside collectives.
+    In a healthy run, too, ranks are often outside collectives. If a witness has no times, make all culprits suspects.
     """
     if not case.all_know(Knows.TIME):
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"

@@ -76,7 +76,8 @@ def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
 def left_by_some(case: Case) -> Verdict:
     """Judge waits in a collective that every member has issued and some have completed: `slow` or `inconclusive`.
 
-    Either the members that still wait are about to return, or their witness is out of date.
+    The verdict is `slow` if a member that still waits shows signs of work, or lacked a processor. Otherwise it is
+    `inconclusive`, because the witness of this member may be out of date.
     """
     lines: list[str] = []
     ranks: set[int] = set()

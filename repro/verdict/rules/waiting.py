@@ -113,7 +113,10 @@ def _waits_for_done(case: Case) -> Verdict:
 
 
 def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
-    """Judge collectives that every member issued, but that cannot complete because the process of a member ended."""
+    """Judge collectives that every member issued, but that cannot complete because the process of a member ended.
+
+    The verdict is `deadlock`, with the ranks that ended as suspects; `inconclusive` before the quiet window has passed.
+    """
     done = case.waits.ends["done"]
     verdict = deadlock(case, nodes[:1])
     lines = [f"{name_ranks(sorted(node.cannot_return & done))} ended before {node.name} completed" for node in nodes]
@@ -137,7 +140,11 @@ def _ranks_with_requests(case: Case, done: set[int], waiting: Sequence[int]) -> 
 
 
 def _outsider(case: Case, node: Node) -> Verdict:
-    """Judge a wait for a lock that no rank holds: another process or no process holds it, or the holder is unknown."""
+    """Judge a wait for a lock that no rank holds.
+
+    The verdict is `slow` if another process holds the lock, and `deadlock` if no process holds it and the quiet window
+    has passed. Otherwise, or if a rank has no complete witness, it is `inconclusive`.
+    """
     pid = node.outside
     unseen = case.ranks("missing", "hidden")
     if unseen:

@@ -17,7 +17,11 @@ LATE_S = 1.0
 
 
 def judge_advance(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Report `slow` if ranks waited for others in the earlier dumps, and none waits for others in the later dumps."""
+    """Judge a job in which ranks have advanced since the earlier dumps, and no rank waits for an absent one any more.
+
+    The verdict is `slow` if a rank queued the awaited operation at least LATE_S after the others: this rank is named.
+    Otherwise it is `inconclusive`. Return None if no rank waits at all and all times are known.
+    """
     moved = [rank for rank, dump in job.earlier.items() if advanced(dump, job.recorders[rank])]
     waiting = {wait.rank for wait in waits}
     if len(moved) < 2 or not waiting <= set(moved) or any(wait.missing or wait.unseen for wait in waits):
@@ -78,7 +82,9 @@ def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
 def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
     """Return how many seconds later than the other members a rank queued an operation; None if this is unknown.
 
-    times   rank -> when it queued the operation. The rank is compared with the median of the other members
+    times   rank -> when it queued the operation, in seconds
+    wait    the wait for the operation in the earlier dumps. The rank is compared with the median of the members that
+            had queued the operation by then
     """
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
     return times[rank] - median(others) if rank in times and others else None

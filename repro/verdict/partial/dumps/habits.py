@@ -60,7 +60,8 @@ def left_rhythm(job: JobRecords, waits: Sequence[tuple[int, Call]]) -> HabitBrea
 
     waits   (rank, the operation in which it waits), for each waiting rank
 
-    Returns None unless exactly one waiting rank left its pattern, and all others kept the same pattern.
+    Returns None unless exactly one waiting rank left its pattern, all other waiting ranks kept theirs, and these
+    patterns consist of the same operations.
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []

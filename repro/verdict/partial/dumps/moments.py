@@ -33,7 +33,11 @@ class Moments:
 
 
 def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
-    """Sort dumps by rank and time. A dump is left out if its content does not fit the rank in its file name."""
+    """Sort dumps by rank and time.
+
+    A dump is left out if its groups do not contain the rank in its file name. All dumps of a rank are left out if they
+    are of different processes.
+    """
     moments = Moments()
     by_rank: dict[int, list[RecorderDump]] = {}
     for dump in dumps:

@@ -65,7 +65,9 @@ def last_queued(record: GroupRecord) -> int:
 def _transfer_missing(
     rank: int, place: int, record: GroupRecord, records: Mapping[int, GroupRecord], wrapped: bool
 ) -> tuple[int, ...]:
-    """Return the peer of a send or receive; () if the peer is not known, or has queued the matching operation.
+    """Return (peer,) if the peer of a send or receive has not queued the matching operation; otherwise ().
+
+    Also return () if the peer is not known, or recorded nothing in this group.
 
     The k-th send of a rank to its peer matches the k-th receive of the peer from this rank, so both are counted. If
     older entries were overwritten, the counts are not known. Then any unfinished receive (or send) between the two

@@ -55,7 +55,11 @@ def _has_ended(failure: Failure) -> bool:
 
 
 def _is_aftermath(failure: Failure, job: JobRecords) -> bool:
-    """Whether an error cannot be the cause of the hang, because the rank went on after it, or a time-out came first."""
+    """Whether an error cannot be the cause of the hang.
+
+    This is so if the rank went on after the error, if a time-out came before it, or if the line is of an earlier
+    process of the rank.
+    """
     rank = failure.process.rank
     if SURVIVED.search(failure.text) or _XID_OF_EXIT.search(failure.text):
         return True
@@ -91,8 +95,8 @@ def _line(record: Failure | TimedOut) -> int:
 def _seen_waiting(job: JobRecords) -> set[int]:
     """Return the ranks that were certainly alive during the hang.
 
-    A rank was alive if its process has a stack, if its dump has an unfinished operation, or if its watchdog and the
-    watchdog of another rank reported the same time-out.
+    A rank was alive if its main thread has stacks and the last one is not at the exit of the process, if its dump has
+    an unfinished operation, or if its watchdog and the watchdog of another rank reported the same time-out.
     """
     waiting = {rank for rank, dump in job.recorders.items() if any(record.pending for record in dump.groups)}
     alive = {rank for rank, rows in job.main_stacks().items() if rows[-1].activity != "exit"}

@@ -34,7 +34,7 @@ WITH_DATA = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadc
 
 
 def judge_waiting_ranks(job: JobRecords) -> Diagnosis | None:
-    """Judge a job by the collectives in which its ranks wait. None unless every rank of the job was observed."""
+    """Judge a job by the collectives in which its ranks wait. None unless every rank was observed and has a stack."""
     looks = rank_looks(job)
     size = job.world_size()
     if len(looks) < 2 or (size is not None and len(looks) < size) or any(not look.stacks for look in looks.values()):
@@ -45,7 +45,10 @@ def judge_waiting_ranks(job: JobRecords) -> Diagnosis | None:
 
 
 def _ring(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge a cycle of sends and receives: each rank waits for a peer whose own send or receive does not match."""
+    """Report `deadlock` if sends and receives form a cycle. None if they form none.
+
+    In such a cycle each rank waits for its peer, whose own send or receive does not match.
+    """
     edges = {rank: peer for rank, peer in _transfers(looks) if peer in looks and not _matches(looks, rank, peer)}
     cycle = _cycle(edges)
     if not cycle:
@@ -70,7 +73,7 @@ def _transfers(looks: Mapping[int, RankLook]) -> Iterator[tuple[int, int]]:
 
 
 def _matches(looks: Mapping[int, RankLook], rank: int, peer: int) -> bool:
-    """Whether the send or receive of the peer matches the send or receive of this rank."""
+    """Whether the peer is in the send (receive) that matches the receive (send) in which this rank waits."""
     own, other = looks[rank].stack, looks[peer].stack
     if own is None or other is None or other.detail not in TRANSFERS:
         return False
@@ -88,7 +91,10 @@ def _cycle(edges: Mapping[int, int]) -> list[int]:
 
 
 def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that wait in different collectives. If all groups contain all ranks, no collective can complete."""
+    """Report `deadlock` if ranks wait in different collectives, and the groups of all of them contain all ranks.
+
+    Then no collective can complete. Return None if this is not certain.
+    """
     sides: dict[Key, list[int]] = {}
     for rank, look in looks.items():
         sides.setdefault(_key(look), []).append(rank)
@@ -170,7 +176,7 @@ def _what_next(looks: Mapping[int, RankLook], sides: Mapping[Key, list[int]]) ->
 
 
 def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that all did something between the two looks, and wait only for each other: this is no hang."""
+    """Report `clean` if every rank moved on between the two looks, and waited only for other ranks; otherwise None."""
     if not all(_moved(look) for look in looks.values()):
         return None
     if not any(stack.activity in AMONG_RANKS for look in looks.values() for stack in look.stacks):

@@ -43,7 +43,8 @@ class RankLook:
     """What two looks show about one rank's process. A look is one observation by `hmr collect`.
 
     first, last   the process at the first and at the last look; the same record if there was only one look
-    stacks        the stacks of the main thread, one for each look; () if none could be taken
+    stacks        the stacks of the main thread, oldest first: those of the looks, and any that were taken between them;
+                  () if none could be taken
     """
 
     rank: int

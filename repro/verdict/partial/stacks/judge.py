@@ -83,10 +83,10 @@ def _builder(
 def _queues(
     job: JobRecords, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Judge a server in which all workers wait for messages of their engine.
+    """Report `inconclusive` if all workers of a server wait for messages of their engine; otherwise None.
 
-    If the engine waits for an answer of a worker, either a message was lost, or the stacks were taken between two
-    steps.
+    If an engine waits for an answer of its workers, a message may be lost, or the stacks may have been taken between
+    two steps. If not, the server may be idle.
     """
     idle = by_activity.get("idle", [])
     if not idle or len(idle) < len(rows):

@@ -89,7 +89,8 @@ def _across(
 ) -> Diagnosis:
     """Judge ranks that wait for a lock, while the ranks `inside` wait for them in a collective.
 
-    whole   whether every rank was seen. Only then is it certain that a rank in the collective holds the lock
+    whole   whether the evidence covers every rank. If so, a rank in the collective must hold the lock: `deadlock`. If
+            not, the verdict is `inconclusive`
     """
     summary = (
         f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for {stacks[locked[0]].detail}, and "

@@ -50,10 +50,10 @@ def judge_processes(job: JobRecords) -> Diagnosis | None:
 
 
 def _asks_early(looks: Mapping[Place, Sequence[Stack]]) -> tuple[int, ...]:
-    """Return the ranks whose engine asks the other engines for work, while the workers of those engines are in a step.
+    """Return the ranks whose worker is idle and whose engine asks the other engines whether any rank has requests.
 
-    The engines ask each other, after a fixed number of model executions, whether any rank has requests. The worker
-    of a returned rank is idle. If the worker of any other rank is not in a collective, () is returned.
+    The engines ask this together, after a fixed number of model executions. Return () unless the workers of all other
+    ranks are in a collective: only then have the returned ranks asked early.
     """
     workers = {rank: rows[-1].activity for (role, rank), rows in looks.items() if role == "worker"}
     early = tuple(
