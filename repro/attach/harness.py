@@ -11,8 +11,9 @@
         ep_ranks(4, "gloo").run(exchange)
 
 Inside the ``with`` block every torch.distributed collective is recorded, and a watcher follows the ranks. If no rank
-has recorded an event for the quiet window and the evidence explains why, the test fails. The error names the waits
-between the ranks, their stacks, and the path of a report. If a rank raises, the test fails with that rank's traceback.
+has recorded an event for the quiet window and the evidence explains why, the test fails. If the evidence does not
+explain why, the watcher continues; at the deadline the test fails. The error text has the waits between the ranks, the
+ranks' stacks, and the path of a report. If a rank raises, the test fails with that rank's traceback.
 No process is left running.
 """
 
@@ -73,8 +74,9 @@ class DeadlockError(AssertionError):
 
 @dataclass(frozen=True)
 class Rank:
-    """The argument of the function that ``Ranks.run`` calls in each rank: the rank's number, its device, and ``world``,
-    the process group of all ranks. torch.distributed is initialised."""
+    """The argument of the function that ``Ranks.run`` calls in each rank: the rank's number, its device,
+    ``world`` (the process group of all ranks), and the recorder that writes the rank's witness. torch.distributed is
+    initialised."""
 
     rank: int
     num_ranks: int
@@ -280,7 +282,7 @@ _COMPARED = {
 
 
 def differences(document: Document) -> list[str]:
-    """Return one sentence for each argument that is not equal in all variants of the first divergent collective."""
+    """Return one sentence for each argument in which the ranks' calls of the first divergent collective differ."""
     sides = document.sides
     lines = []
     for argument, what in _COMPARED.items():

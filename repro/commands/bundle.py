@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made(args: argparse.Namespace) -> Made:
-    """Make the bundle. The content of the path decides whether it is a run of this program or other evidence."""
+    """Make the bundle of a run of this program, or of other evidence, according to the files under the path."""
     root = args.run.resolve()
     target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
     if root.exists():
@@ -96,7 +96,10 @@ def _made(args: argparse.Namespace) -> Made:
 
 
 def _judge(run_dir: RunDir) -> Verdict:
-    """Judge the copy of a run in the same way as `watch`. The imports are inside: other evidence does not need them."""
+    """Judge the copy of a run in the same way as `watch`.
+
+    The imports are inside the function, because the bundle of other evidence does not need them.
+    """
     from repro.attach import recording
 
     if recording.is_recording(run_dir):

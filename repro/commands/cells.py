@@ -62,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the cells. Returns 0 if every start became ready without a stall, 1 if one did not, 125 if none ran."""
+    """Run the cells; with --list, only print them and return 0.
+
+    Returns 0 if every start became ready without a stall, 1 if at least one did not, 125 if no cell could start, and
+    INTERRUPTED after Ctrl-C.
+    """
     settings = _settings(args)
     machine = Machine.here()
     cells = grid.matching(grid.all_cells(args.ranks, args.eager, on_a_cpu=not machine.gpus), args.only)

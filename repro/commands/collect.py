@@ -61,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return 0 for a verdict, 125 for `inconclusive`, 2 if no job or several jobs were found."""
+    """Collect the evidence of the job, and print the verdict on it.
+
+    Returns 0 for a verdict, 125 for `inconclusive`, 2 if no job or several jobs were found.
+    """
     table = read_all()
     jobs = find_jobs(table)
     if args.pids or args.match:

@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return 0 for a verdict, 125 for `inconclusive`, 2 if no file was usable."""
+    """Print the verdict on the evidence under the paths; with --out, also write it into a folder.
+
+    Returns 0 for a verdict, 125 for `inconclusive`, 2 if no file was usable.
+    """
     from repro.commands.evidence import evidence_of
     from repro.verdict.partial import diagnose
 
@@ -78,7 +81,7 @@ def is_own_run(path: Path) -> bool:
 
 
 def say(diagnosis: Diagnosis, evidence: Evidence, as_json: bool) -> int:
-    """Print a diagnosis and return the exit code."""
+    """Print a diagnosis. Returns the exit code: 125 if its verdict is `inconclusive`, else 0."""
     from repro.verdict.classes import class_of
 
     if as_json:

@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the cells and print the table of their verdicts. Returns the exit code for all verdicts together."""
+    """Run the cells and print the table of their verdicts.
+
+    Returns the exit code for all verdicts together, or INTERRUPTED after Ctrl-C.
+    """
     refuse_bad_variables()
     document = flags.read_config(args.config)
     words = set(args.only.split())

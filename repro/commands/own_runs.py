@@ -1,4 +1,4 @@
-"""Judge a run of the lab, or a bundle of one, that the user gave to `diagnose`: judge its witnesses again."""
+"""Judge again, from its witnesses, a run of the lab (or a bundle of one) that the user gave to `diagnose`."""
 
 from __future__ import annotations
 

@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the program. Returns the program's exit code; UNEXPECTED if --end ended it; INTERRUPTED after Ctrl-C."""
+    """Run the program, record it and watch it. With --print-env, only print the environment variables and return 0.
+
+    Returns the program's exit code; UNEXPECTED if --end ended it; INTERRUPTED after Ctrl-C.
+    """
     program = list(args.program)
     root = args.to or Path("runs") / f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-record"
     if args.quiet_window is not None and not 0 < args.quiet_window <= LONGEST_WINDOW_S:

@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the requested runs one after another. Returns the exit code for all verdicts together."""
+    """Run the requested runs one after another, print their verdicts, and write their reports.
+
+    Returns the exit code for all verdicts together, or INTERRUPTED after Ctrl-C.
+    """
     refuse_bad_variables()
     planned = plan(args)
     lab.refuse_junit(args)

@@ -1,8 +1,8 @@
 """The background thread of a recorded rank, for work that is not urgent.
 
-Five times a second the thread checks whether the watcher asks for evidence, and which asynchronous collectives have
-completed although the program has not waited for them. It also runs while the rank is blocked inside a collective,
-where Python would not run a signal handler.
+Five times a second the thread checks two things. If the watcher has asked for evidence, the thread writes it. If an
+asynchronous collective has completed although the program has not waited for it, the thread records this. It also runs
+while the rank is blocked inside a collective, where Python would not run a signal handler.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Attendant:
                 ddp.note_wait(self._rank)
 
     def _write_evidence(self) -> None:
-        """Write the stacks of all threads and the Flight Recorder dump."""
+        """Write the stacks of all threads, and torch's Flight Recorder dump if there is one, into the job's folder."""
         from repro.store.run_dir import RunDir, write_atomically
 
         run_dir = RunDir(self._rank.root)

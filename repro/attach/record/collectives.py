@@ -45,7 +45,7 @@ class _Thread(threading.local):
     """The recorder's state in one thread.
 
     inside     whether a replaced method runs; what that method calls is not recorded again
-    coalesced  the calls of an open coalescing block
+    coalesced  the calls of the coalescing block that is open in this thread; None if none is open
     """
 
     inside = False
@@ -72,7 +72,9 @@ def hook(c10d: Any) -> None:
 
 
 def _hook_options(options: Any, reductions: Any) -> None:
-    """Replace the properties of a class of options, so that the compiled hooks know each value when it is set.
+    """Replace the properties asyncOp, rootRank and reduceOp of a class of options, if it has them.
+
+    The compiled hooks then learn each value when the program or torch sets it.
 
     options: a class of torch, such as AllreduceOptions; reductions: torch's enum of the reductions
     """
@@ -88,7 +90,7 @@ def inside() -> bool:
 
 
 class beneath:
-    """Mark a ``with`` block as the body of a recorded call.
+    """A ``with`` block in which this thread's collectives are not recorded, because they are part of a recorded call.
 
     This is a class, because a context manager made from a generator would take as long as the recording itself.
     """
@@ -260,13 +262,16 @@ def _recorded_end(original: Any) -> Any:
 
 
 def issued(rank: Rank, collective: Collective) -> int:
-    """Record that C++ code issues a collective. Returns the collective's ticket."""
+    """Record that C++ code issues a collective. Returns its ticket: its number in its group."""
     with rank.lock:
         return rank.recorder.issue(collective)
 
 
 def note_completions(rank: Rank) -> None:
-    """Record which collectives have completed although no Python code has waited for their works."""
+    """Record the completion of collectives for whose works no Python code has waited.
+
+    Only asynchronous collectives of groups on the host (CPU) are checked.
+    """
     if _library is not None:
         _library.spill()
     for key, (get_work, calls, _, asked) in list(_pending.items()):

@@ -1,8 +1,8 @@
 """Record DistributedDataParallel, whose reducer issues its collectives in C++.
 
 Python does not see the collectives of the reducer's buckets. So each action of the wrapper that all ranks must
-take is recorded as one collective: the wrapper's creation, each broadcast of the buffers, and each backward pass that
-averages gradients.
+take is recorded as one collective: the wrapper's creation, each broadcast of the buffers, the rebuild of the buckets,
+and each backward pass that averages gradients.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _blocking(op: str, original: Any) -> Any:
 
 
 def _rebuilds(wrapper: Any) -> bool:
-    """Whether this forward pass rebuilds the buckets, which happens once, after the first backward pass."""
+    """Count a forward pass of the wrapper. Returns whether it is the second one, which rebuilds the buckets."""
     done: int = wrapper.__dict__.get("_hmr_passes", 0)
     wrapper.__dict__["_hmr_passes"] = done + 1
     return done == 1
@@ -108,9 +108,10 @@ def _passing(original: Any) -> Any:
 
 
 def note_wait(rank: Any) -> None:
-    """Record that the main thread waits for the gradient averages: it is inside autograd's engine and uses no CPU.
+    """Record that the main thread waits for the gradient averages, if a recorded backward pass runs.
 
-    Each backward pass gets at most one such record. More records would make a rank that hangs look active.
+    Call this when the main thread is inside autograd's engine and the process uses almost no CPU. Each backward pass
+    gets at most one such record. More records would make a rank that hangs look active.
     """
     with rank.lock:
         if _passes and _passes[0] not in _noted:

@@ -82,7 +82,11 @@ class _Operator:
         return getattr(self._original, name)
 
     def _rank(self, tensors: Any) -> Any:
-        """Return the recorded rank. Return None if a compiler only traces the call, with tensor types of its own."""
+        """Return the rank that records this call of an operator; None if the call is not recorded.
+
+        A call is not recorded if this process is no rank, if the call is part of a recorded call, or if a compiler only
+        traces it, with tensor types of its own. tensors: the operator's first argument
+        """
         first = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else tensors
         if this.current is None or collectives.inside() or type(first) not in self._plain:
             return None
@@ -125,7 +129,7 @@ def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
     """Read the collective from an operator's arguments.
 
     The last argument that is a string is the name of the group. If there are several strings, the first one is the
-    reduction.
+    reduction. If the arguments cannot be read, prints the reason, once for each op, and returns None.
     """
     try:
         from torch.distributed.distributed_c10d import _resolve_process_group

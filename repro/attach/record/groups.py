@@ -36,7 +36,7 @@ _descriptions: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def describe(group: Any, description: str) -> None:
-    """Set the description of a group, for a library that does not give one to torch.
+    """Set the description from which the name of a group is made, for a library that gives torch no description.
 
     Call this before the group is first recorded; later it has no effect.
     """
@@ -45,7 +45,10 @@ def describe(group: Any, description: str) -> None:
 
 
 def hook(c10d: ModuleType) -> None:
-    """Hook the module torch.distributed.distributed_c10d, right after its first import."""
+    """Hook the collectives of process groups, and the functions that create and destroy the groups.
+
+    If RANK and WORLD_SIZE are set, record this process from now on. c10d: torch.distributed.distributed_c10d
+    """
     import torch._C._distributed_c10d as native
 
     from repro.attach.record import collectives
@@ -58,7 +61,7 @@ def hook(c10d: ModuleType) -> None:
 
 
 def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> None:
-    """Replace a function in c10d, and wherever torch.distributed imported it before recording began."""
+    """Replace a function in c10d by ``make(original)``, also in torch.distributed if that has imported the function."""
     original = vars(c10d).get(name)
     replace(c10d, name, make)
     package = sys.modules.get(c10d.__name__.rpartition(".")[0])
@@ -143,7 +146,10 @@ def dist_ranks(group: Any) -> list[int]:
 
 
 def group_of(rank: this.Rank, group: Any) -> _Group:
-    """Return the name and the members of a group. The first call for a group also records them."""
+    """Return the name and the members of a group. The first call for a group also records them.
+
+    Raises LookupError if torch.distributed does not know the group.
+    """
     known = _known.get(id(group))
     if known is not None and known.group() is group:
         return known

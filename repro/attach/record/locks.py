@@ -41,7 +41,7 @@ def hook_fcntl(module: ModuleType) -> None:
 
 
 def hook_filelock(module: ModuleType) -> None:
-    """Hook filelock's base class. If a process that holds a lock acquires it again, only the first time is recorded."""
+    """Hook filelock's base class. If a process acquires a lock that it holds already, this is not recorded."""
     owner = module.BaseFileLock
 
     def acquiring(original: Any) -> Any:

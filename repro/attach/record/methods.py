@@ -108,7 +108,7 @@ def dtype_of(tensors: Any) -> str:
 
 
 def reduction_of(opts: Any) -> str:
-    """Return the name of a call's reduction.
+    """Return the name of a call's reduction, such as "max"; "sum" if the call names none.
 
     opts: the options of the call. In older forms of a call, this may be the reduction, or another argument
     """

@@ -1,6 +1,6 @@
 """Find the name of the module that a collective belongs to.
 
-The names of FSDP groups and pipeline stages are always recorded, other modules only if HMR_RECORD_MODULES=1.
+The names of FSDP groups and pipeline stages are always recorded, other modules only if HMR_RECORD_MODULES is set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def hook(module: ModuleType) -> None:
-    """Hook torch.nn.Module, so that each thread knows the name of the module that it runs.
+    """If HMR_RECORD_MODULES is set, hook torch.nn.Module: each thread then knows the name of the module that it runs.
 
     Inside a model that torch.compile compiled, only the model's name is known, because its parts run in one graph.
     """

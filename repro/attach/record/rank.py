@@ -130,7 +130,10 @@ def declares_steps() -> None:
 
 
 def folder(num_ranks: int) -> Path:
-    """Return the folder of the job to which this process belongs. The process need not be a rank. Raises OSError."""
+    """Return the folder of the job to which this process belongs; make it, with run.json, if it does not exist.
+
+    The process need not be a rank. num_ranks: the number of ranks of the job. Raises OSError.
+    """
     assert _base is not None, "configure() comes first"
     root = _folder_of_job(_base, _key(num_ranks, ""))
     _describe(root, num_ranks)
@@ -246,7 +249,7 @@ def _describe(root: Path, num_ranks: int) -> None:
 
 
 def _quiet_window_s() -> float:
-    """Return HMR_QUIET_WINDOW in seconds, or the default if the value is not valid.
+    """Return HMR_QUIET_WINDOW in seconds, or the default if the variable is empty or not valid.
 
     A typing error in the variable must not end the user's program.
     """
@@ -283,7 +286,7 @@ def _reporting(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def failed(error: BaseException) -> None:
-    """Record that an exception ends this rank. A clean exit or Ctrl-C is not a failure."""
+    """Record that an exception ends this rank, unless it is a SystemExit without an error code."""
     global _ended
     if current is None or _ended or (isinstance(error, SystemExit) and not error.code):
         return
@@ -293,7 +296,7 @@ def failed(error: BaseException) -> None:
 
 
 def done() -> None:
-    """Record that this rank ends without an error, and stop recording: no event may follow."""
+    """Record that this rank ends without an error, unless `failed` was called before. Then stop recording."""
     global _ended
     rank = current
     use(None)

@@ -31,7 +31,7 @@ HOOKS: dict[str, Hook] = {
 
 
 def begin(directory: str) -> None:
-    """Record this process in ``directory`` once the process is a rank. Call this before the program's first import."""
+    """Record this process in ``directory`` as soon as it is a rank. Call this before the program's first import."""
     rank.configure(Path(directory), modules=bool(os.environ.get("HMR_RECORD_MODULES")))
     install()
 

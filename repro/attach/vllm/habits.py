@@ -42,7 +42,7 @@ class Habits:
     def begin(self) -> tuple[ScheduleEntry, ...]:
         """Begin an execution of the model, which ends the one before; start to note its collectives.
 
-        Returns the collectives with which it begins.
+        Returns the collectives with which earlier executions began (the step agreement); () before the first one.
         """
         if self._issued is not None and self._issued == self._expected:
             self._issued.clear()  # nothing to learn, and the recorder goes on with the same list
@@ -55,7 +55,10 @@ class Habits:
         return self.agreement
 
     def plan(self, kind: Hashable) -> tuple[ScheduleEntry, ...]:
-        """Return what an execution of this kind issues after the step agreement; () if that is not known."""
+        """Note the kind of the execution that has begun.
+
+        Returns what an execution of this kind issues after the step agreement; () if that is not known.
+        """
         self._kind = kind
         entries, count = self._learnt.get(kind, ((), 0))
         if count < NUM_EQUAL:
@@ -66,14 +69,18 @@ class Habits:
         return entries
 
     def end(self) -> None:
-        """End an execution, if one has begun."""
+        """End the execution, if one has begun, and learn from its collectives."""
         if self._issued is not None:
             self._learn(self._issued)
             self._issued = None
             self._recorder.note_entries(None)
 
     def _learn(self, entries: list[ScheduleEntry]) -> None:
-        """Compare the collectives of an execution with earlier executions of its kind."""
+        """Compare the collectives of an execution with those of earlier executions of its kind.
+
+        If they are equal, count one more equal execution. If not, begin to count again; but if the schedule of this
+        kind was already known, this kind is never learned again.
+        """
         issued, kind = tuple(entries[1:]), self._kind
         if self.agreement != (first := tuple(entries[:1])):
             self.agreement = first  # if equal, keep the old object: the recorder recognises a schedule by identity

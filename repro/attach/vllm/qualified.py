@@ -16,11 +16,14 @@ FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 
 
 def qualified(verdict: Verdict, root: Path) -> Verdict:
-    """Return the verdict with what the engines observed; the same verdict if no rank has an engine.
+    """Return the verdict, corrected by what the engines did; the same verdict if no rank has an engine.
 
-    A culprit whose engine waits for requests becomes a suspect. If a culprit is named because it departed from its
-    schedule, the confidence becomes `likely`: the schedule was learned from earlier steps, because vLLM declares none,
-    and the new order of collectives may be right.
+    A culprit whose engine waits for requests becomes a suspect. If culprits are named because they departed from their
+    schedules, the confidence becomes `likely` instead of `certain`: the schedules were learned from earlier steps,
+    because vLLM declares none, and the new order of collectives may be right. The confidence stays if the engine of
+    each culprit counted an execution that it did not request.
+
+    root: the folder of the job, which has the witnesses
     """
     witnesses = read_dir(root / "events")[0] if verdict.verdict != "clean" else {}
     if not any(group.name == GROUP for witness in witnesses.values() for group in witness.groups):

@@ -17,8 +17,8 @@ T = TypeVar("T", bound=Hashable)
 class Repeated(Generic[T]):
     """The expected sequence for each kind of event.
 
-    A sequence is expected once it has followed its kind NUM_EQUAL times in a row. If another sequence follows later,
-    nothing is expected after this kind any more.
+    A sequence is expected as soon as it has followed its kind NUM_EQUAL times in a row. If another sequence follows
+    later, nothing is expected after this kind any more.
 
     changes  how many times the result of `expected` has changed
     """

@@ -73,7 +73,10 @@ class Worker:
         return True
 
     def agreed(self, key: tuple[Any, ...]) -> None:
-        """Note that the ranks have agreed on the step. ``key`` decides which collectives follow."""
+        """Record the schedule of the rest of the step, on which the ranks have just agreed, if it is known.
+
+        key: the microbatches and the graph mode, which decide the schedule; see `_agreed_key`
+        """
         with self.rank.lock:
             plan = self.habits.plan((self.progress.phase, *key))
             if plan:

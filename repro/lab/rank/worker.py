@@ -197,9 +197,10 @@ def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
 
 
 def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> RunDir:
-    """Agree on the run directory through torchrun's store.
+    """Return the run directory, whose path rank 0 gives to the other ranks through torchrun's store.
 
-    Rank 0 creates the directory and starts the watcher. The first rank of each other host starts that host's agent.
+    Rank 0 creates the directory and starts the watcher. The first rank of each other host starts that host's agent. If
+    rank 0 cannot create the directory, it raises OutputError or CannotFill, and the other ranks exit.
     """
     import torch.distributed as dist
 

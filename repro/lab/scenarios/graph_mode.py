@@ -10,7 +10,8 @@ The result depends on the backend. gloo ends a rank that receives more data than
 fail after it. NCCL uses different operations for equal and unequal sizes, so there it is a hang (not yet run on two
 GPUs).
 
-The fix is a vote: the mode is the MIN over all ranks, the size is their MAX, and every rank uses the result.
+The fix is a vote: the mode is the MIN of all ranks' modes, the size is the MAX of all ranks' sizes, and every rank
+uses the result.
 """
 
 from __future__ import annotations

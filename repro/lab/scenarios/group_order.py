@@ -50,7 +50,7 @@ class CountTokens(AllGatherReduceScatter):
         return y_NH
 
     def counts_early(self) -> bool:
-        """Whether to count before the dispatch. The result must be the same on all ranks."""
+        """Whether to send the statistics before the dispatch, not after the combine. All ranks must return the same."""
         return False
 
     def count(self) -> None:

@@ -90,7 +90,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict that idle ranks skip the rest of their first idle step, and wait in the agreement of the next step."""
+    """Predict a deadlock in the first step in which some ranks are idle; the idle ranks are the culprits.
+
+    They skip the rest of this step, and wait in the agreement of the next step.
+    """
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks and first_recurrent_layer(settings.model.layer_pattern):

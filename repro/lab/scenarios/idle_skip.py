@@ -29,7 +29,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict that the first ranks without requests stop, and the others wait for them in the next agreement."""
+    """Predict a deadlock. The culprits are the ranks that run out of requests first.
+
+    They stop taking part, and the others wait for them in the agreement of the next step.
+    """
     live = live_ranks(settings.requests(), settings.engine)
     last_live_step = [
         max(step for step, ranks in enumerate(live) if rank in ranks) for rank in range(settings.num_ranks)

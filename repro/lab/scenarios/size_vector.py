@@ -69,7 +69,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict that the culprit is the rank with the stale list, because the lists of all other ranks are equal."""
+    """Predict a deadlock on NCCL, and a crash on gloo, where a deadlock or the verdict `corrupt` is accepted, too.
+
+    The culprit is the rank with the stale list, because the lists of all other ranks are equal.
+    """
     first = first_stale(settings)
     if first is None:
         return CLEAN

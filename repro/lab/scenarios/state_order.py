@@ -52,7 +52,7 @@ class InitialiseState(AllGatherReduceScatter):
         return gathered
 
     def before_dispatch(self, num_rows: int) -> bool:
-        """Whether to initialise before the dispatch. The result must be the same on all ranks."""
+        """Whether to issue the collective of the state set-up before the dispatch. All ranks must return the same."""
         return True
 
     def initialise(self, like: Tensor) -> None:
@@ -61,7 +61,7 @@ class InitialiseState(AllGatherReduceScatter):
 
 
 class InitialiseWhenNeeded(InitialiseState):
-    """The fault: a rank whose batch size has not changed initialises after the dispatch."""
+    """The fault: a rank whose batch size has not changed issues the collective after the dispatch."""
 
     def before_dispatch(self, num_rows: int) -> bool:
         changed = self.rows[0] != num_rows

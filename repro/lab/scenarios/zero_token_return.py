@@ -56,7 +56,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict that idle ranks skip the MoE of every layer, in the first step that has idle ranks."""
+    """Predict a deadlock in the first step in which some ranks are idle; the idle ranks are the culprits.
+
+    They skip the MoE of every layer, and wait in the agreement of the next step.
+    """
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks:

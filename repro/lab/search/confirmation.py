@@ -12,7 +12,7 @@ CHECK_DEADLINE_S = 90.0
 
 
 def confirm(path: Path, num_ranks: int) -> str:
-    """Run the written file. Returns what it prints about the hang, or why there was none."""
+    """Run the file under torchrun. Returns what the file prints about its hang, or why there was no such output."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     code, output = run_within([*torchrun, str(path)], CHECK_DEADLINE_S)
     if code is None:

@@ -41,8 +41,14 @@ class AnotherVerdict(RuntimeError):
 class Result:
     """The result of a search.
 
+    before      the settings from which the search began
+    after       the smallest settings with the same verdict
     steps       how many steps a rank begins before it is stuck
+    runs        how many runs the search made
+    seconds     how long the search took
+    source      the text of the Python file that repeats the smallest run; "" before it is made, or if it cannot be
     confirmed   what the written file printed when it was run
+    notes       what the user must know about the file
     """
 
     before: RunSettings

@@ -78,5 +78,5 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
 
 
 def of_rank(cache: Path, settings: RunSettings, rank: int) -> Path:
-    """Return the folder in which a rank looks for compiled kernels."""
+    """Return where a rank looks for compiled kernels: ``cache``, or a folder of its own in it if the cache is split."""
     return cache / f"rank{rank:03d}" if settings.effective_kernel_cache == "split" else cache

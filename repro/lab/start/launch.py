@@ -81,6 +81,11 @@ def attend(
 ) -> Document:
     """Watch a started run until its verdict, then end it. Returns the content of verdict.json.
 
+    If reference.json does not exist, start the process that writes it.
+
+    job_alive   returns whether a process of the job still runs: the launcher of the ranks, or a rank
+    started     the processes of this run that this process has started, and must end
+
     If this program itself fails, the verdict is `inconclusive`. Raises OutputError if another process already watches
     the run, because only one may end it. Raises OSError, with the run's path, if no verdict can be written.
     """
@@ -108,9 +113,9 @@ def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> Docu
 
 @contextlib.contextmanager
 def _only_one(run_dir: RunDir) -> Iterator[None]:
-    """Hold a lock on config.json, so that only one process ends the run.
+    """Hold a lock on config.json during the ``with`` block, so that only one process ends the run.
 
-    If the holder crashes, the lock is released.
+    Raises OutputError if another process holds the lock. If the holder crashes, the lock is released.
     """
     with open_regular(run_dir.config) as file:
         try:

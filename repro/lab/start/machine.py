@@ -12,7 +12,7 @@ class CannotRunHere(RuntimeError):
 
 
 def require_model() -> None:
-    """Raise CannotRunHere if packages are missing that only the reference model needs."""
+    """Raise CannotRunHere if torch or safetensors, which only the reference model needs, is not installed."""
     missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
         raise CannotRunHere(

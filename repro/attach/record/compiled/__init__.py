@@ -39,7 +39,7 @@ _HERE = Path(__file__).parent
 
 
 def is_supported() -> bool:
-    """Whether this interpreter can load the library: CPython with its interpreter lock, on a little-endian host."""
+    """Whether this interpreter can load the library: 64-bit CPython with its interpreter lock, little-endian."""
     return (
         sys.implementation.name == "cpython"
         and sys.byteorder == "little"
@@ -87,7 +87,10 @@ def build() -> str:
 
 @functools.cache
 def load() -> Any:
-    """Load the library if it exists. Returns the module, or None."""
+    """Return the library as a module; None if this process must record in Python.
+
+    That is so if the library does not exist, cannot be loaded or belongs to another user, or with HMR_RECORD_PURE=1.
+    """
     if os.environ.get("HMR_RECORD_PURE") == "1" or not is_supported():
         return None
     with contextlib.suppress(OSError, RuntimeError, ImportError):

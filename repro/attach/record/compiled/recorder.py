@@ -24,7 +24,10 @@ def recorder_type() -> type[Recorder]:
 
 
 class CompiledRecorder(Recorder):
-    """Writes what Recorder writes. It needs no lock, as it holds the interpreter's lock while it writes an event."""
+    """A Recorder that writes its events by code in C.
+
+    This code needs no lock of its own: while it writes an event, it holds the interpreter's lock.
+    """
 
     def __init__(
         self, buffer: Buffer, writer: Identity, shape: Geometry, *, clock: Callable[[], int] = time.monotonic_ns

@@ -135,7 +135,10 @@ class Experiment:
         return result
 
     def _cold(self, cell: Cell, outcomes: dict[str, Outcome]) -> Outcome | None:
-        """Return the outcome of the cold start whose cache a warm cell uses."""
+        """Return the outcome of the cold start whose cache a warm cell uses; None if it has none.
+
+        For a cold cell, return None.
+        """
         if cell.cache == COLD:
             return None
         cold = replace(cell, cache=COLD)

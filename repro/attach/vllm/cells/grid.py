@@ -85,11 +85,12 @@ def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
     """Return all cells in the order of the experiment, also those that this machine cannot start.
 
     The first four cells are the two commands that vllm#41862 compares (EP with FlashInfer, and TP with Triton), each
-    cold and warm. They matter most, so they come first if the experiment is stopped early. Each warm cell comes
+    cold and warm. They matter most, so they come first, in case the experiment is stopped early. Each warm cell comes
     directly after its cold cell.
 
-    with_eager  also return the layout of the report's second command, which has --enforce-eager
-    on_a_cpu    return the cells for a machine without a GPU
+    ranks       number of ranks of each server
+    with_eager  also return cells with the layout of the report's second command, which has --enforce-eager
+    on_a_cpu    also return cells whose GDN prefill and experts run on a CPU
     """
     layouts = [DP_EP, *([DP_EP_EAGER] if with_eager else []), TP]
     jit, triton = (JIT, JIT), (TRITON, TRITON)
@@ -101,6 +102,6 @@ def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
 
 
 def matching(cells: Sequence[Cell], words: str) -> list[Cell]:
-    """Return the cells that have all ``words``, for example "DP8+EP8 jit cold". Part of a word matches nothing."""
+    """Return the cells that have each word of ``words``, such as "DP8+EP8 jit cold". Only whole words are compared."""
     wanted = set(words.split())
     return [cell for cell in cells if wanted <= {part for word in cell.words() for part in word.split()}]

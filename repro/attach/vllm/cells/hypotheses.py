@@ -13,7 +13,7 @@ from repro.attach.vllm.cells.outcome import HUNG, LIMIT, READY, Outcome
 def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
     """Return a line for each pair of a cold and a warm start: which of them stalled, and what this shows.
 
-    A pair is left out unless it is known of each of its starts whether the start stalled.
+    A pair is left out if, for one of its two starts, it is not known whether the start stalled.
     """
     stalls = {cell: _stalls(outcomes.get(cell.name)) for cell in cells}
     lines = []

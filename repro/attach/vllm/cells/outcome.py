@@ -79,7 +79,7 @@ class Outcome:
 
     @property
     def finished(self) -> bool:
-        """Whether a later call of the experiment need not start this cell again."""
+        """Whether this outcome is final: the cell was started and not interrupted, so no later call starts it again."""
         return self.state not in (NOT_RUN, INTERRUPTED)
 
     def save(self, folder: Path) -> None:
@@ -107,8 +107,10 @@ def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silen
     """Return the verdict on a start, from the answers of the recorder and of `collect` (``looks``).
 
     A server that became ready is `slow` if no rank recorded an event for ``window_s`` seconds (``silent_s`` is the
-    longest such time), and `clean` otherwise. A server that hung gets the recorder's verdict. If `collect` has the same
-    verdict and only `collect` names culprits, these are added.
+    longest such time), and `clean` otherwise. A server that reached the time limit gets the last verdict of `collect`,
+    but `slow` instead of `clean`. A start in any other state gets the recorder's verdict, or the last one of `collect`
+    if the recorder has none or is `inconclusive`. If both have the same verdict and the recorder names no culprits, the
+    culprits, suspects and sentences are those of `collect`. Without any answer, the verdict is `inconclusive`.
     """
     last = looks[-1] if looks else None
     if state == READY:

@@ -53,7 +53,7 @@ class Server:
         return self._child.poll()
 
     def ready(self) -> bool:
-        """Whether the server answers `/health` with 200, as vLLM does once its engines have started."""
+        """Whether the server answers `/health` with 200, as vLLM does as soon as its engines have started."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=QUESTION_S) as answer:
                 return bool(answer.status == 200)

@@ -75,7 +75,7 @@ class Mirror:
         rank.recorder.groups({GROUP: first_workers})
 
     def woken(self) -> None:
-        """Note that a message of the engine has arrived."""
+        """Note that a message of the engine has arrived: the worker is not idle. Record the engine's new questions."""
         self.since_ns = 0
         if self._idle:
             self._idle = ""
@@ -83,7 +83,7 @@ class Mirror:
         self.catch_up()
 
     def note_idle(self) -> None:
-        """If the worker is idle, record where the engine waits."""
+        """If the worker has been idle for IDLE_NS, record the engine's new questions, and for what the engine waits."""
         if not self.since_ns or time.monotonic_ns() - self.since_ns < IDLE_NS:
             return
         self.catch_up()
@@ -130,7 +130,10 @@ class Mirror:
                 recorder.leave(QUESTION, self._asked)
 
     def _declare_left_out(self, notes: Notes) -> None:
-        """Declare the steps that the engine counted but did not request. They have no step agreement."""
+        """Record each step that the engine counted but did not request from its worker.
+
+        Such a step is declared with the step agreement as its schedule, but this rank does not issue the agreement.
+        """
         skipped, first = notes[Note.SKIPPED], notes[Note.FIRST]
         while self._skipped < skipped:
             self._skipped += 1

@@ -47,7 +47,7 @@ class GuardThread:
                end
     expected   the names of all processes of the server
     exit_code  returns the exit code of a child, if it is known
-    guard      the guard of this process if it is a worker
+    guard      the guard of this process if it is a worker, else None
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class GuardThread:
         self._peers.close()
 
     def look(self) -> None:
-        """Check once for a refusal, for questions of other ranks, and for processes that have ended.
+        """Check once for a refusal, for requests to post the state, and for processes that have ended.
 
         Raises torch's DistNetworkError if the store is gone.
         """
@@ -181,8 +181,8 @@ class GuardThread:
     # -- where the ranks are ------------------------------------------------------------------------------------------
 
     def _call(self, meeting: Meeting, guard: Guard) -> None:
-        """Ask the other ranks for their state, because this rank has waited for some time. The longer it waits, the
-        less often it asks."""
+        """Post the state of this rank, which waits, and ask the other ranks for theirs; do nothing if this was done a
+        short time ago. The longer this rank waits, the less often it asks."""
         if self._clock() - self._called_s < min(max(guard.waits_s() / 2, 0.5), MAX_WAIT_CALL_S):
             return
         self._called_s = self._clock()

@@ -104,9 +104,9 @@ class Peers:
             self._far[process] = number, self._clock()
 
     def silent(self) -> tuple[Process, float] | None:
-        """Return a process of a host that is down; None if all hosts are up.
+        """Return a process of a host on which no process has changed its heartbeat for SILENT_S seconds.
 
-        Also returns how many seconds ago a heartbeat of that host last changed.
+        Also returns for how many seconds no heartbeat of that host has changed. Returns None if there is no such host.
         """
         last: dict[str, float] = {}
         for process, (_, since) in self._far.items():

@@ -107,7 +107,7 @@ def create() -> Board:
 
 
 def inherited() -> Board | None:
-    """Return the board of the engine that started this process, or None."""
+    """Return the board of the engine that started this process; None if there is none or it cannot be opened."""
     path = os.environ.get(VARIABLE)
     if not path:
         return None

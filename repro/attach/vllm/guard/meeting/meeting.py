@@ -81,7 +81,11 @@ class Meeting:
         self.add_call()
 
     def add_call(self) -> None:
-        """Make the guard's threads of all processes read the new state in the store."""
+        """Make the guard's threads of all processes read the store soon.
+
+        Each thread reads which processes have ended normally. The threads of workers also post the state of their rank,
+        and compare the posted states.
+        """
         self._store.add("calls", 1)
 
     def post(self, post: Post) -> None:

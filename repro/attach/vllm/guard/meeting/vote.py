@@ -31,10 +31,14 @@ def decide(
     check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Vote. Returns the same on all ranks: "" if they may go on, else the reason, one sentence.
+    """Write this rank's ballot, wait for the decision of rank 0, and return it.
+
+    The result is the same on all ranks: "" if the ranks may go on, else the reason why not, one sentence. If a rank has
+    waited for ``deadline_s`` seconds, it decides that the ranks may not go on, unless there is a decision.
 
     topic       the name of the vote: "start"
-    deadline_s  how many seconds this rank waits for the others
+    ballot      what this rank reports to ``judge``, a value that JSON can represent
+    deadline_s  how many seconds this rank waits: rank 0 for all ballots, another rank for the decision
     judge       rank 0 calls this with all ballots; returns "" if the ranks may go on, else the reason why not
     check       called again and again while this rank waits; may raise to end the wait
     """

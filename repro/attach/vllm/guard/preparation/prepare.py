@@ -1,7 +1,8 @@
 """Build the kernels that the first step would build, before the ranks wait for each other in that step.
 
 On each host one rank builds while the others wait for its lock. The lock names the rank that builds, shows that it is
-alive, and has a deadline. Then all ranks vote. A rank that cannot build stops all ranks at once.
+alive, and has a deadline. Then each rank waits until all ranks have done this. A rank that cannot build stops all
+ranks at once.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ def loading(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prepare(guard: Guard, model: Any) -> None:
-    """Build what the model needs, and vote. Raises Refused if a rank could not build. In the mode ``observe``, only
-    print what would be built."""
+    """Build the kernels that the model needs, and wait until all ranks have done so.
+
+    Raises Refused if a rank could not build, or did not finish in time. In the mode ``observe``, only prints what would
+    be built.
+    """
     stop, began_s = guard.stop, time.monotonic()
     deadline_s = float(os.environ.get("HMR_GUARD_BUILD_DEADLINE") or DEADLINE_S)
     builders: list[Builder] = []
@@ -92,7 +96,8 @@ def _build(builder: Builder, guard: Guard, deadline_s: float) -> None:
 
 
 class _Waiting:
-    """The wait of a rank for the build lock: prints from time to time that it waits, and ends when the ranks stop."""
+    """The wait of a rank for the build lock: `check` prints from time to time that the rank waits, and raises Refused
+    after a refusal."""
 
     def __init__(self, builder: Builder, guard: Guard) -> None:
         self.lock: BuildLock | None = None

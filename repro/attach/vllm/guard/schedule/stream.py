@@ -39,7 +39,7 @@ class Stream:
     def departs(self, entry: Entry, ends: bool = False) -> bool:
         """Whether this entry, which is about to be issued, is not the next one of the schedule.
 
-        If it is not, the schedule is dropped until the next agreement.
+        If it is not, the schedule is dropped until the next agreement. Returns False while there is no schedule.
 
         ends: whether this entry is the agreement that ends the step
         """
