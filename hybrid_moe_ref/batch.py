@@ -5,7 +5,7 @@ group with T = 1. The groups that a mixer processes in one call are a part of th
 sequence has one new token, or every sequence has more than one.
 
 Shapes: N rows of the batch, B sequences of a group, T new tokens of each sequence of a group (for a part: its number of
-rows), X = 1 + the number of sequences of a part.
+rows), X = 1 + the number of sequences of a part (the bounds between which their rows are).
 """
 
 from collections.abc import Iterable

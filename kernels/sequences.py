@@ -1,7 +1,7 @@
 """Handle sequences of different lengths in one batch, for implementations in plain torch.
 
-Shapes: T rows of all sequences, one after another, B sequences, X = B + 1, J slots of a pool (each holds the state of
-one sequence), Z chunks of all sequences, C rows of a chunk.
+Shapes: T rows of all sequences, one after another, B sequences, X = B + 1 bounds (sequence b is between bounds
+b and b + 1), J slots of a pool (each holds the state of one sequence), Z chunks of all sequences, C rows of a chunk.
 """
 
 import itertools

@@ -124,7 +124,7 @@ class IdlePolicy:
 
 
 class Ballot:
-    """What a rank reports about its configuration in the vote that ends `prepare`."""
+    """What a rank reports about its configuration in each vote of a start (`StartVote`)."""
 
     def digest(self, shared: str) -> int:
         """Return a 31-bit number that is equal on all ranks only if their texts are equal.

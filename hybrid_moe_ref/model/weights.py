@@ -2,8 +2,8 @@
 
 Every parameter has its own random generator, seeded by (seed, name). Every expert has one too, so a rank that holds
 some experts draws random numbers only for these. If a rank holds a part of another parameter, the whole parameter is
-drawn and then cut, so the peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast, so the
-device does not change the weights, and the dtype changes them only by rounding.
+drawn and then cut, so the peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast to the
+dtype of the parameter. So the device does not change the weights, and the dtype changes them only by rounding.
 
 A weight's scale depends on its fan-in (number of inputs), so that activations keep their size through any number of
 layers.

@@ -1,7 +1,7 @@
 """Attention over a paged KV cache in plain torch: gather, then torch's attention.
 
 Shapes: B sequences, Q query heads, K KV heads, D head dim, P pages of the pool, L tokens of a page, X pages of the
-longest sequence, S tokens to attend to, R = Q / K.
+longest sequence, S tokens to attend to, R = Q / K query heads of a KV head.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Short depthwise causal convolution with SiLU. The state of a sequence is its last inputs.
 
-Shapes: T tokens of all sequences, one after another, B sequences, C channels, W filter width, S = W - 1 inputs
-in a state, J slots (each holds the state of one sequence), X = B + 1.
+Shapes: T tokens of all sequences, one after another, B sequences, C channels, W filter width, S = W - 1 inputs in a
+state, J slots (each holds the state of one sequence), X = B + 1 bounds (sequence b is between bounds b and b + 1).
 """
 
 from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots

@@ -1,7 +1,9 @@
 """Depthwise causal convolution over time followed by SiLU, in plain torch.
 
 Shapes: B sequences, T tokens (in `prefill`, of all sequences, one after another), C channels, W filter width, S = W - 1
-inputs in a state, J slots (each holds the state of one sequence), X = B + 1, P = T + B S.
+inputs in a state, J slots (each holds the state of one sequence), X = B + 1 bounds (sequence b is between bounds
+b and b + 1), P = T + B S rows (for each sequence the S inputs of its state, then its tokens), L = S + T rows (the same
+of one sequence).
 """
 
 import torch

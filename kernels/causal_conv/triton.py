@@ -5,7 +5,7 @@
 the state once. `update` reads S + 1 numbers and writes S + 1 numbers per channel.
 
 Shapes: T tokens of all sequences, one after another, B sequences, C channels, W filter width, S = W - 1 inputs in a
-state, J slots (each holds the state of one sequence), X = B + 1.
+state, J slots (each holds the state of one sequence), X = B + 1 bounds (sequence b is between bounds b and b + 1).
 """
 
 import torch

@@ -4,10 +4,10 @@ There are two operations, which update the states in their slots in place. `pref
 tokens of each sequence. `decode` computes, for one token of each sequence, all of Gated DeltaNet that is between the
 input projection and the output projection.
 
-Shapes: T tokens of all sequences, one after another, B sequences, X = B + 1, M key heads, H value heads (a multiple of
-M; head h reads key head h // (H / M)), K key dim, V value dim, C = 2 M K + H V channels of the convolution in the order
-q, k, v, W filter width, S = W - 1, J slots (each holds the state of one sequence). States are float32, or float64 for
-float64 inputs.
+Shapes: T tokens of all sequences, one after another, B sequences, X = B + 1 bounds (sequence b is between bounds
+b and b + 1), M key heads, H value heads (a multiple of M; head h reads key head h // (H / M)), K key dim, V value dim,
+C = 2 M K + H V channels of the convolution in the order q, k, v, W filter width, S = W - 1 inputs in a state of the
+convolution, J slots (each holds the state of one sequence). States are float32, or float64 for float64 inputs.
 """
 
 from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots

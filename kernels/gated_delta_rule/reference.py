@@ -11,9 +11,10 @@ For every head, with a state S [K, V] that starts at `state` (or at zeros, if no
 length, with q and k already normalised, scaled and repeated for every value head. They take and return the states.
 
 Shapes: B sequences, T tokens (in `prefill`, of all sequences, one after another), M key heads, H value heads, K key
-dim, V value dim, Z chunks, C tokens of a chunk (in `decode`, the 2 M K + H V channels), W filter width, S = W - 1,
-J slots (each holds the state of one sequence), X = B + 1. All is computed in float32, or in float64 for float64 inputs.
-The states keep this dtype, and the output is cast to the dtype of v.
+dim, V value dim, Z chunks, C tokens of a chunk (in `decode`, the 2 M K + H V channels), W filter width, S = W - 1
+inputs in a state of the convolution, J slots (each holds the state of one sequence), X = B + 1 bounds (sequence b is
+between bounds b and b + 1). All is computed in float32, or in float64 for float64 inputs. The states keep this dtype,
+and the output is cast to the dtype of v.
 """
 
 import torch

@@ -3,8 +3,8 @@
 Serving libraries compile one function for each pair of head sizes when it is first needed. This extension shows what
 that does to the start of a server. It is not fast.
 
-Shapes: T tokens of all sequences, M key heads, H value heads, K key dim, V value dim, B sequences, X = B + 1, J slots
-(each holds the state of one sequence).
+Shapes: T tokens of all sequences, M key heads, H value heads, K key dim, V value dim, B sequences, X = B + 1 bounds
+(sequence b is between bounds b and b + 1), J slots (each holds the state of one sequence).
 """
 
 import ctypes

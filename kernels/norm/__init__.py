@@ -1,4 +1,4 @@
-"""Root-mean-square norms. They are computed in float32, or in float64 for float64 inputs, and then cast.
+"""Root-mean-square norms, computed in float32, or in float64 for float64 inputs. The result is cast to the dtype of x.
 
 Shapes: N rows, H features, G groups of features.
 """

@@ -4,10 +4,11 @@ There are two operations, which update the states in their slots in place. `pref
 number of tokens of each sequence. `decode` computes, for one token of each sequence, all of Mamba-2 that is between the
 input projection and the output projection.
 
-Shapes: T tokens of all sequences, one after another, B sequences, X = B + 1, H heads, P head dim, G groups of heads
-that share b and c (head h reads group h // (H / G)), N state size, I = H P, C = I + 2 G N channels of the convolution
-in the order x, b, c, W filter width, S = W - 1, J slots (each holds the state of one
-sequence). States are float32, or float64 for float64 inputs.
+Shapes: T tokens of all sequences, one after another, B sequences, X = B + 1 bounds (sequence b is between bounds
+b and b + 1), H heads, P head dim, G groups of heads that share b and c (head h reads group h // (H / G)), N state size,
+I = H P dims of all heads, C = I + 2 G N channels of the convolution in the order x, b, c, W filter width, S = W - 1
+inputs in a state of the convolution, J slots (each holds the state of one sequence). States are float32, or float64 for
+float64 inputs.
 """
 
 from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots

@@ -9,10 +9,10 @@ For every head, with a state S [P, N] that starts at `state` (or at zeros, if no
 length. They take and return the states.
 
 Shapes: B sequences, T tokens (in `prefill`, of all sequences, one after another), H heads, P head dim, G groups of
-heads that share b and c, N state size, I = H P, Z chunks, C tokens of a chunk (in `decode`, the I + 2 G N channels), W
-filter width, S = W - 1, J slots (each holds the state of one sequence), X = B + 1. dt is positive, and A is negative.
-All is computed in float32, or in float64 for float64 inputs. The states keep this dtype, and y is cast to the dtype of
-x.
+heads that share b and c, N state size, I = H P dims of all heads, Z chunks, C tokens of a chunk (in `decode`, the
+I + 2 G N channels), W filter width, S = W - 1 inputs in a state of the convolution, J slots (each holds the state of
+one sequence), X = B + 1 bounds (sequence b is between bounds b and b + 1). dt is positive, and A is negative. All is
+computed in float32, or in float64 for float64 inputs. The states keep this dtype, and y is cast to the dtype of x.
 """
 
 import torch

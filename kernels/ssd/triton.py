@@ -9,8 +9,9 @@ is 8.39 MB, or 1.95 us at 4.3 TB/s. An H200 reaches 3.6 TB/s at 64 sequences and
 reads and writes in place reaches 4.0.
 
 Shapes: T tokens of all sequences, one after another, B sequences, H heads, P head dim, G groups of heads that share b
-and c, R = H / G, N state size, I = H P, C tokens of a chunk (in `decode`, the I + 2 G N channels), W filter width,
-S = W - 1, J slots (each holds the state of one sequence), X = B + 1.
+and c, R = H / G heads of a group, N state size, I = H P dims of all heads, C tokens of a chunk (in `decode`, the
+I + 2 G N channels), W filter width, S = W - 1 inputs in a state of the convolution, J slots (each holds the state of
+one sequence), X = B + 1 bounds (sequence b is between bounds b and b + 1).
 """
 
 import torch

@@ -57,7 +57,10 @@ class ArchiveError(ValueError):
 
 
 def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]:
-    """Return the entries of a zip. Raises ArchiveError for the first suspicious entry.
+    """Return the files of a zip. Raises ArchiveError if the zip does not look like a bundle.
+
+    This refuses names that no bundle has, links, encrypted files, two files of one name, and too many or too large
+    files.
 
     where: the name of the zip for error messages
     """

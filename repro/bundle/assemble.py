@@ -96,7 +96,7 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: J
     """Write the bundle of a run and of its other variants. The default ``path`` is beside the runs.
 
     judge: judges each copy, so the verdict in the bundle comes from the files in the bundle
-    with_logs: keep text that no rule recognises, if a search finds nothing suspicious in it
+    with_logs: keep text that no rule recognises, if a search finds nothing in it that may be private
 
     If one of the variants is the fault, it is the main run of the bundle. Raises ConfigError if there is no run,
     LeakError if a private name was found, OSError if the zip cannot be written.

@@ -54,7 +54,10 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
 
 
 def _holders_in_table(status: os.stat_result) -> Iterator[int]:
-    """Yield the file's holders in /proc/locks. UNKNOWN stands for a process of another pid namespace."""
+    """Yield the pid of each process that holds a lock on the file, from /proc/locks.
+
+    Yield UNKNOWN for a process of another pid namespace. status: the result of os.stat for the file
+    """
     try:
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:
@@ -69,7 +72,9 @@ def _holders_in_table(status: os.stat_result) -> Iterator[int]:
 
 
 def _has_open(pid: int, status: os.stat_result, name: str) -> bool:
-    """Whether a process has opened the file with this status, and not closed it.
+    """Whether a process has opened the file with this status (device and inode), and not closed it.
+
+    Raises OSError if the process has ended or belongs to another user.
 
     name: the file's name without its folder, because the folder may differ in the process's mount namespace
     """

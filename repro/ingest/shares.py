@@ -27,8 +27,8 @@ Share = Sequence[tuple[Path, str]]
 def read_shares(files: Share, read: Callable[[Share], T]) -> Iterator[T]:
     """Split the files into shares, call `read` for each share, and yield the results in the order of the files.
 
-    Small files make one share, which needs no child process. If a child cannot be started, or ends without a result,
-    this process reads its share.
+    Small files make one share, which needs no child process. If a child process cannot be started, or ends without a
+    result, this process reads the share of that child.
     """
     first, *others = _shares(files)
     with contextlib.ExitStack() as stack:
@@ -62,9 +62,10 @@ def _size_of(path: Path) -> int:
 
 
 def _num_processors() -> int:
-    """Return how many processors this process may use.
+    """Return how many processes may read at the same time: one for each processor that this process may use.
 
-    Return 1 if the process has several threads: a child is made by fork, which is not safe with threads.
+    Return 1 if this process has several threads, because `_child` makes processes by fork, which is not safe with
+    threads. Return 1 also on systems other than Linux.
     """
     try:
         return len(os.sched_getaffinity(0)) if len(os.listdir("/proc/self/task")) == 1 else 1

@@ -66,7 +66,8 @@ class Watch:
     compare       compares the results with the reference when all ranks are done. While it returns None (not ready),
                   it is called again. Its argument is True at the last call, which must return a Comparison
     describe      makes the content of verdict.json from a verdict, with the settings of the run
-    read          converts the witnesses before they are judged
+    read          gets the witnesses (rank -> witness) and returns those to judge, for example with other names of
+                  blocks; by default the same ones
     interrupted   returns whether the user has asked for the end of the run
     show          displays the progress; called at every poll with the open witnesses
     notice        prints a line; called when the waits between ranks have changed

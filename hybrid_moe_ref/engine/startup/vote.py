@@ -1,7 +1,7 @@
 """The vote that ends a phase of local work: all ranks continue, or all stop with the same error.
 
-The vote is the first collective of a server. Without the vote, the other ranks would wait in a step for a rank that
-failed in its local work, and a rank with another configuration would issue different collectives.
+The vote of the phase `prepare` is the first collective of a server. Without a vote, the other ranks would wait in a
+step for a rank that failed in its local work, and a rank with another configuration would issue different collectives.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class PrepareFailed(RuntimeError):
 
 
 class StartVote:
-    """Local work of one rank, and the vote of all ranks after it."""
+    """Local work of one rank, and the vote after it: have all ranks succeeded, with the same settings and kernels?
+
+    If not, every rank raises the same error. So no rank waits for one that cannot go on.
+    """
 
     def __init__(self, config: ServerConfig, comm: Communicator, ballot: Ballot) -> None:
         self._config = config

@@ -91,6 +91,11 @@ class StepSchedules:
     group    the group whose ranks agree on a step
     forward  the collectives of one forward pass
     drafts   the collectives of all passes of the drafter
+
+    Parameters of the methods:
+
+    asks_unfinished   whether the step ends with the "anyone unfinished?" all-reduce
+    microbatch        whether the step is split in two
     """
 
     group: str
@@ -106,7 +111,7 @@ class StepSchedules:
         """Return the collectives after the agreement.
 
         These are the collectives of the forward pass (twice if the step is split in two), those of the drafter's
-        passes, and the all-reduce "unfinished" if the step asks for unfinished work.
+        passes, and the "anyone unfinished?" all-reduce if the step has one.
         """
         return self._rests[asks_unfinished, microbatch]
 
@@ -115,7 +120,7 @@ class StepSchedules:
         return self._wholes[asks_unfinished]
 
     def hash(self, asks_unfinished: bool) -> int:
-        """Return the 64-bit hash of `whole`."""
+        """Return the 64-bit hash of `whole(asks_unfinished)`, all collectives of a step that is not split in two."""
         return self._hashes[asks_unfinished]
 
     @cached_property

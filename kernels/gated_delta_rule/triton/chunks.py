@@ -7,8 +7,9 @@ because value heads share them) and two rows that the first launch computed (256
 V / BV programs, each for BV value dimensions, and each program reads q, k and the two rows. The state is read and
 written once per prompt.
 
-Shapes: T tokens of all sequences, one after another, B sequences, H value heads, M key heads, R = H / M, K key dim, V
-value dim, C tokens of a chunk, J slots (each holds the state of one sequence), X = B + 1.
+Shapes: T tokens of all sequences, one after another, B sequences, H value heads, M key heads, R = H / M value heads of
+a key head, K key dim, V value dim, C tokens of a chunk, J slots (each holds the state of one sequence), X = B + 1
+bounds (sequence b is between bounds b and b + 1).
 """
 
 import torch

@@ -7,8 +7,9 @@ loads in flight. From 128 sequences on, this kernel reaches 3.8 TB/s on an H200,
 writes in place reaches 4.0. Four variants were slower: a program for only a part of a head; a program for several heads
 that prefetches the next state; more threads; and cache hints.
 
-Shapes: B sequences, H value heads, M key heads, R = H / M, K key dim, V value dim, C = 2 M K + H V channels, W filter
-width, S = W - 1, J slots (each holds the state of one sequence).
+Shapes: B sequences, H value heads, M key heads, R = H / M value heads of a key head, K key dim, V value dim,
+C = 2 M K + H V channels, W filter width, S = W - 1 inputs in a state of the convolution, J slots (each holds the state
+of one sequence).
 """
 
 import torch

@@ -131,8 +131,8 @@ class Recogniser:
     def function(self, text: str) -> str:
         """Redact a function name. A name that is not recognised gets a stand-in.
 
-        With a search (--with-logs), such a name is kept if one of its words is known and the search finds nothing
-        suspicious.
+        With a search (--with-logs), such a name is kept if one of its words is known and the search finds nothing in
+        it that may be private.
         """
         partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
         known = is_name(text) and not self.is_private(text)
@@ -169,8 +169,8 @@ class Recogniser:
     def line(self, text: str, before: str = "") -> str:
         """Redact a line of prose; "" if it is not recognised. The caller reports that something was left out.
 
-        before: the line above. If that line is suspicious, this one is dropped, because it may be the value of a
-        secret.
+        before: the line above. If a search finds something in that line, this line is kept only if it is recognised,
+        because it may be the value of a secret.
         """
         kept = self._text(text) if not before or self._is_free(before) else self.recognised(text)
         if kept is None:
@@ -222,13 +222,13 @@ class Recogniser:
     def free(self, text: str, before: str = "") -> str | None:
         """Return an unrecognised text if it may stay; None if it may not.
 
-        before: the line above. If that line is suspicious, the text may not stay, because it may be the value of a
-        secret.
+        before: the line above. If the search finds something in that line, the text may not stay, because it may be
+        the value of a secret.
         """
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
-        """Whether unrecognised text may stay: only if a search was requested and finds nothing suspicious."""
+        """Whether unrecognised text may stay: only if a search was requested and finds nothing that may be private."""
         return self.search is not None and len(text) <= MAX_TEXT and self.search(text)
 
 

@@ -1,4 +1,4 @@
-"""Search free text for private content. A line with anything suspicious is dropped completely.
+"""Search free text for private content. A line in which a search finds something is dropped completely.
 
 This is used only with --with-logs. A dropped line costs little, and a published password costs much. There are three
 independent searches: for words that introduce a secret, a person or a machine; for forms that no plain sentence has;
@@ -36,7 +36,7 @@ FORMS = (
     r"\d{2,6}(?: \d{2,6}){2}",  # a credit card or telephone number
     r"[A-Za-z0-9+/_-]{24,}={0,2}",  # base64
 )
-"""Forms that make a line suspicious, wherever in the line they are."""
+"""Forms for which a line is dropped, wherever in the line they are."""
 
 _CONTEXT = re.compile("|".join(CONTEXT.values()), re.IGNORECASE)
 _FORM = re.compile("|".join(f"(?:{form})" for form in FORMS))
@@ -57,7 +57,7 @@ class Search:
         self._literals = re.compile("|".join(map(re.escape, wanted)), re.IGNORECASE) if wanted else None
 
     def __call__(self, text: str) -> bool:
-        """Whether the text contains nothing suspicious."""
+        """Whether the searches find nothing in the text that may be private."""
         text = plain(text)
         if self._literals is not None and self._literals.search(text):
             return False

@@ -31,7 +31,7 @@ File = tuple[int, int]
 class LogFile:
     """A log file to copy.
 
-    path  a path that opens the file, such as /proc/PID/fd/1
+    path  a path that opens the file: its own path, or /proc/PID/fd/N of a process that writes to it
     name  the file's own name, for messages and for the copy
     rank  the rank that writes to the file; None if it is not known or if several processes write to the file
     """
@@ -104,7 +104,8 @@ def _with_parents(pids: Iterable[int], table: Mapping[int, Status]) -> Iterator[
 
 
 def _outputs(pid: int) -> Iterator[tuple[File, Path, str]]:
-    """Yield (file, path that opens it, its name) for standard output and error that are regular files."""
+    """Yield (identity, path below /proc by which it can be opened, name) of each regular file that is standard output
+    or error of the process."""
     for descriptor in _OUTPUTS:
         path = PROC / str(pid) / "fd" / str(descriptor)
         try:

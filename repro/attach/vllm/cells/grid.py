@@ -84,9 +84,9 @@ class Cell:
 def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
     """Return all cells in the order of the experiment, also those that this machine cannot start.
 
-    The first four cells are the two commands that vllm#41862 compares (EP with FlashInfer, and TP with Triton), each
-    cold and warm. They matter most, so they come first, in case the experiment is stopped early. Each warm cell comes
-    directly after its cold cell.
+    The first four cells are two of the three commands of the report vllm#41862, each cold and warm: the first command
+    (EP with FlashInfer, which stalls) and the third (TP with Triton, which works). These cells matter most, so they
+    come first, in case the experiment is stopped early. Each warm cell comes directly after its cold cell.
 
     ranks       number of ranks of each server
     with_eager  also return cells with the layout of the report's second command, which has --enforce-eager

@@ -70,10 +70,12 @@ def _transfer_missing(
     Also return () if the peer is not known, or recorded nothing in this group.
 
     The k-th send of a rank to its peer matches the k-th receive of the peer from this rank, so both are counted. If
-    older entries were overwritten, the counts are not known. Then any unfinished receive (or send) between the two
-    ranks is taken as the matching one.
+    ``wrapped``, the counts are not known. Then any unfinished receive (or send) of the peer from (or to) this rank is
+    taken as the matching one.
 
-    place   the index of the send or receive in ``record.calls``
+    place     the index of the send or receive in ``record.calls``
+    record    what the rank queued in the group; ``records`` has this for each member whose dump has the group
+    wrapped   whether older entries of any dump of the job were overwritten
     """
     call = record.calls[place]
     if call.peer is None or call.peer not in records:

@@ -45,9 +45,10 @@ def _place(stack: Stack) -> str:
 def _builder(
     job: JobRecords, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Judge ranks that build a kernel, or do other work, while other ranks wait for a lock or in a collective.
+    """Judge ranks that build, compile, load, save or read data, while other ranks wait.
 
-    The verdict is `slow`. The ranks that work are the culprits.
+    The verdict is `slow`, and the ranks that work are the culprits. Return None if no rank works, if all ranks work, or
+    if no rank waits for a lock, for a message or in a collective.
     """
     working = sorted(rank for name in WORKING for rank in by_activity.get(name, []))
     locked = by_activity.get("lock", [])
@@ -83,7 +84,7 @@ def _builder(
 def _queues(
     job: JobRecords, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Report `inconclusive` if all workers of a server wait for messages of their engine; otherwise None.
+    """Report `inconclusive` if every rank waits for a message or a request; otherwise return None.
 
     If an engine waits for an answer of its workers, a message may be lost, or the stacks may have been taken between
     two steps. If not, the server may be idle.

@@ -21,7 +21,9 @@ HOLDER = "which process holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev
 def judge_lock_across(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
     """Judge ranks that wait for a lock, while other ranks wait for them in a collective.
 
-    The stacks show the wait for the lock. The Flight Recorder dumps show the wait in the collective.
+    The stacks show the wait for the lock. The Flight Recorder dumps show the wait in the collective. Return None if no
+    rank waits for such a rank, or if a member of the groups in which ranks wait has no stack, works, or does something
+    unknown.
     """
     stacks = {rank: rows[-1] for rank, rows in job.main_stacks().items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
@@ -42,7 +44,7 @@ def judge_lock_across(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | Non
 
 
 def judge_locks(job: JobRecords, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis | None:
-    """Judge ranks that wait for a lock, by stacks alone, if no rank builds.
+    """Judge ranks that wait for a lock, by stacks alone, if no rank builds. Return None if no rank waits for a lock.
 
     The holder of a lock may change, so a deadlock is reported only if each rank was seen twice at the same place.
     """

@@ -10,9 +10,10 @@ MOST_PLACES, MOST_PROCESSES = 6, 8
 
 
 def judge_unranked(job: JobRecords) -> Diagnosis | None:
-    """Judge stacks of processes, if the rank of no process is known.
+    """Judge stacks of processes whose rank is unknown. Return None if there are none.
 
-    If the ranks of some processes are known, this rule is not used: then the others are launchers or front ends.
+    This is the last rule. If some ranks and what they do are known, an earlier rule has judged them: then the other
+    processes are launchers or front ends.
     """
     last: dict[int | str, Stack] = {}
     for stack in job.stacks:
