@@ -1,7 +1,7 @@
 """A readable reference of hybrid MoE language models: gated attention, Gated DeltaNet, Mamba-2, experts.
 
-`from hybrid_moe_ref import HybridMoE, ModelConfig`. The names are resolved at first use. So importing the package, its
-configuration (`config`) or the computation of page sizes (`cache.pages`) does not import torch.
+`from hybrid_moe_ref import HybridMoE, ModelConfig`. Each name is imported when it is first used. So importing the
+package, its configuration (`config`) or the computation of page sizes (`cache.pages`) does not import torch.
 """
 
 import importlib

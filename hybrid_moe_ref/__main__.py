@@ -1,8 +1,9 @@
 """The command line of the reference model: python -m hybrid_moe_ref {params,pages,generate,check,bench}
 
-The exit status is 0 for success, 1 if `check` finds a difference or cannot compare, 2 (with one line on standard error)
-if arguments, files or sizes cannot be used, 125 if this program fails or a package is not installed, and 130 if the
-program is interrupted. With HMR_DEBUG=1, the program prints the traceback of an error.
+The exit status is 0 for success, 1 if `check` finds a difference or a logit that is not finite, or cannot compare, 2
+(with one line on standard error for each problem) if arguments, files or sizes cannot be used, 125 if this program
+fails or a package is not installed, and 130 if the program is interrupted. With HMR_DEBUG=1, the program prints the
+traceback of an error.
 """
 
 import argparse

@@ -106,8 +106,10 @@ class Batch(Generic[S]):
     def of(cls, pairs: Iterable[tuple[S, int]], device: torch.device | str | None = None) -> Self:
         """Build a batch of cached sequences.
 
-        pairs: (sequence, number of its new tokens); the rows have this order. Raises ValueError for a sequence that
-        appears twice or has no new token.
+        pairs: (sequence, number of its new tokens); the rows have this order
+        device: None: the device of the first sequence
+
+        Raises ValueError for a sequence that appears twice or has no new token.
         """
         pairs = list(pairs)
         if len({id(sequence) for sequence, _ in pairs}) != len(pairs):
@@ -121,7 +123,7 @@ class Batch(Generic[S]):
 
     @classmethod
     def dense(cls, num_sequences: int, length: int, device: torch.device | str | None = None) -> Self:
-        """Build a batch of `num_sequences` uncached sequences of `length` tokens from position 0."""
+        """Build a batch of `num_sequences` uncached sequences of `length` tokens each, from position 0."""
         return cls._build([(0, length, None)] * num_sequences if length else [], device)
 
     @classmethod

@@ -19,6 +19,8 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int = 1, *, suggestion: str = "") -> None:
     """Refuse a model that does not fit, before the machine swaps or the process is killed. Activations are not counted.
 
+    Nothing is checked for several ranks on GPUs.
+
     model       one rank's model, on the meta device
     num_pages   pages of one rank's cache
     num_ranks   number of ranks on this machine; all of them have the same sizes

@@ -41,7 +41,7 @@ class CacheExhausted(RuntimeError):
 class Sequence:
     """A cached sequence: its number of tokens, and its pages in each layer group.
 
-    The pages return to the pool when the last reference to the sequence is dropped.
+    The pages return to the pool by `HybridCache.free`, or when the last reference to the sequence is dropped.
     """
 
     cache: "HybridCache"
@@ -68,7 +68,7 @@ class Snapshot:
 
 
 class HybridCache:
-    """`num_pages` pages for the sequences of one model.
+    """A cache of `num_pages` pages for the sequences of one model.
 
     A step calls `pasts = cache.begin(batch)`, runs the layers, and calls `cache.commit(batch)`. `HybridMoE.step` does
     all of this. If a step fails between `begin` and `commit`, free its sequences, because their recurrent states may be
@@ -118,6 +118,7 @@ class HybridCache:
         """Allocate an empty sequence.
 
         Its recurrent states take their pages now. `begin` takes the pages for KV entries when tokens are added.
+        Raises CacheExhausted, before any page is taken, if too few pages are free.
         """
         counts = [0 if group.kind == "A" else 1 for group in self.layout.groups]
         self._need(sum(counts), "a new sequence")
@@ -136,7 +137,10 @@ class HybridCache:
         self._table.remove(row)
 
     def fork(self, sequence: Sequence) -> Sequence:
-        """Copy a sequence, so that both copies can continue with different tokens."""
+        """Return a copy of a sequence. The sequence and its copy can then continue with different tokens.
+
+        Raises CacheExhausted, before any page is taken, if too few pages are free.
+        """
         self._check(sequence)
         self._need(sum(map(len, sequence.pages)), f"a copy of a sequence of {sequence.length} tokens")
         copy = self.allocate()
@@ -148,7 +152,7 @@ class HybridCache:
         return copy
 
     def snapshot(self, sequence: Sequence) -> Snapshot:
-        """Save what `restore` needs to undo later tokens: the length and the recurrent states.
+        """Return a copy of what `restore` needs to undo later tokens: the length and the recurrent states.
 
         KV entries are not saved, because `restore` shortens the sequence, and entries after its end are never read.
         """
@@ -157,7 +161,7 @@ class HybridCache:
         return Snapshot(sequence.length, [buffer[pages] for buffer in self.buffers])
 
     def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        """Restore a sequence to one of its snapshots."""
+        """Set the length and recurrent states of a sequence back to those of one of its snapshots."""
         self._check(sequence)
         pages = self._state_pages(sequence)
         for buffer, states in zip(self.buffers, snapshot.states, strict=True):
@@ -165,9 +169,9 @@ class HybridCache:
         sequence.length = snapshot.length
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Drop the tokens from `length` on.
+        """Keep only the first `length` tokens of a sequence.
 
-        Raises ValueError if the sequence is shorter, or if the model has recurrent states.
+        Raises ValueError if the sequence has fewer tokens, or if the model has recurrent states.
         """
         self._check(sequence)
         if self.layout.states or length > sequence.length:
@@ -189,10 +193,10 @@ class HybridCache:
             raise ValueError(f"the cache was made for {name} {ours[name]!r}, but the model has {name} {theirs[name]!r}")
 
     def begin(self, batch: Batch[Sequence]) -> list[list[Past]]:
-        """Take pages for the batch's tokens. Returns what each layer reads and writes for each group of sequences.
+        """Take pages for the batch's tokens. Returns, for each layer, one past for each group of cached sequences.
 
-        Raises CacheExhausted before any page is taken. Raises ValueError for a batch that was built before the last
-        step of its sequences, or whose sequences belong to another cache.
+        Raises CacheExhausted, before any page is taken, if too few pages are free. Raises ValueError for a batch that
+        was built before the last step of its sequences, or with a sequence that was freed or belongs to another cache.
         """
         missing: list[tuple[Sequence, int]] = []
         for sequence, count in batch.sequences:

@@ -56,11 +56,17 @@ class PageTable:
         self._free.append(row)
 
     def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
-        """Return the first `width` page numbers of the sequences in these rows: [B, width]."""
+        """Return the first `width` page numbers of the sequences in these rows in an attention group: [B, width].
+
+        group: index of the group among the attention groups
+        """
         return self._page_GRW[group, rows_B, :width]
 
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
-        """Return the pages that hold the recurrent states of the sequences in these rows: [B]."""
+        """Return the pages that hold the states of the sequences in these rows for a group of recurrent layers: [B].
+
+        group: index of the group among the recurrent groups
+        """
         return self._slot_GR[group, rows_B]
 
 

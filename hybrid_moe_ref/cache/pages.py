@@ -4,9 +4,10 @@ A recurrent layer keeps a state of fixed size per sequence, and an attention lay
 pages from one pool, so all pages have one size. An attention page has the smallest multiple of 16 tokens with which it
 is at least as large as the largest state. A state is padded to the size of a page.
 
-Layers of one kind form groups of `group_size` layers. The i-th layers of all groups share byte buffer i. A page number
-belongs to one group of one sequence, and stands for the same range of bytes in every buffer. So a sequence takes one
-page for each recurrent group, and ceil(length / tokens) pages for each attention group.
+Layers of one kind form groups of at most `group_size` layers, the number of layers of the rarest kind. The i-th layers
+of all groups share byte buffer i. A page number belongs to one group of one sequence, and stands for the same range of
+bytes in every buffer. So a sequence takes one page for each recurrent group, and ceil(length / tokens) pages for each
+attention group.
 """
 
 from collections import Counter
@@ -36,7 +37,7 @@ class StateSize:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind that share page numbers: each layer has its own buffer, and uses the same pages of it."""
+    """Layers of one kind that share page numbers: the i-th of `layers` uses the pages of these numbers in buffer i."""
 
     kind: str
     layers: tuple[int, ...]
@@ -53,7 +54,7 @@ class PageLayout:
     bytes_per_token   bytes of one token's KV entries in one layer
     states            sizes of the states, by layer kind
     groups            the groups of layers that take pages together
-    group_size        number of layers in a group
+    group_size        largest number of layers in a group
     """
 
     tokens: int
@@ -79,7 +80,8 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
     """Return how many heads (or groups) each rank holds: its share, or 1 if there are more ranks than heads.
 
-    In the second case several ranks hold copies of the same head or group.
+    In the second case several ranks hold the same head or group. Ranks with the same value head of Gated DeltaNet hold
+    different columns of its state. Raises ConfigError if neither number divides the other.
 
     name: the field of `config` that has the number of all heads or groups
     """

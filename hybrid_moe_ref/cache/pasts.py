@@ -39,7 +39,7 @@ class KVPast:
         self.kv_PL2KD[self.page_BT, self.offset_BT] = new_BT2KD.to(self.kv_PL2KD.dtype)
 
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, and return all of them, each [B, S, K, D].
+        """Store the new keys and values. Return the keys and the values of all tokens so far, each [B, S, K, D].
 
         Entries after the end of a sequence are finite, and the causal mask hides them.
         """
@@ -71,7 +71,7 @@ class KVRun:
         torch.stack([k_BTKD, v_BTKD], dim=2, out=self.kv_PL2KD[:, self.start :])
 
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, and return all of them, each [B, S, K, D]."""
+        """Store the new keys and values. Return the keys and the values of all tokens so far, each [B, S, K, D]."""
         self.append(k_BTKD, v_BTKD)
         return self.kv_PL2KD[:, :, 0], self.kv_PL2KD[:, :, 1]
 
@@ -93,7 +93,11 @@ class StatePast:
     def zeros(
         cls, num_sequences: int, conv_shape: tuple[int, ...], ssm_shape: tuple[int, ...], like: Tensor
     ) -> "StatePast":
-        """Make a view with two new pools of zeros, for a run of the model without a cache."""
+        """Make a view with two new pools of zeros, for a run of the model without a cache.
+
+        conv_shape, ssm_shape   shapes of one sequence's conv inputs and of its recurrent state
+        like                    tensor that gives the device, and the dtype of the conv inputs
+        """
         conv_BWC = like.new_zeros(num_sequences, *conv_shape)
         ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide(like.dtype))
         return cls(conv_BWC, ssm_B___, torch.arange(num_sequences, device=like.device))

@@ -84,7 +84,7 @@ _MULTIMODAL_ONLY = {
 def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
     """Read a folder's config.json. Returns the configuration, and the name of the saved dtype or None.
 
-    Raises CheckpointError.
+    Raises CheckpointError if the file cannot be read, or if it describes a model that is not supported.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
@@ -96,6 +96,8 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
 
 def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
     """Return the tokens that end a text: eos_token_id of generation_config.json or, if that has none, of config.json.
+
+    Returns () if neither file has one.
 
     Raises CheckpointError if the value is neither an id nor a list of ids.
     """
@@ -232,7 +234,7 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
 
 
 def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return theta, and the fraction of a head's dimensions that the rotary embedding rotates.
+    """Return the fields of ModelConfig for the rotary embedding: rope_theta and partial_rotary_factor.
 
     The keys mrope_* are ignored. They divide the dimensions between the axes of an image, but a text token has the same
     position on each axis.
@@ -260,7 +262,12 @@ def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _check_quantisation(raw: Any) -> None:
-    """Accept only float8 weights with a scale per block, which are dequantised on load. Raises CheckpointError."""
+    """Raise ConfigError unless `raw` is None or describes float8 weights with one scale per 128 x 128 block.
+
+    Such weights are dequantised on load.
+
+    raw: quantization_config of the config.json
+    """
     if raw is None:
         return
     if not isinstance(raw, dict):
@@ -276,7 +283,11 @@ def _check_quantisation(raw: Any) -> None:
 
 
 def to_json(config: ModelConfig, family: str, dtype: str, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
-    """Return the config.json of `family` for this model."""
+    """Return the content of a config.json for this model, in the format of `family`.
+
+    dtype      name of the dtype of the saved tensors
+    stop_ids   tokens that end a text
+    """
     stop: dict[str, Any] = {_STOP: stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)} if stop_ids else {}
     if family == OWN:
         return {"model_type": OWN, "dtype": dtype} | stop | config.to_mapping()

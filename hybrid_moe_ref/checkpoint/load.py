@@ -56,7 +56,8 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
 
     device: the device for parameters that are on the meta device
 
-    Returns the opened folder, which counts the bytes that were read. Raises CheckpointError.
+    Returns the opened folder, whose `bytes_read` is the number of bytes that were read. Raises CheckpointError that
+    lists every tensor that is missing, cannot be used or belongs to no part of the model.
     """
     shards = folder if isinstance(folder, Shards) else Shards(Path(folder))
     expected = pieces(model, shards)
@@ -72,12 +73,13 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
 
 
 def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
-    """Return `config` with as many MTP layers as the folder has tensors for.
+    """Return `config` with as many MTP layers as the folder has tensors for: 0 or 1.
 
     The config.json of Qwen3-Next has no key for MTP layers. The config.json of Qwen3.5 has such a key, but when
     transformers saves a model, it keeps the key and drops the tensors.
 
-    Raises CheckpointError if config and tensors contradict each other, or if there is more than one layer.
+    If there are no such tensors, but the config has an MTP layer, log a warning. Raises CheckpointError if there are
+    tensors for more than one MTP layer.
     """
     names = [name for name in shards.names if name.startswith(MTP)]
     if not names:
@@ -230,7 +232,10 @@ def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Rang
 
 
 def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
-    """Raise one CheckpointError that lists every tensor that is missing, has a wrong shape or is not used."""
+    """Raise one CheckpointError that lists every tensor that is missing, cannot be used or is foreign to the model.
+
+    If there is none, log how many tensors are skipped.
+    """
     problems, expected_names, absent_mtp = [], set(), []
     for piece in {piece.name: piece for piece in expected}.values():
         expected_names.add(piece.name)
@@ -261,7 +266,7 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
 
 
 def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
-    """Yield a line if a tensor or its float8 scales cannot be used."""
+    """Yield a line that says why, if the shape or dtype of a tensor or of its float8 scales cannot be used."""
     entry, name = shards[piece.name], f"{piece.name}_scale_inv"
     where = f"{entry.file}: {piece.name}"
     if entry.shape != piece.shape:
@@ -294,7 +299,10 @@ def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _skipped(unused: set[str], model: nn.Module) -> set[str]:
-    """Return the tensor names that a folder may contain although the model does not use them."""
+    """Return those of the `unused` tensor names that are no error.
+
+    They are tensors of a vision model, of an MTP layer that the model lacks, and a head that is tied to the embedding.
+    """
     skipped = {name for name in unused if name.startswith(VISION)}
     if not hasattr(model, "mtp"):
         skipped |= {name for name in unused if name.startswith(MTP)}

@@ -34,7 +34,8 @@ def save(
     family            the model type to save as; None: the type that fits the model's layers
     max_shard_bytes   largest size of a file in bytes, unless a single tensor is larger
 
-    Raises CheckpointError, OSError.
+    Raises CheckpointError if the model does not fit the family or holds only a part of its parameters, OSError if a
+    file cannot be written.
     """
     family = family or family_of(model.config)
     _check(model, family)

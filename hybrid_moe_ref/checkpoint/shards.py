@@ -73,7 +73,7 @@ class Shards:
     def rows(
         self, name: str, index: int | None = None, ranges: Iterable[Range] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield a tensor in blocks of rows on the CPU, each as (number of its first row, block).
+        """Yield a tensor in blocks of rows on the CPU, each as (index of its first row, block).
 
         index    read only the rows of `tensor[index]`, such as one expert of a layer
         ranges   read only the rows in these ranges, in this order
@@ -94,7 +94,7 @@ class Shards:
                 row += count
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """Return all rows of a tensor."""
+        """Return a tensor; with `index`, only `tensor[index]`."""
         return torch.cat([block for _, block in self.rows(name, index)])
 
     def _open(self, path: Path, problems: list[str]) -> dict[str, Entry]:
@@ -147,7 +147,7 @@ class Shards:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of at most MAX_JSON_BYTES.
 
-    Raises CheckpointError if the file is missing, is not a regular file, is larger, or is not one JSON object.
+    Raises CheckpointError if the file is missing, unreadable, not a regular file, larger, or not one JSON object.
     """
     try:
         value = read_any_json(path, MAX_JSON_BYTES)

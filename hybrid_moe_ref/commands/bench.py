@@ -8,7 +8,7 @@ from hybrid_moe_ref.commands.source import Source, load
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the fastest prefill and the fastest decode step in milliseconds, and the peak memory of the process."""
+    """Print the times of the fastest of three prefills and the fastest decode step, the speeds, and the peak memory."""
     import torch
 
     from hybrid_moe_ref.batch import Batch

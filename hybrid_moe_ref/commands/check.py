@@ -8,9 +8,9 @@ from hybrid_moe_ref.commands.source import Source, load
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load a checkpoint, describe it, and compare its logits with those of transformers.
+    """Load a checkpoint, describe it, and, without `--load-only`, compare its logits with those of transformers.
 
-    Returns 1 if they differ, if they could not be compared, or if a logit is not finite.
+    Returns 1 if they differ, if they could not be compared, or if a logit is not finite; otherwise 0.
     """
     import torch
 

@@ -39,7 +39,8 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
     """Compare `model`, loaded from `folder`, with transformers.
 
     Returns the version of transformers, the errors, and under "agrees" whether the errors are within the limits. Raises
-    NotCompared.
+    NotCompared if only this project has the model type, if transformers is missing or fails, or if a float64 model does
+    not fit into memory.
     """
     if read_json(Path(folder) / "config.json").get("model_type") == OWN:
         raise NotCompared("no other implementation has this stack of layers")
@@ -128,6 +129,6 @@ def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> d
 
 
 def errors(x_BTV: Tensor, truth_BTV: Tensor) -> Tensor:
-    """Return the relative error [B, T] of each token's logits."""
+    """Return the relative error [B, T] of each token's logits: the norm of the difference / the norm of the truth."""
     truth_BTV = truth_BTV.double()
     return (x_BTV.double() - truth_BTV).norm(dim=-1) / truth_BTV.norm(dim=-1)

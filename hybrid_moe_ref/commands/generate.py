@@ -1,4 +1,4 @@
-"""The command `generate`: continue a prompt, in this process or on several ranks, and print each token at once."""
+"""The command `generate`: continue a prompt, in this process or on ranks; print each token as soon as it is known."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parallel_of(args: argparse.Namespace) -> ParallelConfig | None:
-    """Return how the ranks share the model; None for a single process without ranks. Raises ConfigError."""
+    """Return how the ranks share the model; None for a single process without ranks.
+
+    Raises ConfigError for options that contradict each other, and for more than MAX_RANKS ranks.
+    """
     if args.dp is None and args.tp is None and args.ep is None:
         return LAYOUTS[args.layout or "single"]
     if args.layout:

@@ -31,9 +31,11 @@ class Source:
 
     @classmethod
     def of(cls, name: str, *, only_folders: bool = False) -> "Source":
-        """Find the folder or preset `name`.
+        """Return the source for the checkpoint folder or preset `name`.
 
-        Raises InputError if there is neither, CheckpointError if the folder is damaged.
+        only_folders: accept no preset
+
+        Raises InputError if there is neither folder nor preset, CheckpointError if the folder is damaged.
         """
         folder = Path(name)
         if (folder / "config.json").exists():
@@ -55,7 +57,10 @@ class Source:
         raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")
 
     def dtype(self, requested: str | None) -> str:
-        """Return the name of the dtype to compute in: `requested`; if that is None, the checkpoint's, or float32."""
+        """Return the name of the dtype to compute in: `requested`, if it is given.
+
+        If it is None, return the checkpoint's dtype, or float32 if that is not one of DTYPES.
+        """
         return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
     def suggestion(self, requested: str | None) -> str:
@@ -91,7 +96,7 @@ def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) 
 def use_kernels(choice: str | None) -> None:
     """Use the kernels `choice` in this process and its children. None: the current choice, which HMR_KERNELS may set.
 
-    Raises ConfigError.
+    Raises ConfigError for an unknown choice.
     """
     from hybrid_moe_kernels import registry
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 
 class InputError(ValueError):
-    """Input of the user that cannot be used. The text is one line for the user."""
+    """Input of the user that cannot be used. The text is for the user, and has one line for each problem."""
 
 
 class ConfigError(InputError):
@@ -69,7 +69,10 @@ def _type_name(value: Any) -> str:
 
 
 def _convert(value: Any, annotation: Any, where: str) -> Any:
-    """Convert `value` to the annotated type. An int is accepted as a float; a bool is not accepted as an int."""
+    """Convert `value` to the annotated type. An int is accepted as a float; a bool is not accepted as an int.
+
+    Raises ConfigError for another type. where: the path of the value, for error texts
+    """
     if isinstance(annotation, types.UnionType):
         if value is None and types.NoneType in annotation.__args__:
             return None

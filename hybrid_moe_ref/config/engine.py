@@ -26,15 +26,17 @@ class EngineConfig(Config):
                        one of them. 0: the number that `protocol` gives
     dtype              dtype of weights, activations and KV cache: one of DTYPES
     mode               "eager", or "graphs": small steps are padded to a captured size and replayed
-    capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every pure decode step
+    capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every decode step
+                       without drafts. Used only with mode "graphs"
     microbatch_tokens  a rank with at least this many tokens proposes to split the step in two; 0: never
     compile            compile the row-wise modules of the layers by torch.compile (needs a C++ compiler on a CPU)
     autotune           at the start, time each tactic (way to compute the experts), and agree on the fastest
     cache_dir          folder for tuning results and compiled code. "": tuning results are not saved, and compiled
-                       modules go to the user's cache
+                       code goes to the user's cache folder
     gdn_prefill_backend, moe_backend
-                       backend of these layers: "auto" selects one from the kernels' registry, "jit" is compiled on this
-                       machine, "triton" needs a GPU
+                       backend of the GDN prefill, and of the routed experts. "auto" selects one from the kernels'
+                       registry, "torch" is plain PyTorch, "jit" is compiled on this machine; "triton" (only for the
+                       GDN prefill) needs a GPU
     num_drafts         number of tokens that the MTP layer drafts for each request
     collective_limit_s seconds that a rank may wait in one collective while serving; then it stops all ranks.
                        0: no limit

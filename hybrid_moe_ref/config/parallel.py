@@ -25,7 +25,7 @@ class ParallelConfig(Config):
 
     @property
     def ep_size(self) -> int:
-        """Return the number of ranks over which the routed experts are distributed."""
+        """Return the number of ranks over which whole routed experts are distributed; 1 without `expert_parallel`."""
         return self.dp_size * self.tp_size if self.expert_parallel else 1
 
     @property

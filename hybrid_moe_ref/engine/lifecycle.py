@@ -57,9 +57,9 @@ T = TypeVar("T")
 class Engine:
     """One rank of the server. The constructor runs every phase before `serve`; :meth:`serve` runs the loop.
 
-    Raises PrepareFailed on every rank if a rank could not prepare or has another configuration, ConfigError for sizes
-    that do not fit, Refused for a configuration that could deadlock, and RuntimeError for a communicator that was
-    stopped before. A rank that fails in a phase without a vote raises its own error, and all other ranks raise
+    Raises PrepareFailed on every rank if a rank could not prepare or compile, or has another configuration, ConfigError
+    for sizes that do not fit, Refused for a configuration that could deadlock, and RuntimeError for a communicator that
+    was stopped before. A rank that fails in a phase without a vote raises its own error, and all other ranks raise
     ScheduleMismatch with the text of this error. With checks="observe", a rank that fails in `serve` does not stop the
     other ranks: they wait until the timeout of their collective.
     """
@@ -85,8 +85,10 @@ class Engine:
     def serve(self, requests: Iterable[Request], on_token: OnToken | None = None) -> dict[str, list[int]]:
         """Serve this rank's requests greedily, and take part in every step until no rank has work left.
 
-        Returns the new tokens of each request by its id. Raises ConfigError for a request that cannot be served, and if
-        the kernels of the process are no longer those with which this engine was started.
+        Returns the new tokens of each request by its id. Raises InputError for a request that cannot be served, and
+        ConfigError if the kernels of the process are no longer those with which this engine was started.
+
+        on_token: called with the request's id and each new token
         """
         self.comm.observer.phase("serve")
         self.comm.check_running()
@@ -119,7 +121,10 @@ class Engine:
         return run()
 
     def _begin(self) -> None:
-        """Refuse a configuration that could deadlock, and switch on the checks that `config.checks` names."""
+        """Switch on the checks that `config.checks` names.
+
+        Raises Refused for a configuration that could deadlock, unless `allow_unsafe` is set.
+        """
         for finding in check_start(self.config, self._policies):
             if self.comm.rank == 0:
                 print(f"[rank 0] --allow-unsafe: started although {finding}", file=sys.stderr, flush=True)
@@ -191,9 +196,9 @@ class Engine:
         return StartVote(self.config, self.comm, self._policies.ballot)
 
     def _take_first_uses(self) -> None:
-        """Let this engine's policies load the extensions that kernels need at their first use.
+        """Let the policy `builds` of this engine load each extension that a kernel needs at its first use.
 
-        The process has one such loader, which may still be that of another engine.
+        The process has only one function that does so, and another engine may have set it.
         """
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 

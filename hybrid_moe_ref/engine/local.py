@@ -1,7 +1,7 @@
 """Run a whole server on this machine for one prompt. The ranks are forked processes, which connect through a file.
 
-Rank 0 has the request and prints the text. The tp ranks of rank 0 run the same request; the other dp ranks
-run dummy batches.
+Rank 0 has the request and prints the text. The other ranks of rank 0's tp group run the same request; all
+ranks outside this group run dummy batches.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ NewTokens = list[tuple[str, int]]
 class StepAgreement:
     """Lets the ranks agree on a step, by one collective per step.
 
-    Later calls within the step return the same answer without a collective. Only the ranks that call again would join a
-    second collective, and no rank knows whether the other ranks call again.
+    Later calls within the step return the same answer without a collective: no rank knows whether the other ranks call
+    again, so in a second collective a rank could wait for ever.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,11 @@ class StepAgreement:
         self._agreed: AgreedStep | None = None
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
-        """Return the agreed step for ``plan.step``. layer: the name of the layer that needs the agreement."""
+        """Return the agreed step for ``plan.step``.
+
+        exchange   makes the agreement, by one all-reduce
+        layer      the name of the layer that needs the agreement
+        """
         if self._agreed is None or plan.step != self._step:
             self._agreed = exchange(plan, layer)
             self._step = plan.step
@@ -91,7 +95,7 @@ class Tuning:
         tuner.use(chosen)
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
-        """Return this rank's saved choice, or None."""
+        """Return this rank's saved choice; None if it has none that can be used."""
         return tuner.load(f"rank{tuner.rank}.json", tuner.key)
 
     def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:
@@ -112,14 +116,20 @@ class IdlePolicy:
     """Decides what a rank without requests does in a step. Here it takes part, with a dummy batch of one row."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
-        """Return the number of rows of the dummy batch, which may be 0. If the answer is None, the serve loop ends.
+        """Return the number of rows of the dummy batch, which may be 0 (here: 1).
+
+        None: this rank leaves its serve loop.
 
         unfinished: whether requests will still arrive at this rank
         """
         return 1
 
     def run(self, execute: Callable[[], None]) -> None:
-        """Run the dummy batch. If it raises an error, this rank fails, and the engine stops the other ranks."""
+        """Run the dummy batch by calling `execute`.
+
+        If `execute` raises an error, this rank fails, and the engine stops the other ranks (except with
+        checks="observe").
+        """
         execute()
 
 
@@ -127,7 +137,7 @@ class Ballot:
     """What a rank reports about its configuration in each vote of a start (`StartVote`)."""
 
     def digest(self, shared: str) -> int:
-        """Return a 31-bit number that is equal on all ranks only if their texts are equal.
+        """Return a 31-bit number that is equal on all ranks only if `shared` is equal on all of them.
 
         shared: the rank's settings and kernels, as JSON
         """
@@ -138,17 +148,18 @@ class Preemption:
     """Decides when a rank whose cache is full preempts requests.
 
     Here this happens before the step, so that the number of rows on which the ranks agree does not change afterwards.
-    ``make_room`` preempts this rank's youngest requests, if necessary, until the others have their pages.
+    ``make_room`` preempts this rank's youngest requests, if necessary, until the remaining requests have their pages.
     """
 
     def before_step(self, make_room: Callable[[], None]) -> None:
-        """Preempt requests if necessary. Called on a rank with requests, before each step is scheduled and agreed."""
+        """Preempt requests if necessary. Called on every rank before each step is scheduled and agreed."""
         make_room()
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
-        """Run the step. Returns the new tokens of each request.
+        """Run the step of a rank with requests. Returns (request id, new token) pairs.
 
-        If the step raises an error, this rank fails, and the engine stops the other ranks.
+        If the step raises an error, this rank fails, and the engine stops the other ranks (except with
+        checks="observe").
         """
         return step()
 

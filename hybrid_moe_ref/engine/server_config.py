@@ -34,7 +34,7 @@ class ServerConfig(Config):
     parallel      the layout
     engine        limits and options of the serve loop
     seed          seed of random weights
-    checks        one of CHECKS
+    checks        how strictly the ranks check their collectives: one of CHECKS
     checkpoint    a folder in Hugging Face's format; "" for random weights
     allow_unsafe  start a configuration that could deadlock and would be refused (see `refusal`)
     """
@@ -63,13 +63,14 @@ class ServerConfig(Config):
 
     @property
     def served_model(self) -> ModelConfig:
-        """Return the model that an engine holds: without the draft layer if num_drafts is 0."""
+        """Return the configuration of the model that an engine holds: without the MTP layer if num_drafts is 0."""
         return self.model if self.engine.num_drafts else dataclasses.replace(self.model, num_mtp_layers=0)
 
     def shared(self) -> dict[str, Any]:
         """Return all settings that must be equal on every rank.
 
-        The paths of folders may differ between hosts, but the content of the checkpoint must be equal.
+        The paths of folders may differ between hosts. So the path of the checkpoint is replaced by a digest of its
+        content.
         """
         shared = self.to_mapping()
         del shared["allow_unsafe"], shared["engine"]["cache_dir"]

@@ -44,7 +44,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
     where: the file, for error messages
 
-    Raises DamagedFile.
+    Raises DamagedFile if the data is not such JSON.
     """
     if _parsed_bytes(data) > MAX_JSON_MEMORY:
         raise DamagedFile(f"{where}:1: the values would take more than {MAX_JSON_MEMORY >> 20} MiB of memory")
@@ -74,7 +74,7 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _depth(data: bytes) -> int:
-    """Return how deeply lists and mappings are nested; 0 if there are at most MAX_JSON_DEPTH lists and mappings."""
+    """Return how deeply lists and mappings are nested; 0 if there are too few to exceed MAX_JSON_DEPTH."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return 0  # too few brackets to be nested too deeply
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)

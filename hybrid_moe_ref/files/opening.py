@@ -1,7 +1,7 @@
 """Open a file that another program may have put there, for reading or for writing.
 
-Reading from a pipe or a device may never end, and writing through a link would change another file. So pipes, devices
-and links are refused before anything is read or written.
+Reading from a pipe or a device may never end, and writing through a link would change another file. So pipes and
+devices are refused before anything is read or written, and links before anything is written.
 """
 
 import errno

@@ -34,7 +34,8 @@ def stream(
     stop_ids       tokens that end a sequence; None: `model.stop_ids`. A sequence that has ended repeats its last token,
                    and the stream ends when all sequences have ended
 
-    Raises InputError for invalid arguments and CacheExhausted for a cache that is too small, before the first step.
+    Raises InputError for invalid arguments, ValueError for a cache of another model, and CacheExhausted for a cache
+    that is too small, before the first step.
     """
     prompts = list(prompts)
     if not prompts:

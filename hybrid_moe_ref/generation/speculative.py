@@ -38,7 +38,7 @@ class Drafter(Protocol):
 
 @dataclass
 class Statistics:
-    """Counts of proposed and accepted drafts."""
+    """Numbers of verification steps, of proposed drafts and of accepted drafts."""
 
     num_steps: int = 0
     num_drafted: int = 0
@@ -96,8 +96,10 @@ def speculative_stream(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` greedy tokens after one prompt, up to and including one of `stop_ids`.
 
-    drafter    proposes the drafts; None: the model's MTP layer does
-    stop_ids   tokens that end the text; None: `model.stop_ids`
+    num_drafts   largest number of drafts in one step
+    drafter      proposes the drafts; None: the model's MTP layer does
+    statistics   counts the steps and drafts
+    stop_ids     tokens that end the text; None: `model.stop_ids`
 
     Raises InputError for invalid arguments, before the first step.
     """

@@ -22,7 +22,7 @@ def project(x_NH: Tensor, *linears: nn.Module) -> list[Tensor]:
 
 
 def has_global_hooks() -> bool:
-    """Whether torch has global hooks, which see the calls of all modules."""
+    """Whether torch has global hooks, which see the calls of all modules, or `nn.Linear.forward` is replaced."""
     return bool(_has_any_global_hook()) or nn.Linear.forward is not _LINEAR_FORWARD
 
 

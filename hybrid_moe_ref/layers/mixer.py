@@ -16,7 +16,7 @@ from hybrid_moe_ref.batch import Batch, Part
 class Mixer(nn.Module):
     """A token mixer, called once per step and layer.
 
-    pasts: what the cache holds for each group of cached sequences. None: every sequence starts without state, and no
+    pasts: one view of the cache for each group of cached sequences. None: every sequence starts without state, and no
     state is kept.
     """
 
@@ -32,6 +32,6 @@ class Mixer(nn.Module):
     def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
         """Mix the rows of one part of the batch, whose sequences follow one another. Return rows [T, H].
 
-        pasts: what the cache holds for each group of the part; empty if the tokens are not cached
+        pasts: one view of the cache for each group of the part; empty if the tokens are not cached
         """
         raise NotImplementedError

@@ -132,7 +132,9 @@ class Communicator(RankGroups):
             self._on_collective = None
 
     def stop_all(self, message: str) -> str:
-        """Stop every rank: those that wait in a collective, and those that call `stopped_by`.
+        """Publish `message`, so that every rank stops: a rank that waits in a collective raises it as ScheduleMismatch.
+
+        A rank that does not wait gets the message from `stopped_by`.
 
         Returns the message that was published first, which may be that of another rank.
         """
@@ -159,7 +161,9 @@ class Communicator(RankGroups):
             raise error
 
     def start_watchdog(self) -> None:
-        """From now on, let a rank that waits check whether the processes of the other ranks exist.
+        """From now on, check whether the processes of the other ranks exist while this rank waits in a collective.
+
+        If one has ended, this rank stops all ranks with PeerLost.
 
         This has no effect on collectives of NCCL, where ``wait`` returns at once and only orders streams.
         """
@@ -167,7 +171,7 @@ class Communicator(RankGroups):
         self._watchdog.roll_call = self._roll_call
 
     def limit_waits(self, limit_s: float) -> None:
-        """From now on, let a rank stop all ranks if one collective takes longer than ``limit_s``; 0 means no limit."""
+        """From now on, stop all ranks if this rank waits over ``limit_s`` seconds in one collective; 0: no limit."""
         self._watchdog.limit_s = limit_s
 
     def close(self) -> None:

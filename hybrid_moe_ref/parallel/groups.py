@@ -17,9 +17,9 @@ device."""
 def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the groups to which ``rank`` belongs, as name -> global ranks.
 
-    "dp" has ranks with different requests, "ep" the ranks that share the experts. If tp_size > 1, "tp" has the ranks
-    that run the same tokens, and "world" has all ranks. Ranks are numbered dp-major: rank = dp_rank * tp_size +
-    tp_rank.
+    "dp" has the ranks with the same tp_rank, which have different requests; "ep" has all ranks. If tp_size > 1, "tp"
+    has the ranks that run the same tokens, and "world" has all ranks. Ranks are numbered dp-major: rank = dp_rank *
+    tp_size + tp_rank.
     """
     num_ranks = parallel.world_size
     tp_rank = rank % parallel.tp_size

@@ -44,7 +44,10 @@ class Drafting:
         self._sequences: dict[Running, Sequence] = {}
 
     def num_rows(self, num_live: int) -> int:
-        """Return the number of rows of this rank in every pass after the first. An idle rank has a dummy row."""
+        """Return the number of rows of this rank in every pass after the first. An idle rank has a dummy row.
+
+        The result is 0 if `num_drafts` is 0. num_live: number of live requests of this rank
+        """
         return max(1, num_live) if self._engine.num_drafts else 0
 
     def allocate(self) -> None:
@@ -58,6 +61,9 @@ class Drafting:
     ) -> None:
         """Draft the tokens that follow the last token of each request. The next step verifies them.
 
+        The drafts are kept in `request.drafts`.
+
+        batch, tokens_N, hidden_NH: the step that has just run: its batch, its tokens, the model's hidden states
         sequences: the requests' sequences in the model's cache. The requests' sequences in the drafter's own cache are
         cut to the same lengths
         """
@@ -97,6 +103,6 @@ class Drafting:
                 tokens_N, hidden_NH = tokens_N.new_zeros(1), hidden_NH.new_zeros(1, hidden_NH.shape[1])
 
     def end(self, request: Running) -> None:
-        """Free the cache of a request that is complete or preempted."""
+        """Free the pages of the drafter's cache that a complete or preempted request has."""
         if self._cache is not None and request in self._sequences:
             self._cache.free(self._sequences.pop(request))

@@ -51,7 +51,10 @@ class ServeLoop:
 
     @torch.inference_mode()
     def run(self, on_token: OnToken | None = None) -> dict[str, list[int]]:
-        """Serve all requests. Returns the new tokens of each by its id."""
+        """Serve all requests. Returns the new tokens of each request by its id.
+
+        on_token: called with the id of a request and each of its new tokens
+        """
         scheduler, policies = self._scheduler, self._policies
         for step in itertools.count():
             asks = self._runner.protocol.asks(step + 1)
@@ -73,7 +76,7 @@ class ServeLoop:
         return scheduler.finished
 
     def _live(self, running: list[Running], asks: bool) -> NewTokens:
-        """Run one step of this rank's requests. Returns the new tokens of each request.
+        """Run one step of this rank's requests. Returns (request id, new token) pairs.
 
         asks: whether the step ends with the question "is anyone unfinished?"
         """
@@ -96,14 +99,14 @@ class ServeLoop:
         return [(r.request.request_id, token) for r, new in zip(running, new_tokens, strict=True) for token in new]
 
     def _make_room(self) -> None:
-        """Preempt requests if the cache has too few pages.
+        """Preempt requests if the cache has too few pages for the next step.
 
         Preempted requests wait, and later start from the beginning.
         """
         self._release(self._scheduler.make_room())
 
     def _release(self, requests: list[Running]) -> None:
-        """Free the cache pages of these requests."""
+        """Free the pages of these requests in the caches of the model and of the drafter."""
         for request in requests:
             self._cache.free(self._sequences.pop(request))
             self._drafting.end(request)

@@ -53,8 +53,9 @@ class Running:
     def pending(self) -> Sequence[int]:
         """Return the tokens that the model must run before it makes a new one.
 
-        These are at first the prompt, and then the last token. After a preemption they are all tokens. After rejected
-        drafts they are the accepted tokens of the step that was undone.
+        At first these are the prompt, or what earlier steps have left of it; later, the last token. After a preemption
+        they are all tokens. After a rejected draft, they are the last token before the undone step, the accepted
+        drafts, and the token that the model chose after these.
         """
         prompt = self.request.prompt
         if self.num_cached < len(prompt):
@@ -63,7 +64,7 @@ class Running:
 
     @property
     def num_wanted(self) -> int:
-        """Return the number of tokens that the request would run in a step without a limit."""
+        """Return the number of tokens that the request would run in a step if steps had no limit of tokens."""
         return len(self.request.prompt) + len(self.output) - self.num_cached + len(self.drafts)
 
     def next_tokens(self) -> Sequence[int]:
@@ -82,13 +83,14 @@ class Running:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all tokens have been generated."""
+        """Whether all tokens have been generated, or the last one ends the text."""
         return self.num_left <= 0 or any(token in self.request.stop_ids for token in self.output[-1:])
 
     def advance(self, new: Sequence[int]) -> None:
         """Record the step's new tokens: the accepted drafts, and one token after them.
 
-        After a rejected draft the cache is in its state before the step.
+        After a rejected draft, `num_cached` does not change, because the cache was set back to its state before the
+        step.
         """
         was_undone = self.makes_tokens and len(new) <= len(self.drafts)
         self.num_cached += 0 if was_undone else self.num_fed
@@ -109,7 +111,8 @@ class Scheduler:
     pages_for: number of tokens of a sequence -> cache pages that it takes; by default 0, so that the cache is never
     full
 
-    Raises ConfigError for a request that the cache could never hold.
+    Raises ConfigError for a request that has no prompt, asks for no new token or could never fit into the cache, and
+    for two requests with the same id.
     """
 
     def __init__(
@@ -148,10 +151,10 @@ class Scheduler:
         return self._config.num_pages - sum(running.num_pages for running in self._running)
 
     def make_room(self) -> list[Running]:
-        """Preempt the youngest requests until the others have pages for their next step. Returns the preempted ones.
+        """Preempt the youngest requests until the others have pages for their next step. Returns those preempted.
 
-        Preempted requests wait before all others, and run from the beginning again. The oldest request is never
-        preempted, so all requests are served in the end.
+        Preempted requests are the first to be admitted again, and run from the beginning again. The oldest request is
+        never preempted, so all requests are served in the end.
         """
         preempted = []
         self._share_tokens()

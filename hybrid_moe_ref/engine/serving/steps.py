@@ -31,6 +31,7 @@ class Steps:
         The rank proposes to replay a graph if a captured size is large enough, and to split the step if it has enough
         tokens.
 
+        feeds            the tokens of each request in the step, or of the dummy batch
         num_live         number of live requests; 0 for a dummy batch
         asks_unfinished  whether the step ends with the question "is anyone unfinished?"
         may_replay       whether a graph may be proposed

@@ -24,7 +24,7 @@ class Verification:
 
     @classmethod
     def begin(cls, running: list[Running], sequences: list[Sequence]) -> Self:
-        """Save snapshots of the requests' states before the step runs, so that rejected drafts can be undone."""
+        """Save a snapshot of each request with drafts before the step runs, so that rejected drafts can be undone."""
         before = [
             sequence.cache.snapshot(sequence) if request.drafts else None
             for request, sequence in zip(running, sequences, strict=True)
@@ -42,6 +42,8 @@ class Verification:
 
     def new_tokens(self, chosen: list[list[int]]) -> list[list[int]]:
         """Return the accepted drafts of each request, and the model's next token after them.
+
+        For a request that still has pending tokens, return [].
 
         Restores the cache of a request with a rejected draft to its state before the step.
 

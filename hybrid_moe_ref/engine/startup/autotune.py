@@ -1,4 +1,4 @@
-"""Autotuning: at the start, time each tactic (way to compute the experts), and use the one that is fastest on average.
+"""Autotuning: at the start, time each tactic (way to compute the experts), and use the fastest for each number of rows.
 
 For each pair of a tactic and a number of rows, an all-reduce averages the time over the ranks, so that all ranks make
 the same choice.
@@ -104,7 +104,7 @@ class ExpertTuner:
 
     @torch.inference_mode()
     def time_all(self) -> Chosen:
-        """Time every tactic for every number of rows, average over the ranks, and return the fastest tactics."""
+        """Return the tactic with the lowest time for each number of rows; the times are averages over the ranks."""
         chosen = {}
         for rows in self._rows:
             seconds = {tactic: self._average(self._time(tactic, rows), rows, tactic) for tactic in TACTICS}
@@ -141,7 +141,10 @@ class ExpertTuner:
             layer.mlp = experts
 
     def load(self, file_name: str, key: str) -> Chosen | None:
-        """Return the choice that was saved under `key`; None if the file is absent, damaged or too large."""
+        """Return the choice that was saved under `key`.
+
+        Returns None if the file has none for the same numbers of rows, or is absent, damaged or too large.
+        """
         if self.folder is None:
             return None
         try:

@@ -69,7 +69,7 @@ class KernelBuilds:
             ensure(extension, place)
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Run every kernel once, after `prepare`, so that kernels which compile at their first use compile here."""
+        """Call `run`, which runs every kernel once, so that kernels which compile at their first use compile here."""
         run()
 
     def first_use(self, extension: Extension, place: BuildPlace) -> None:
@@ -85,8 +85,8 @@ def ensure(extension: Extension, place: BuildPlace) -> None:
 
     place: the cache folder, the rank and the callbacks of the build
 
-    Raises BuildFailed, LockTimeout, or ScheduleMismatch if another rank stopped the job; each with a reason in one
-    line.
+    Raises BuildFailed if the build fails, LockTimeout after `place.deadline_s` seconds, and ScheduleMismatch if another
+    rank stopped the job; each with a reason in one line.
     """
     if extension.is_loaded:
         return
@@ -120,8 +120,10 @@ def _build_once(extension: Extension, place: BuildPlace) -> None:
 
 
 def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
-    """Compile in a new thread. Meanwhile the calling thread sends heartbeats, and ends the compiler if the build must
-    stop."""
+    """Compile in a new thread. Meanwhile the calling thread sends heartbeats.
+
+    The calling thread ends the compiler if the build takes too long or another rank has stopped the job.
+    """
     outcome: list[BaseException | None] = []
 
     def build() -> None:

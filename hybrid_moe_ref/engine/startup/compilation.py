@@ -4,8 +4,8 @@ The row-wise modules are norms, routers and shared experts: everything between m
 collectives are not compiled, so the compiler never sees a hook that communicates. A module is not compiled again for
 each layer. It is compiled twice: for one row, and for any larger number of rows.
 
-One rank of the host compiles first and saves its output (Inductor's cache). The others wait for that rank's lock, which
-has a deadline and names its holder, and load the output.
+One rank of the host compiles first and saves its output (Inductor's cache). The other ranks of the host wait for the
+lock, which has a deadline and names its holder, and load the output.
 
 Shapes: N rows, H hidden.
 """
@@ -76,7 +76,7 @@ class Compiler:
 
     @torch.inference_mode()
     def compile_all(self) -> None:
-        """Call every compiled module for every number of rows in NUM_ROWS."""
+        """Call every compiled module for every number of rows in NUM_ROWS, so that it compiles now."""
         weight = self._model.model.embed_tokens.weight
         for part in self._parts:
             for num_rows in NUM_ROWS:

@@ -4,10 +4,10 @@
     check_start(config, policies)   also tries the policies in the roles of different ranks: with and without requests,
                                     with and without a tuning cache
 
-A policy must lead every rank to the same collectives, whatever the state of that rank is. The trial calls the policy
-with a substitute for the communicator that only counts collectives. An error of the policy ends the start. This finds
-the known faults, but not all possible ones; the schedule guard refuses the others while the server runs. This file uses
-neither torch nor communication.
+A policy must lead every rank to the same collectives, whatever the state of that rank is. A trial calls the policy
+without communication: with substitutes that only record what the policy does. An error of the policy ends the start.
+The trials find the known faults, but not all possible ones; the schedule guard refuses the others while the server
+runs. This file uses neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Refused(ConfigError):
 
 
 def check_start(config: ServerConfig, policies: Policies | None = None) -> list[str]:
-    """Raise Refused with the first finding; with `config.allow_unsafe`, return all findings instead."""
+    """Raise Refused with the first finding, if any; with `config.allow_unsafe`, return all findings instead."""
     reasons = list(findings(config, policies))
     if reasons and not config.allow_unsafe:
         raise Refused(f"{reasons[0]} (to start nevertheless: --allow-unsafe)")

@@ -70,7 +70,10 @@ class StartVote:
             raise _stopped(message)
 
     def _vote(self, error: str) -> None:
-        """Vote: raise PrepareFailed on every rank if a rank has an error, or if the configurations differ."""
+        """Vote: raise PrepareFailed on every rank if a rank has an error, or if the configurations differ.
+
+        error: the error of this rank; "" if its work succeeded
+        """
         shared = self._shared_text()
         digest = self._ballot.digest(shared)
         ballot = torch.tensor([self._comm.rank if error else NO_RANK, digest, -digest])

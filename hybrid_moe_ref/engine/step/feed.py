@@ -49,7 +49,7 @@ def from_text(text: str) -> tuple[Feed, ...]:
 def feed_differences(feeds_of_rank: Sequence[Sequence[Feed]], tp_size: int) -> Iterator[str]:
     """Yield a line for each tp group whose ranks have different feeds, that is different tokens for one step.
 
-    The line begins with the feed that the fewest ranks have.
+    The line names the tp group, then its feeds, first the feed that the fewest ranks have.
     """
     for first in range(0, len(feeds_of_rank), tp_size):
         sides: dict[tuple[Feed, ...], list[int]] = {}

@@ -39,14 +39,15 @@ class Graphs:
 
     @property
     def captured(self) -> dict[tuple[int, int], tuple[Collective, ...]]:
-        """Return (mode, size) -> the collectives that the replay issues, in order."""
+        """Return (mode, size) -> the collectives that the captured step issued, in order. A replay issues the same."""
         return dict(self._captured)
 
     @contextlib.contextmanager
     def running(self, mode: int, size: int) -> Iterator[None]:
         """Run the layers of a step inside this ``with``. Capture the first step of a mode and size; replay later ones.
 
-        Raises ScheduleMismatch before a replay issues a collective that was not captured.
+        This has no effect if `mode` is EAGER. Raises ScheduleMismatch before a replay issues a collective that was not
+        captured, or at the end if a captured collective was not issued.
         """
         if mode == EAGER:
             yield
@@ -88,7 +89,7 @@ class Tape:
         self.collectives.append(collective)
 
     def end(self) -> None:
-        """Check at the end of the layers that a replay has issued every captured collective."""
+        """Raise ScheduleMismatch if a replay has ended without issuing every captured collective."""
         if self._recorded is not None and len(self.collectives) < len(self._recorded):
             missing = collective_words(self._recorded[len(self.collectives)])
             raise ScheduleMismatch(f"a replay ended, but the captured step also issued {missing}")

@@ -32,10 +32,10 @@ class StepPlan:
     """One rank's proposal for a step, before the step agreement.
 
     step                 number of the model execution, the same on all ranks
-    num_tokens           rows of this rank; a rank without requests has a dummy batch of one row
+    num_tokens           rows of this rank, or of its dummy batch
     num_live             number of live requests; 0 for a dummy batch
     padded_tokens        rows after padding to a graph's size; 0 for no padding
-    mode                 graph mode that this rank could run
+    mode                 EAGER, or GRAPH if this rank could replay a graph
     wants_microbatch     whether this rank would split the step in two
     asks_unfinished      whether the step ends with the "anyone unfinished?" all-reduce
     schedule_hash        64-bit hash of the schedule that this rank is about to run
@@ -62,8 +62,8 @@ class StepPlan:
 class AgreedStep:
     """The result of the step agreement (C1). It is equal on every rank, and so is every decision that follows from it.
 
-    sizes          rows of each dp rank
-    mode           graph mode of the step
+    sizes          rows of each dp rank, with padding if a graph is replayed
+    mode           EAGER or GRAPH, for all ranks
     microbatch     whether the step is split in two
     same_schedule  whether all ranks that took part in the agreement are about to run the same schedule
     same_feed      whether the ranks of each tp group run the same tokens of the same requests

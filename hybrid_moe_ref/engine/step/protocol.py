@@ -59,7 +59,7 @@ class Protocol:
         return step
 
     def answer(self, unfinished: bool) -> list[int]:
-        """Return this rank's answer to whether it has unfinished work."""
+        """Return the numbers that this rank sends to answer whether it has unfinished work."""
         raise NotImplementedError
 
     def column(self, plan: StepPlan) -> list[int]:
@@ -95,7 +95,7 @@ class Protocol:
         raise NotImplementedError
 
     def _padded(self, rows: dict[str, Sequence[int]]) -> int:
-        """Return the size to which all ranks pad a step that replays a CUDA graph."""
+        """Return the size to which all ranks pad a step that replays a graph."""
         raise NotImplementedError
 
     def _splits(self, rows: dict[str, Sequence[int]]) -> bool:

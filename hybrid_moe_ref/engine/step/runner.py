@@ -70,7 +70,7 @@ class ModelRunner:
         """Run one step and return hidden states [N, H]. feeds: the tokens of each request in this step
 
         Raises ScheduleMismatch on every rank if their schedules differ, if the ranks of a tp group have different
-        feeds, or if a rank departs from its schedule.
+        feeds, or if a rank departs from its schedule; with checks="observe", nothing is compared.
         """
         schedule = self.schedules.whole(plan.asks_unfinished)
         self._plan = dataclasses.replace(plan, schedule_hash=self.schedules.hash(plan.asks_unfinished))
@@ -120,7 +120,7 @@ class ModelRunner:
     def draft(
         self, number: int, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None
     ) -> Tensor:
-        """Run pass ``number`` of the drafter. Returns hidden states [N, H], as :meth:`HybridMoE.draft` does."""
+        """Run pass ``number`` (from 0) of the drafter. Returns hidden states [N, H], whose logits predict the draft."""
         self._set_sizes(self._agreed.draft_sizes[min(number, 1)])
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 

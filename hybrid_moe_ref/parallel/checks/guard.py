@@ -49,7 +49,10 @@ class ScheduleGuard:
         self._sizes[group] = tuple(sizes)
 
     def stop_others(self, error: Exception) -> None:
-        """Make the ranks that wait for this rank raise `error`. Ignores an error that came from another rank."""
+        """Make the other ranks raise ScheduleMismatch with the text of `error`.
+
+        Does nothing if `error` is a `Stopped`, such as the error with which another rank stopped this one.
+        """
         if not isinstance(error, Stopped):
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 

@@ -27,6 +27,8 @@ def schedule_hash(schedule: Sequence[ScheduleEntry]) -> int:
 def first_difference(schedules: Sequence[Sequence[str]]) -> tuple[int, dict[str, list[int]]]:
     """Return the index of the first entry that differs between ranks, and entry -> ranks that have it at this index.
 
+    A rank whose schedule ends before this index has the entry "nothing". If no entry differs, the mapping is empty.
+
     schedules: the entries of each rank, as text
     """
     length = max(map(len, schedules))

@@ -48,7 +48,8 @@ class StrictComparison:
     def check(self, collective: Collective, members: Sequence[int]) -> None:
         """Return as soon as every member is about to issue the same collective.
 
-        Raises ScheduleMismatch on every member if one member is about to issue another collective, or does not arrive.
+        Raises ScheduleMismatch on every member if one member is about to issue another collective, or does not arrive
+        within `patience_s` seconds. Raises the error of another rank, or that of `lost`, if a member cannot arrive.
         """
         seq = self._seq[collective.group] = self._seq.get(collective.group, 0) + 1
         keys = [self._key(collective.group, seq, rank) for rank in members]
