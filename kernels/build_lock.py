@@ -78,7 +78,7 @@ class BuildLock:
     rank         this process's rank, which is written into the file; -1 if the process has none
     deadline_s   how many seconds to wait for the lock
     notify       called with (event, name, pid), like `Observer.local`: lock_wait, heartbeat, lock_held, lock_freed
-    check        called while this process waits; to give up, it may raise
+    check        called again and again while this process waits; if it raises an exception, the wait ends with it
     stale_s      how many seconds to wait for a holder that sends no heartbeat
 
     The start of the block raises LockTimeout if the lock is not free in time. It raises OSError if the folder cannot be

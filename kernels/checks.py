@@ -49,7 +49,11 @@ def values_known() -> Iterator[None]:
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Return whether the values of `x` may be read now. On a CPU this costs nothing; on a GPU the host must wait."""
+    """Return whether the values of `x` may be read now: always on a CPU.
+
+    On a GPU, not inside `values_known` and not while a CUDA graph is captured, because the host must wait for
+    the GPU to read them.
+    """
     return x.device.type == "cpu" or (not _known.count and not torch.cuda.is_current_stream_capturing())
 
 
@@ -106,7 +110,7 @@ class Sizes:
 def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
     """Check indices into a pool of states: each must be in range, and none may appear twice.
 
-    For a tensor on a GPU, the host waits for the GPU. Raises ValueError.
+    Without `can_read_values`, check nothing. For a tensor on a GPU, the host waits for the GPU. Raises ValueError.
     """
     if not can_read_values(slots_B):
         return
@@ -120,9 +124,10 @@ def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
 
 
 def cu_seqlens(name: str, cu_seqlens_X: Tensor, num_sequences: int, num_tokens: int) -> None:
-    """Check B + 1 numbers that never decrease: the first row of each of B sequences, and then the number of rows.
+    """Check B + 1 numbers that begin with 0 and never decrease: the first row of each of B sequences, then num_tokens.
 
-    For a tensor on a GPU, the host waits for the GPU. Raises ValueError.
+    Without `can_read_values`, check only the shape. For a tensor on a GPU, the host waits for the GPU. Raises
+    ValueError.
     """
     if cu_seqlens_X.shape != (num_sequences + 1,):
         raise ValueError(f"{name}: the shape is {list(cu_seqlens_X.shape)}, but must be [X = {num_sequences + 1}]")

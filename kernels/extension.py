@@ -153,7 +153,7 @@ def on_first_use(load: Callable[[Extension], None]) -> None:
 
 
 def missing() -> str:
-    """Return what this machine lacks to build an extension; "" if nothing. Only searches for programs."""
+    """Return what this machine lacks to build an extension; "" if nothing. It searches for programs and runs none."""
     compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
     if not shutil.which(compiler, path=_search_path()):
         return (
@@ -224,7 +224,7 @@ def has_baton() -> bool:
 
 @contextlib.contextmanager
 def _observed_lock(name: str, notify: Notify) -> Iterator[None]:
-    """Inside the ``with``, call `notify` when torch's own lock is waited for, taken or released."""
+    """Inside the ``with``, call `notify` for each event of torch's own lock and of the build that it protects."""
     from torch.utils import cpp_extension
 
     attribute, observed = ("FileBaton", _observed_baton) if has_baton() else ("FileLock", _observed_file_lock)

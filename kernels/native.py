@@ -107,7 +107,7 @@ def prepare(tick: Callable[[], None] = _nothing) -> str:
     tick: called several times a second, for heartbeats, while this process builds or waits for another process that
     builds. If it raises an exception, such a wait ends at once, but this process's own build is completed first
 
-    Raises ValueError, before any build, for an HMR_NATIVE_ISA that no processor has.
+    Raises ValueError, before any build, if HMR_NATIVE_ISA is not one of INSTRUCTION_SETS.
     """
     global _library, _error, _failed
     isa = os.environ.get("HMR_NATIVE_ISA", "")
@@ -163,7 +163,7 @@ def _lock(place: Path, tick: Callable[[], None]) -> BuildLock:
 
 
 def cannot_build() -> str:
-    """Return what this machine lacks to build the library; "" if nothing. Only searches for programs and headers."""
+    """Return what this machine lacks to build the library; "" if nothing. It only searches for files."""
     python_h = Path(sysconfig.get_path("include"), "Python.h")
     if not python_h.exists():
         return f"Python's headers are not installed: there is no {python_h} (Debian: apt-get install python3-dev)"

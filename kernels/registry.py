@@ -91,7 +91,7 @@ class Op:
         return chosen.run(x, *args, **options)
 
     def backend(self, x: Tensor) -> str:
-        """Return the name of the backend that runs a call whose first argument is `x`."""
+        """Return the name of the backend that runs a call with the first argument `x`, unless autograd records it."""
         return (self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)).backend
 
     def pick(self, device: torch.device | str, dtype: torch.dtype) -> Implementation:
@@ -184,7 +184,8 @@ def _forget() -> None:
 def use(choice: str) -> None:
     """Set the choice of this process.
 
-    "native" builds or loads its library now, so that no later call does. If that fails, one log line says why.
+    "native" builds or loads its library now, so that no later call does. If that fails, one log line says why, and
+    torch runs instead.
 
     Raises ValueError for an unknown choice.
     """
@@ -197,9 +198,10 @@ def use(choice: str) -> None:
 
 
 def prepare(tick: Callable[[], None] = lambda: None) -> None:
-    """Build or load the library that the current choice needs; otherwise the first call does it.
+    """If the current choice is "native", build or load its library now. Otherwise do nothing.
 
-    A server calls this before its ranks wait for each other.
+    If that fails, one log line says why, and torch runs instead. Without this function, the first call of an operation
+    builds or loads the library. So a server calls it before its ranks wait for each other.
 
     tick: called several times a second during a build, see `native.prepare`
     """
@@ -265,5 +267,5 @@ def checking() -> bool:
 
 
 def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """Return the backend that runs each imported operation, by the operation's name."""
+    """Return operation -> its backend for this device and dtype, for each operation whose package is imported."""
     return {name: op.pick(device, dtype).backend for name, op in sorted(_ops.items())}

@@ -41,7 +41,8 @@ class Chunks:
 
     order    indices of the sequences in that order, without sequences that have no rows
     counts   number of sequences that have an n-th chunk, for each n
-    rows_Z_  index of the row at each position of each chunk, [Z C]; None if the rows are in order already
+    rows_Z_  index of the row at each position of each chunk, [Z C], and num_rows at positions that are padding; None if
+             the rows are in order already
     """
 
     size: int

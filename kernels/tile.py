@@ -41,7 +41,7 @@ def missing() -> str:
 
 
 def config(kernel: str, default: Config) -> Config:
-    """Return the sizes with which to launch a kernel: `default`, or inside `forcing` the sizes that it was given.
+    """Return the sizes with which to launch a kernel: inside `forcing` of this kernel its sizes, else `default`.
 
     The default must depend on shapes only. There is no autotuning at launch: its choice would differ between ranks, a
     rank that tunes would make its peers wait in a collective, and kernels that update states in place would run several

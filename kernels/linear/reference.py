@@ -23,7 +23,8 @@ def project(x_NH: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 def product(x_NH: Tensor, weight_OH: Tensor) -> Tensor:
     """Return x weight^T [N, O] for one weight.
 
-    On a CPU, torch computes few rows on one thread. A batched product over blocks of the weight uses more threads.
+    torch computes a product of few rows on one thread of a CPU. So a few float32 rows on a CPU are multiplied by blocks
+    of the weight, in one batched product that uses more threads.
     """
     (N, H), O = x_NH.shape, weight_OH.shape[0]
     if N <= MAX_ROWS and O * H >= MIN_WEIGHT and x_NH.dtype == torch.float32 and x_NH.is_cpu:

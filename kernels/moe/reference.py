@@ -90,7 +90,10 @@ def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Te
 
 
 def expert_by_expert(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Return each pick's output [P, H], zero if its expert is not held."""
+    """Return each pick's output [P, H], zero if its expert is not held.
+
+    Sorts the picks by expert, so that each expert multiplies all its rows at once.
+    """
     (E, _, H), K = gate_up_EJH.shape, ids_NK.shape[1]
     ids_P = ids_NK.flatten()
     ids_P = ids_P.where((ids_P >= 0) & (ids_P < E), E)

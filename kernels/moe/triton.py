@@ -155,8 +155,9 @@ def _plan(
     ids_ptr, tile_expert_ptr, tile_picks_ptr, num_picks, num_tiles,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Write the tiles of one expert: for each tile, the expert's id and BM picks. Unused places get num_picks, which is
-    the number of no pick; unused tiles get the expert id -1.
+    """Write the tiles of one expert: for each tile, the expert's id and the numbers of BM picks.
+
+    Places without a pick get num_picks, which is not the number of any pick. Tiles without an expert get the id -1.
 
     Every Triton program counts all picks, which saves a launch and keeps the picks of a tile in their original order.
     """

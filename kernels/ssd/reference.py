@@ -87,7 +87,7 @@ def decode(
 
 
 def time_step(dt__H: Tensor, dt_bias_H: Tensor, limit: tuple[float, float | None]) -> Tensor:
-    """Return the time step softplus(dt + dt_bias), clamped to the two numbers of `limit`."""
+    """Return the time step softplus(dt + dt_bias), clamped to `limit`: (smallest, largest or None for no limit)."""
     return F.softplus(widen(dt__H) + widen(dt_bias_H)).clamp(*limit)
 
 

@@ -110,8 +110,8 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
 def unpack(path: Path, into: Path) -> dict[str, str]:
     """Unpack a zip into a new folder. Returns file -> SHA-256.
 
-    Raises ValueError if the path is not a regular file. Raises ArchiveError if the file is not a zip, is damaged, or
-    contains anything that a bundle does not contain.
+    Raises ArchiveError if the file does not exist, is not a zip, is damaged, or contains anything that a bundle cannot
+    contain; ValueError if it is not a regular file.
     """
     sums: dict[str, str] = {}
     if not path.exists():
@@ -144,11 +144,13 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) 
 
 
 def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
-    """Return a line for each difference between the files and MANIFEST.json.
+    """Return a line for each file that is missing, changed or not in MANIFEST.json.
 
-    sums: file -> SHA-256
+    folder: an unpacked bundle, with its MANIFEST.json
+    sums: file -> SHA-256, of the unpacked files
+    where: the name of the zip for error messages
 
-    Raises ArchiveError if MANIFEST.json is missing.
+    Raises ArchiveError if MANIFEST.json is missing or damaged.
     """
     try:
         document = read_json(folder / MANIFEST)
@@ -179,8 +181,8 @@ def verify(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """Yield the run directory of ``path``. A bundle is unpacked into a temporary folder, which is removed at the end of
-    the ``with`` block.
+    """Yield a run directory: ``path`` itself, or, if ``path`` is the file of a bundle, a temporary folder with the
+    content of the bundle, which is removed at the end of the ``with`` block.
 
     Raises ArchiveError for a zip that is not a bundle, is not safe to open, or differs from its manifest. An error of
     the ``with`` block about an unusable file in the bundle is raised as ArchiveError, too.

@@ -86,19 +86,20 @@ Judge = Callable[[RunDir], Verdict]
 def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict:
     """Judge a run from its files.
 
-    comparison: compares the run's tokens with the reference; None if the tokens were not compared
+    comparison: the result of comparing the run's tokens with the reference; None if they were not compared
     """
     comparison = comparison or Comparison(missing="the results in the bundle were not compared")
     return judge_files(run_dir, options_of(read_description(run_dir.description)), comparison).verdict
 
 
 def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: Judge = judge_copy) -> Made:
-    """Write the bundle of a run and of its other variants. The default ``path`` is beside the runs.
+    """Write one bundle of the run at ``root`` and of the runs beside it that differ only in their variant.
 
-    judge: judges each copy, so the verdict in the bundle comes from the files in the bundle
-    with_logs: keep text that no rule recognises, if a search finds nothing in it that may be private
+    path: the zip to write; by default it is beside the main run and has that run's name
+    with_logs: also keep text that no rule recognises, if a search finds nothing in it that may be private
+    judge: gives the verdict on the redacted copy of each run; the bundle has the evidence and sentences of this verdict
 
-    If one of the variants is the fault, it is the main run of the bundle. Raises ConfigError if there is no run,
+    The main run of the bundle is the one of variant `fault`, if there is one. Raises ConfigError if there is no run,
     LeakError if a private name was found, OSError if the zip cannot be written.
     """
     root = root.resolve()
@@ -151,7 +152,7 @@ def _family(root: Path) -> dict[str, Path]:
 
 
 def _hosts(run: Path) -> Iterator[str]:
-    """Yield the name of each rank's host. All names are needed before any file is redacted: each may name any host."""
+    """Yield the name of each rank's host. All are needed before a file is redacted, because it may name any host."""
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
@@ -186,7 +187,9 @@ def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[st
 
 
 def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -> bytes:
-    """Return a file's redacted bytes.
+    """Return a file's redacted bytes. Add to ``notes`` if the file is shortened.
+
+    kind: the name of the file's folder in the run, such as "events"; for a file outside such folders, its own name
 
     Raises ValueError if its content is not of this kind, OSError if it is unreadable.
     """
@@ -206,10 +209,11 @@ def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -
 
 
 def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: list[str]) -> None:
-    """Judge the copy, and write the evidence and the sentences of this judgement into the copy's verdict.json.
+    """Judge the copy, and write evidence and sentences into the copy's verdict.json. Without this file, do nothing.
 
-    Recognised lines of the run's own evidence are kept, because some of them are observations of the watcher, which
-    cannot be made again from the copy.
+    Recognised lines of the run's own verdict.json are kept, because some of them are observations of the watcher, which
+    cannot be made again from the copy. The other lines are replaced by those of the new judgement. If the copy gives
+    another verdict, cause or culprits, or cannot be judged, this is added to ``notes``.
     """
     path = copy / "verdict.json"
     if not path.exists():
@@ -240,9 +244,11 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
 
 
 def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
-    """Keep each recognised line of the run's evidence; replace the others by lines of the judgement of the copy.
+    """Return the lines of ``before``, each unrecognised one replaced by the line of ``again`` at the same place.
 
-    before: the run's lines; again: the lines of the judgement of the copy, in the same order
+    If this line is not recognised either, or does not exist, nothing takes the place.
+
+    before: a list of lines from the run's verdict.json; again: the same list from the judgement of the copy
     """
     if not isinstance(before, list):
         return []
@@ -261,7 +267,7 @@ def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
 
 
 def _environment(recogniser: Recogniser) -> str:
-    """Run torch.utils.collect_env in a child process, and return its redacted output."""
+    """Run torch.utils.collect_env in a new process. Return its redacted output, or a line that says how it failed."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     intro = (
         "torch.utils.collect_env, on the machine and at the time at which this bundle was made.\nThe files in env/ "
@@ -277,9 +283,9 @@ def _environment(recogniser: Recogniser) -> str:
 
 
 def _reproducer(data: RunData, others: list[RunData], notes: list[str]) -> str:
-    """Return the source of one script that repeats the hang.
+    """Return the source of one script that repeats the hang. Raises ReplayError if the run cannot be replayed.
 
-    The script can also repeat the run of the fix, if that run ended normally and can be replayed.
+    With --fix the script repeats the run of the fix, if that run has the verdict `clean` and can be replayed.
     """
     if replay.is_that_of_ep_deadlock(data.verdict):
         return replay.EP_DEADLOCK.read_text()

@@ -35,7 +35,9 @@ def private_values(variables: Mapping[str, str]) -> set[str]:
 def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
     """Raise LeakError if a file still has a private name.
 
-    This search does not use the rules of redaction, so it also finds their mistakes.
+    This search does not use the rules of redaction, so it also finds their mistakes. Names that could be there by
+    chance are not searched for: names that have only letters, in the files that this program writes itself, and names
+    of fewer than six characters, in witnesses.
     """
     patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
     page = [style().encode(), script().encode()]

@@ -111,7 +111,10 @@ def _refuse_what_would_not_hang(verdict: Document) -> None:
 
 
 def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict[str, tuple[int, ...]]]:
-    """Return rank -> its actions before step ``steps`` (None: all actions), and group -> its members."""
+    """Return rank -> its actions before step ``steps`` (None: all actions), and group -> its members.
+
+    Raises ReplayError if a witness is missing or incomplete, or has an action that cannot be replayed.
+    """
     witnesses, refused = read_dir(root / "events")
     if refused or not witnesses:
         raise ReplayError(refused[0] if refused else f"{root}: no rank has left a witness file")

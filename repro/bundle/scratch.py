@@ -14,10 +14,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """Yield a folder for a ``with`` block. The first signal raises KeyboardInterrupt (repro.hosts.interrupt).
+    """Yield a new folder for a ``with`` block, and remove it at the end of the block.
 
-    A signal that arrives while the folder is created takes effect directly after that. From then on, the folder is
-    removed whatever happens.
+    The first SIGINT, SIGTERM or SIGHUP of a command raises KeyboardInterrupt (repro.hosts.interrupt). While the folder
+    is created, this is delayed. If it happens during the removal, the removal is completed first.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -20,7 +20,7 @@ FILES = ("report.html", "timeline.svg", "trace.json")
 def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> RunData:
     """Write the three files of the report into a run directory. Returns the data from which they were made.
 
-    beside: runs to show next to this one; by default the newest runs of its folder that differ only in their variant.
+    beside: runs to show next to this one; by default the newest runs beside ``root`` that differ only in variant.
     place: the path to show in the commands of the report instead of ``root``, for example after the run has moved.
 
     Raises ConfigError if the folder contains nothing of a run, OSError if it cannot be written to.
@@ -36,5 +36,5 @@ def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> 
 
 
 def write_all(roots: Iterable[Path]) -> list[RunData]:
-    """Write the report of each run, as :func:`write` does."""
+    """Call :func:`write` for each run directory. Returns the data of each run."""
     return [write(root) for root in roots]

@@ -177,7 +177,10 @@ def _read_lanes(data: RunData) -> None:
 
 
 def _look_for_rank_files(data: RunData) -> None:
-    """List the ranks whose files are missing. Only unfinished runs have stacks and Flight Recorder dumps."""
+    """Add to ``missing`` which ranks lack a witness or a log, and what is wrong with unreadable files.
+
+    For a run whose ranks are stuck, do the same for stacks and Flight Recorder dumps; other runs have none.
+    """
     ranks, run_dir = range(min(data.num_ranks, MAX_RANKS)), data.run_dir
     kinds: list[tuple[str, Callable[[int], Path], Callable[[Path], object]]] = [("logs", run_dir.log, _check_log)]
     if data.stuck:
@@ -194,7 +197,7 @@ def _look_for_rank_files(data: RunData) -> None:
 
 
 def _is_there(data: RunData, path: Path, check: Callable[[Path], object]) -> bool:
-    """Whether the file exists. If ``check`` raises an error, add the error to ``missing``."""
+    """Whether the file exists. ``check`` reads it; if that fails, the error is added to ``missing``."""
     try:
         check(path)
     except FileNotFoundError:
@@ -246,7 +249,10 @@ def headline(verdict: Document) -> str:
 
 
 def siblings(root: Path, data: RunData) -> list[Path]:
-    """Return the newest run of each other variant in the folder of ``root`` that has otherwise the same settings."""
+    """Return the runs beside ``root`` with its settings but another variant: the newest of each variant.
+
+    Only runs with a verdict.json are considered. [] if the run at ``root`` has no readable run.json.
+    """
     described = data.description
     if described is None or not described.family:
         return []

@@ -115,7 +115,11 @@ def _phase_began_ns(witness: Witness) -> int:
 
 
 def _folded(rows: list[Row]) -> list[tuple[list[int], Row]]:
-    """Return (ranks, row). If the table would be too long, ranks at one place share a row with their longest times."""
+    """Return (its ranks, row) for each row of the table.
+
+    With more than MOST_ROWS ranks, ranks with the same phase, step and place share a row, which has the longest times
+    of any of them.
+    """
     if len(rows) <= MOST_ROWS:
         return [([row.rank], row) for row in rows]
     together: dict[tuple[str, str, str], list[Row]] = {}

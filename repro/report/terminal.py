@@ -46,7 +46,7 @@ def say(console: Console, text: str) -> None:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table. If the terminal is so narrow that words would break, print each row as one long line."""
+    """Print a table. Without a terminal, or if it is so narrow that words would break, print each row as one line."""
     if console.is_terminal and narrowest(console, table) <= console.width:
         console.print(table)
     else:

@@ -96,9 +96,9 @@ def _spans(data: RunData, lane: Lane, start_ns: int, end_ns: int, skip: int) -> 
 
 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
-    """Write a span as two events, its begin and its end.
+    """Yield two events for a span, one for its begin and one for its end, from one event with a duration.
 
-    One event with a duration is not possible, because such events of one track must not overlap partly.
+    Events with a duration must not overlap partly in one track, but these spans may.
     """
     dur = event.pop("dur")
     yield {**event, "ph": "b", "id": identity}
@@ -126,7 +126,7 @@ def _waiting_flows(data: RunData, start_ns: int, end_ns: int) -> Iterator[dict[s
 
 
 def _stuck_spans(data: RunData) -> dict[int, int]:
-    """Return rank -> the index of its last span without an end, which is a call or a wait for a lock."""
+    """Return rank -> the index of its last call or wait for a lock that has no end, for ranks that have one."""
     kinds = [label.kind for label in data.labels.table]
     return {
         lane.rank: place

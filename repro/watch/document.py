@@ -27,7 +27,7 @@ class Side(msgspec.Struct, frozen=True, omit_defaults=True):
     """One side of a divergence: the ranks that issued the same call, or that are at the same position.
 
     sizes, dtype, reduce_op, root   the arguments of the call; None if only the position of the ranks is given
-    planned     the schedule's entry at this place, "ep all_gather_v of layers.0.moe"; only for culprits
+    planned     the entry of the declared schedule at this place, "ep all_gather_v of layers.0.moe"; only for culprits
     conforms    False for culprits that left their declared schedule; None for all others
     """
 
@@ -79,7 +79,7 @@ class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
 class Watcher(msgspec.Struct, frozen=True):
     """The watcher's host and pid namespace, and the time of its last snapshot of the run.
 
-    If the run is judged again later, the times and process ids in the witnesses are compared with these.
+    A later judgement of the run needs them to compute how long before the snapshot each event happened.
 
     now_ns   the time of the snapshot on the monotonic clock of the watcher's host
     """
@@ -134,14 +134,14 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     scenario ... seed    the settings of the run
     verdict              a class of `repro.verdict.classes`; "" if the run is not decided
     cause                a cause of this class; None if there is none
-    culprits ... quiet_s as in :class:`repro.verdict.Verdict`
+    culprits ... quiet_s the fields of :class:`repro.verdict.Verdict` with these names
     sentences            what each rank does: one sentence for all ranks in the same position
     expected             the verdict that the lab's scenario expects; None outside the lab
     matches_expected     whether the verdict is the expected one; None outside the lab
-    watcher              the process that judged the run; None in files that do not name it
+    watcher              the process that judged the run; None if the file does not name it
     system               the facts that were judged together with the witnesses
     notes                other observations of the watcher, in sentences
-    judged               rank -> how much its witness contained when it was judged; the witness may have grown since
+    judged               rank -> how much the rank's witness contained when it was judged; it may have grown since
     interrupted          whether the user ended the run before it was decided
     ended_by             a sentence about the signal that ended the launcher, and so the run; "" if there was none
     skipped              why a run of the lab did not take place; "" if it did

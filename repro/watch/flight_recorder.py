@@ -1,7 +1,9 @@
 """Compare PyTorch's Flight Recorder dumps with the witnesses.
 
 PyTorch records collectives in its Flight Recorder, and our recorder writes them to the witness. If both show the same
-pending collective, the rank's position is certain. If they differ, its position is not known.
+pending collective, the rank's position is certain. A pending collective of the same group with a higher number is no
+contradiction, because the Flight Recorder counts each collective within a call separately. A dump
+without collectives of this group is ignored. In all other cases the rank's position is not known.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class RecorderCheck:
 
     agree          ranks whose dump and witness show the same pending collective
     ahead          ranks whose dump shows a later pending collective of the same group
-    contradicted   rank -> the pending collectives that the dump shows instead
+    contradicted   rank -> a line with the pending collectives of the dump and with that of the witness, which differs
     """
 
     agree: list[int] = field(default_factory=list)

@@ -62,7 +62,7 @@ Some failures pass by themselves: a stale NFS file handle, or a lack of file des
 class Watch:
     """Watches one run until there is a verdict. The caller passes in, as functions, what depends on the kind of job.
 
-    job_alive     returns whether the processes that were started still exist
+    job_alive     returns whether the job still runs; if not, the watch ends after a short wait
     compare       compares the results with the reference when all ranks are done. While it returns None (not ready),
                   it is called again. Its argument is True at the last call, which must return a Comparison
     describe      makes the content of verdict.json from a verdict, with the settings of the run
@@ -70,7 +70,7 @@ class Watch:
                   blocks; by default the same ones
     interrupted   returns whether the user has asked for the end of the run
     show          displays the progress; called at every poll with the open witnesses
-    notice        prints a line; called when the waits between ranks have changed
+    notice        prints a line of text, for example the waits between ranks when they have changed
     remark        returns a line to print about a verdict that is not final, or "". Equal lines are printed only once
     """
 
@@ -182,7 +182,7 @@ class Watch:
         return self._decide_in_quiet()
 
     def _report_builds(self, now_ns: int) -> None:
-        """Print which ranks wait for a rank that builds a kernel. This does not need a quiet window."""
+        """Print which ranks wait for a rank that builds a kernel, also while ranks record events (see `Notices`)."""
         if self._notices.is_build_check_due(now_ns, self._tails.waiting_since_ns()):
             verdict = self._judge()
             self._notices.builds(verdict, now_ns, self.host.now_ns())
@@ -211,7 +211,10 @@ class Watch:
         return verdict if class_of(verdict.verdict).final and not moved else None
 
     def _conclude(self, why: str = "") -> Verdict:
-        """Return the final verdict from the evidence at hand, because the watch must end now. why: a note about it."""
+        """Return the final verdict from the evidence at hand, because the watch must end now.
+
+        why: the reason, which becomes a line of the verdict's evidence; "" for none
+        """
         self._reasons = [why] if why else []
         if self.all_done() and (verdict := self._compared(final=True)) is not None:
             return verdict
@@ -256,9 +259,10 @@ class Watch:
         return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].writer.pid for rank in here})]
 
     def _compared(self, final: bool) -> Verdict | None:
-        """Compare the results of a run whose ranks are all done. Return the verdict: `clean` if the results are right.
+        """Compare the results of a run whose ranks are all done. Return the verdict.
 
-        Return None if the results cannot be compared yet. final: whether this is the last call
+        If the results are right, the verdict is `slow` if the run had long silences (see `Silences`), else `clean`. If
+        they were not compared, it is `inconclusive`. None if they cannot be compared yet. final: this is the last call
         """
         comparison = self.compare(final)
         if comparison is None:

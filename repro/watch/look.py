@@ -25,7 +25,7 @@ class Look:
     watcher     the process that took the snapshot; now_ns and ``facts.died`` are on the clock of its host
     now_ns      the monotonic clock just before the files were read, so the time of reading does not count as quiet time
     witnesses   rank -> witness; ranks whose witness could not be read are absent
-    notes       further observations of the watcher, in sentences; they are in no other file of the run
+    notes       further observations of the watcher, in sentences; of the files of the run, only verdict.json has them
     """
 
     watcher: Identity
@@ -65,6 +65,6 @@ class Look:
         return verdict.with_evidence([*confirmed, *contradicted, *missing, *self.notes])
 
     def none_began(self) -> bool:
-        """Whether no rank has opened its witness, and no rank has ended."""
+        """Whether there are witnesses, but no rank has opened one, and no rank has ended."""
         writers = [witness.writer for witness in self.witnesses.values()]
         return bool(writers) and not any(writer.pid for writer in writers) and False not in self.facts.alive.values()

@@ -40,10 +40,10 @@ class Notices:
         self._builds_ns = 0
 
     def silence(self, verdict: Verdict) -> None:
-        """Print the waits between ranks, if they have changed since the last notice, and a new remark.
+        """After a quiet window, print the waits between ranks and the remark, if they are new.
 
-        The watcher calls this after a quiet window. The waits are not printed if all are shorter than half a quiet
-        window.
+        The waits are new if they have changed since they were printed last; they are not printed if all are shorter
+        than half a quiet window. The remark is new if it was never printed.
         """
         if (remark := self._remark(verdict)) and remark not in self._remarks:
             self._remarks.add(remark)

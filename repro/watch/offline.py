@@ -39,7 +39,8 @@ class Again:
 
     look      the snapshot that was judged
     decided   the verdict.json that the watcher wrote; None if there is none, or if it is damaged
-    whole     whether every file that was read is complete and undamaged
+    whole     False if verdict.json or a witness is damaged or incomplete, if a witness has changed since the verdict,
+              or if the witnesses are not all of one run
     """
 
     verdict: Verdict
@@ -54,6 +55,8 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
     If the run has a verdict.json, the judge gets the watcher's last snapshot of the run: verdict.json has the time and
     the facts of this snapshot. So the verdict is the same on any machine. If verdict.json is missing or damaged, the
     processes of the run are observed now for LOOK_S seconds, and their present state is judged.
+
+    comparison   the result of comparing the run's tokens with the reference
     """
     damaged: list[str] = []
     decided: Document | None = None

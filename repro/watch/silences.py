@@ -19,7 +19,8 @@ class _Silence:
 
     lasted_s   for how many seconds it has lasted
     starved_s  for how many of these seconds the awaited ranks lacked a processor
-    share      the share of the time in which the awaited ranks lacked a processor, as last measured, 0 to 1
+    share      the share of the time, 0 to 1, in which an awaited rank lacked a processor, as last measured; of several
+               awaited ranks, the largest share
     """
 
     lasted_s: float = 0.0
@@ -45,13 +46,15 @@ class Silences:
         self._kept: tuple[int, ...] | None = None
 
     def remember(self, verdict: Verdict, facts: Facts, alive_s: float, quiet_window_s: float) -> None:
-        """Remember for how long ranks have waited.
+        """Remember for how many seconds ranks have waited for the culprits of a `slow` verdict ("awaited ranks").
 
-        Nothing is remembered if the verdict is not `slow`, if fewer ranks wait than are awaited, or if all awaited
-        ranks are suspended (SIGSTOP or a debugger). If all awaited ranks build a kernel, the whole wait counts.
-        Otherwise the wait counts only if no rank has sent a heartbeat in the last quiet window. The time in which the
-        awaited ranks lacked a processor then does not count, because the machine was busy, and the job itself was not
-        slow.
+        If all awaited ranks build a kernel, this is the time for which all blocked ranks have waited. Otherwise it is
+        the silence without the time in which the awaited ranks lacked a processor: then the machine was busy, and the
+        job itself was not slow.
+
+        Nothing is remembered if the verdict is not `slow`, if fewer ranks wait than are awaited, if all awaited ranks
+        are suspended (SIGSTOP or a debugger), if a longer wait for the same ranks is known, or, unless all awaited
+        ranks build a kernel, if a rank has sent a heartbeat in the last quiet window.
 
         alive_s   seconds since the last heartbeat of any rank
         """
@@ -94,9 +97,9 @@ class Silences:
         return silence.starved_s
 
     def slowest(self, quiet_window_s: float) -> Verdict | None:
-        """Return the verdict of the longest silence, with a line of evidence for each other long silence.
+        """Return the `slow` verdict of the longest silence; None if no silence lasted SLOW_WINDOWS quiet windows.
 
-        None if no silence lasted SLOW_WINDOWS quiet windows.
+        The verdict has a line of evidence for each other silence that lasted so long.
         """
         silences = sorted(self._longest.values(), key=lambda silence: -silence[0])
         silences = [silence for silence in silences if silence[0] >= SLOW_WINDOWS * quiet_window_s]
@@ -108,7 +111,7 @@ class Silences:
 
 
 def _waited_for_a_build(verdict: Verdict) -> float:
-    """Return for how many seconds all blocked ranks have waited for builds; 0 if an awaited rank does not build."""
+    """Return for how many seconds all blocked ranks have waited for builds; 0 if an awaited rank builds nothing."""
     awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
     if not awaited or any(position.state != "building" for position in awaited):
         return 0.0

@@ -51,9 +51,9 @@ def config(document: Any, recogniser: Recogniser) -> Any:
 
 
 def description(document: Any, recogniser: Recogniser) -> Any:
-    """Redact run.json: drop commands that are not recognised, and the field `family`.
+    """Redact run.json: drop commands that are not recognised, and make the field `family` empty.
 
-    `family` identifies the variants of one run by their settings, and some of the settings are dropped.
+    `family` is a digest of the run's settings, and some of these settings are left out of the bundle.
     """
     kept = _known(document, RUN, recogniser)
     if isinstance(kept, dict) and isinstance(commands := kept.get("commands"), list):
@@ -116,12 +116,12 @@ def _known(value: Any, names: frozenset[str], recogniser: Recogniser) -> Any:
 
 
 def _lines(lines: Any, recogniser: Recogniser) -> list[str]:
-    """Return the lines of a list that are recognised."""
+    """Redact the lines of a list, and leave out those that are not recognised."""
     return [text for line in lines if (text := recogniser.line(str(line)))] if isinstance(lines, list) else []
 
 
 def _link(text: str, recogniser: Recogniser) -> str:
-    """Redact a place at which ranks of a cycle wait: "dp all_reduce #6", or "lock " and the lock's name."""
+    """Redact a place at which ranks wait: "dp all_reduce #6", or "lock " and the lock's name."""
     if text.startswith("lock "):
         return f"lock {recogniser.string(text.removeprefix('lock '))}"
     group, _, rest = text.partition(" ")
@@ -147,7 +147,7 @@ def _detail(text: str, recogniser: Recogniser) -> str:
 
 
 def _references(text: str, recogniser: Recogniser) -> str:
-    """Keep a list of upstream reports if all words and projects in it are known: "generic; vllm#41862, nccl#1417"."""
+    """Return a list of upstream reports ("generic; vllm#41862, nccl#1417"); "" if a word or project is not known."""
     for word in re.split("[,;]? ", text):
         reference = _REFERENCE.fullmatch(word)
         if reference[1] not in _PROJECTS if reference else recogniser.recognised(word) is None:

@@ -86,7 +86,7 @@ def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
 
 
 def _rebuilt(match: re.Match[str], recogniser: Recogniser) -> str:
-    """Rebuild a prefix. A host name becomes a stand-in; a path is shortened, or dropped if it is not recognised."""
+    """Rebuild a prefix. A host name becomes a stand-in. A path is shortened, or becomes "file" if not recognised."""
     text, names = match[0], match.groupdict()
     if (host := names.get("host")) is not None:
         return text.replace(host, recogniser.hosts.get(host, "host"), 1)
@@ -140,7 +140,10 @@ def _joined(lines: Iterable[str | None]) -> str:
 
 
 def machine(text: str, keep: Callable[[str], str | None], recogniser: Recogniser) -> str:
-    """Redact a machine description: apply ``keep`` to each line, and drop lines for which it returns None."""
+    """Redact a machine description: replace each line by the result of ``keep``.
+
+    If that is None, drop the line, unless the search of ``recogniser`` finds nothing in it that may be private.
+    """
     kept: list[str] = []
     before, line = "", ""
     for row in text.splitlines():

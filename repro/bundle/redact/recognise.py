@@ -141,7 +141,8 @@ class Recogniser:
     def path(self, text: str) -> str:
         """Shorten a path to the part below its package.
 
-        Outside packages, keep a recognised file name in a stand-in folder.
+        Outside packages, keep a recognised file name in a stand-in folder; otherwise replace the whole path by a
+        stand-in, which keeps the extension if it is .py, .so, .cpp or .lock.
         """
         if re.fullmatch(r"<frozen [a-z_.]{1,40}>", text):
             return text if is_name(text[8:-1]) else "<frozen>"
@@ -167,10 +168,10 @@ class Recogniser:
     # -- text that may be dropped ------------------------------------------------------------------------------------
 
     def line(self, text: str, before: str = "") -> str:
-        """Redact a line of prose; "" if it is not recognised. The caller reports that something was left out.
+        """Return a line of prose, redacted. A line that may not stay is counted in ``left_out`` and becomes "".
 
-        before: the line above. If a search finds something in that line, this line is kept only if it is recognised,
-        because it may be the value of a secret.
+        A recognised line stays. Another line stays only if a search was requested and finds nothing in it, or in the
+        line above (``before``), that may be private: a line may be the value of a secret that the line above names.
         """
         kept = self._text(text) if not before or self._is_free(before) else self.recognised(text)
         if kept is None:
@@ -178,7 +179,11 @@ class Recogniser:
         return kept or ""
 
     def recognised(self, text: str) -> str | None:
-        """Return the text with shortened paths; None if a token is not recognised."""
+        """Return the text with shortened paths; None if it is not recognised.
+
+        That is so if one of its tokens is not recognised, if it contains a private name or the digits of a telephone
+        or credit card, or if it is longer than MAX_TEXT.
+        """
         if len(text) > MAX_TEXT or _GROUPED.search(text):
             return None
         text = _BRACKETED.sub(lambda match: f"[{self._inside(match[1])}{match[2]}]", plain(text))
@@ -220,10 +225,10 @@ class Recogniser:
         return kept
 
     def free(self, text: str, before: str = "") -> str | None:
-        """Return an unrecognised text if it may stay; None if it may not.
+        """Return an unrecognised text, cleaned by `plain`; None if it may not stay.
 
-        before: the line above. If the search finds something in that line, the text may not stay, because it may be
-        the value of a secret.
+        It may stay only if a search was requested and finds nothing in it, or in the line above (``before``), that may
+        be private: the text may be the value of a secret that the line above names.
         """
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 

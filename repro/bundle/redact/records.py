@@ -157,7 +157,10 @@ class _Redactor:
         return f"{self.files[name]}:{offset if offset.isdecimal() else 0}: {self.text(what)}"
 
     def text(self, text: str) -> str:
-        """Redact a message. If a word is not recognised, keep the part before ": "; a stand-in replaces the rest."""
+        """Redact a message. If a word is not recognised, keep the parts before the unrecognised one; ": " ends a part.
+
+        The rest of such a message is redacted as a string, and usually becomes a stand-in.
+        """
         kept = self._of.recognised(text)
         if kept is not None or not text:
             return kept or ""

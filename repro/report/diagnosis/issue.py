@@ -48,7 +48,7 @@ def _runs(apart: Mapping[str, str]) -> list[str]:
 
 
 def _tree(job: JobRecords) -> list[str]:
-    """Draw the stacks of the last look at all processes, and what changed since the first look."""
+    """Draw the stacks of the last look as a tree, and name the processes that were elsewhere in the first look."""
     roles = ("worker", "engine", "front end")  # a process without a role is listed under each role
     looks = list({
         str(rows[0].process): rows for role in roles for rows in job.main_stacks(role).values() if rows
@@ -71,7 +71,10 @@ def _place(stack: Stack) -> tuple[str, str]:
 
 
 def _counters(job: JobRecords) -> list[str]:
-    """Make a table of the last queued and the last completed operation of each rank and group, from up to two dumps."""
+    """Make a table of the highest sequence numbers that each rank has queued and completed in each group.
+
+    It has the numbers of the rank's last dump and, if there is one, of an earlier dump.
+    """
     rows = []
     for rank, dump in job.recorders.items():
         before = _positions(job.earlier[rank]) if rank in job.earlier else {}

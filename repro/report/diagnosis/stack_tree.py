@@ -18,9 +18,10 @@ MAX_DEPTH = 120
 
 @dataclass(slots=True)
 class Node:
-    """A frame of the tree. All processes of `names` have this frame and the frames from it up to the root.
+    """A frame of the tree.
 
-    ends   the processes whose innermost frame this is
+    names   the processes whose stacks have this frame and all frames of the tree between the root and it
+    ends    those of them whose innermost frame this is
     """
 
     frame: str
@@ -78,7 +79,10 @@ def _ordered(node: Node) -> list[Node]:
 
 
 def text(root: Node, frames_a_line: int = 2) -> list[str]:
-    """Return the tree as lines of text: "[ranks 0-2,4-7] acquire (filelock/_api.py)"."""
+    """Return the tree as lines of text: "[ranks 0-2,4-7] acquire (filelock/_api.py)".
+
+    frames_a_line   how many frames of a line are shown, the innermost ones; the others are only counted
+    """
     out = []
     for line in lines(root):
         shown = line.frames[-frames_a_line:]
@@ -97,7 +101,10 @@ def name_all(names: Sequence[str]) -> str:
 
 
 def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
-    """Return (activity, innermost frames) -> the processes that have both. The largest class comes first."""
+    """Return (what a thread does, its two innermost frames) -> the processes with such a thread.
+
+    The class with the most processes comes first.
+    """
     names: dict[tuple[str, str], list[str]] = {}
     for stack in stacks:
         key = (_doing(stack), " < ".join(stack.frames[:2]))

@@ -29,7 +29,7 @@ MAX_LINE = 64 << 20
 class Header(msgspec.Struct):
     """The first line of a file of records.
 
-    files           the files that were read
+    files           the names of the files that were read
     not_understood  "file:offset: why" for each file that was not understood
     """
 

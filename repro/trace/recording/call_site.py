@@ -11,6 +11,10 @@ _LIBRARIES = ("packages/torch/", "repro/attach/record/", "repro/attach/vllm/")
 
 
 def is_between(code: CodeType) -> bool:
-    """Whether a stack frame with this code cannot be the call site: it is in the recorder, in torch or in a wrapper."""
+    """Whether a stack frame with this code cannot be the call site of a collective.
+
+    True for code of the recorder, of the model's communicator, of the hooks in `repro.attach`, of torch and of
+    contextlib.
+    """
     path = code.co_filename
     return path.endswith(_NOT_A_CALL_SITE) or any(part in path for part in _LIBRARIES)

@@ -24,10 +24,9 @@ from repro.trace.witness.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """Pack the constant part of a record.
+    """Pack the constant part of a record: the fields of `Event` before ``n``, in the order of `Event`.
 
-    Returns its bytes and their CRC-32. The checksum of the whole record is computed from this CRC-32 and the other
-    bytes.
+    Returns the packed bytes and their CRC-32, from which the checksum of the whole record is computed later.
     """
     fixed = FIXED.pack(*fields)
     return fixed, crc32(fixed, RESIDUE)
@@ -51,7 +50,8 @@ class Group:
 class Call:
     """A collective at one call site.
 
-    ``enter``, ``leave``, ``issue`` and ``wait`` are what `sealed_part` returns for its records of these kinds.
+    enter, leave, issue, wait   the constant part of the collective's record of this kind, and the CRC-32 of this part
+                                (the result of `sealed_part`)
     """
 
     __slots__ = ("digest", "enter", "entry", "group", "issue", "leave", "num_sizes", "wait")

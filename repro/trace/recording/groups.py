@@ -18,10 +18,12 @@ from repro.trace.witness.format import (
 
 
 class Groups:
-    """Gives each group a slot in the witness file at its first use. If no slot is left, the group's index is NO_GROUP.
+    """Gives each group of the rank a slot in the witness file, as soon as the group is declared or used.
 
-    intern  stores a text in the witness and returns its number
-    make    makes a group with an index
+    The index of a group is the index of its slot; NO_GROUP if the file has no slot left.
+
+    intern  stores a text in the witness and returns the text's number
+    make    makes the counters of a group from the group's index
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Groups:
         return self._members.get(name, self._all_ranks)
 
     def of(self, name: str) -> Group:
-        """Return the counters of a group."""
+        """Return the counters of a group. The first call for a group also gives it a slot in the file."""
         group = self._groups.get(name)
         if group is None:
             index = len(self._groups)

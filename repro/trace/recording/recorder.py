@@ -119,8 +119,8 @@ class Recorder:
         """Open the witness file of a rank for writing. Create it, if the launcher has not created it in advance.
 
         shape   the sizes of the areas of a new file
-        knows   what the witness can show, such as steps and locks (see `repro.trace.knowledge`). The judge concludes
-                nothing from the absence of anything else
+        knows   the aspects that this recorder writes, such as steps and locks (see `repro.trace.knowledge`). If the
+                witness shows nothing of another aspect, the judge concludes nothing from that
 
         Raises WitnessError if the file already has a writer, or was made for another rank.
         """
@@ -183,7 +183,7 @@ class Recorder:
         """Record that a collective is complete.
 
         collective   may be None if `call` is given
-        ticket       what `issue` returned; 0 for the collective of the group that was issued last
+        ticket       what `issue` returned; 0 means the collective that was issued last in its group
         call         the value of `last_call` after the collective was issued; if None, the recorder looks it up
         """
         if call is None:
@@ -259,9 +259,9 @@ class Recorder:
         self.leave(collective, ticket)
 
     def note_entries(self, entries: list[ScheduleEntry] | None) -> None:
-        """Append (group, operation, layer) of each collective that is issued from now on to a list, up to MAX_NOTED.
+        """From now on, append (group, operation, layer) of each issued collective to ``entries``.
 
-        The list shows the caller which collectives a step of the program has. With None, nothing more is appended.
+        At most MAX_NOTED entries are appended. A call replaces the list of the previous call; None ends the appending.
         """
         vars(self).pop("enter", None)
         if entries is None:
@@ -298,7 +298,8 @@ class Recorder:
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:
         """Search the stack for the call site of a collective, and return the `Call` for it.
 
-        The call site is the first frame, from ``caller`` outwards, that is not in the communicator or in a library.
+        The call site is the first frame, from ``caller`` outwards, for which `is_between` is false; if there is none,
+        the outermost frame.
         """
         depth, frame = 1, caller
         while is_between(frame.f_code) and frame.f_back is not None:

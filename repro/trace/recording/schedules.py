@@ -12,9 +12,10 @@ _MOST = 256
 
 
 class Schedules:
-    """Packs the constant part of a step's record, and keeps it for later steps with the same schedule.
+    """Packs the constant part of a step's record, and keeps it for later steps with equal constant fields.
 
-    Only a schedule that is the same tuple object is recognised: this is faster than comparing the entries.
+    These fields are the schedule, the number of live requests and the phase. A schedule is recognised only if it is
+    the same tuple object, because this is faster to check than equal entries.
     """
 
     def __init__(self, intern: Callable[[str], int]) -> None:

@@ -29,8 +29,8 @@ def compact(
     change  returns the replacement of a string, for example without secrets; an empty replacement becomes "?"
 
     Damage stays visible: the bytes of records, vectors and groups are copied unchanged. A damaged string is left out
-    with all strings after it; the count of strings then shows that some are missing. If ``data`` ends too early, the
-    result is cut at the same length.
+    with all strings after it; the count of strings then shows that some are missing. If ``data`` is shorter
+    than its header says, no area is shortened, and the result has the length of ``data``.
 
     Raises WitnessError if ``data`` is not a witness, ValueError if the new strings are too long for a witness.
     """

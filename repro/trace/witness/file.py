@@ -70,8 +70,8 @@ def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | Non
 def read(path: str | os.PathLike[str]) -> Witness:
     """Read one witness file. Raises OSError or WitnessError.
 
-    If the file has problems and its rank is writing to it, the rank may be in the middle of a record. Then the file is
-    read again.
+    If the file has problems, its rank may just be writing a record. So the file is read again, until it has no problems
+    or has not changed since the last time, but at most _READS times in all.
     """
     data = _bytes_of(path)
     for _ in range(_READS - 1):
@@ -185,7 +185,8 @@ class Tail:
 def _mapped(file: BinaryIO) -> mmap.mmap:
     """Map a witness file into memory, for reading.
 
-    Before Python 3.13 each map keeps a file descriptor open. A watcher maps many files, so raise the limit if needed.
+    Before Python 3.13 each map keeps a file descriptor open, and a watcher maps many files. So there this function also
+    raises the process's limit of open files to the highest value that the system permits.
     """
     if sys.version_info >= (3, 13):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)

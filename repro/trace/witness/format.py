@@ -4,7 +4,7 @@ A witness is one preallocated file per rank. The rank maps it into memory, so a 
 and survives SIGKILL. Numbers are little-endian; there is no padding but what is shown. Version 2::
 
     0      HEADER   identity of the writer, clocks, geometry, and a CRC-32 of these; written by launcher and rank
-    504    KNOWS    guarded word: the aspects that the recorder writes (repro.trace.knowledge); 0 (older files) = all
+    504    KNOWS    guarded word: the aspects that the recorder writes (repro.trace.knowledge); 0 = all of WITNESS
     512    LIVE     4 guarded words: events recorded, vector words stored, strings stored, groups with a slot
     544    HEART    last_heartbeat_ns u64, name u32, count u32, CRC-32 of these; heartbeats never enter the ring
     640    SPARE    128 bytes: groups without a slot of their own write here; never read
@@ -218,16 +218,17 @@ class Identity:
     def shares_processes(self, other: Identity) -> bool:
         """Whether two writers are on one host and in one pid namespace, so that the same pid means the same process.
 
-        Two containers may have the same boot id and host name, but different processes. If a namespace is unknown, as
-        in files of version 1, it counts as equal.
+        Two containers may have the same boot id and host name, but different processes. A namespace that is unknown (0)
+        is taken as equal.
         """
         namespaces = {self.pid_namespace, other.pid_namespace} - {0}
         return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
 
     def clock_ahead_ns(self, other: Identity) -> int:
-        """Return how many ns this host's monotonic clock is ahead of the other host's.
+        """Return how many ns the monotonic clock of this writer's host is ahead of that of the other writer's host.
 
-        It is computed from the wall clocks of the two hosts, so it is as exact as these agree.
+        0 if both have the same boot id (one host), or if a boot id is unknown. Otherwise the result is computed from
+        the wall clocks of the two hosts, and its error is the difference of these clocks.
         """
         if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:
             return 0

@@ -50,7 +50,8 @@ def parse_groups(
     """Return the progress of the rank in each group, by group index.
 
     ring   the newest events
-    live   the counters of the file. A slot that lacks an event which they count is damaged
+    live   the writer's counters. If the writer has counted an event that a slot lacks, the slot is damaged, which is
+           added to ``problems``
     """
     newest = _newest_calls(ring)
     traces: list[GroupTrace] = []
@@ -145,9 +146,9 @@ class _Slot:
         return event
 
     def _may_hold(self, event: Event, ring: Ring) -> bool:
-        """Whether this slot may have a copy of an event: the event issues a collective of this group.
+        """Whether ``event``, which was read from this slot, can belong there.
 
-        If the ring still has an event with the same number, it must be equal.
+        True if the event issues a collective of this group, and the ring has an equal event, or none, with its number.
         """
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
@@ -157,7 +158,10 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """Return group index -> (the newest event that issues a collective of the group, the newest that completes one)."""
+    """Return group index -> (newest event that issues a collective, event that completes the one of highest number).
+
+    Only the newest _RECENT events of the ring are searched. None stands for an event that is not among them.
+    """
     newest: dict[int, tuple[Event | None, Event | None]] = {}
     for event in ring.events(_RECENT):
         issued, left = newest.get(event.group, (None, None))

@@ -41,9 +41,9 @@ class Witness:
     """The events that one rank recorded, and how far it has come in each group.
 
     last         the newest readable event
-    num_events   how many events the rank has recorded, also those that were overwritten
+    num_events   number of the newest readable event; events are counted from 1, so overwritten ones are included
     first_event  number of the oldest readable event; if it is above 1, older events were overwritten
-    complete     False if the rank may have recorded events that cannot be read
+    complete     False if the file is damaged, its last record is incomplete, or the members of a group are unknown
     damaged      whether some bytes do not match their checksums, so that no certain conclusion is possible
     problems     a line for each problem of the file: "rank003.wit:38912: damage: …"
     vectors      (offset, length) -> the bytes of each size vector that a record refers to
