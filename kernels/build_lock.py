@@ -32,9 +32,10 @@ MAX_PID = 2**31 - 1
 
 
 class LockTimeout(RuntimeError):
-    """A process could not take a lock within its deadline.
+    """A process could not take a lock within its deadline, or the lock's holder has sent no heartbeat for too long.
 
-    The message names the lock file, its holder, how long this process has held it, and the age of its last heartbeat.
+    The message names the lock file, the holder, for how long the holder has had the lock, and the age of its last
+    heartbeat.
     """
 
 

@@ -131,5 +131,5 @@ def outcome(document: Document) -> str:
 
 
 def waits(document: Document) -> list[str]:
-    """Return a sentence for each place at which ranks wait for others."""
+    """Return a sentence for each place at which ranks wait for other ranks."""
     return shorten([shorten_rank_lists(wait.words()) for wait in document.waits if wait.awaited])

@@ -57,7 +57,9 @@ class Divergence(msgspec.Struct, frozen=True):
 
 
 class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The verdict that a scenario of the lab expects for its run. A field that is None is not checked.
+    """The verdict that a scenario of the lab expects for its run.
+
+    A field that is None is not checked, except `cause`: if it is None, the verdict must have no cause.
 
     step, layer   where every culprit must be; if there is no culprit, where every rank must be
     planned       the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"

@@ -56,7 +56,10 @@ class RecorderDump:
     knows: Knows = NOTHING
 
     def newest(self, most: int) -> list[tuple[GroupRecord, int]]:
-        """Return the newest operations of all groups, oldest first, as (record of the group, index into its calls)."""
+        """Return the ``most`` newest operations of all groups together, oldest first.
+
+        Each operation is (record of its group, index into the calls of this record).
+        """
         places = [len(record.calls) for record in self.groups]
         operations = []
         for index in reversed(self.order[-most:]):

@@ -83,7 +83,7 @@ class _Slot:
 
         issued    the newest event in the ring that issues a collective of this group
         left      the newest event in the ring that completes a collective of this group
-        counted   the number of events that the witness counts (the first counter of its area LIVE)
+        counted   how many events the writer has counted (the first counter of the area LIVE)
         """
         name, members = self._names(strings)
         left_seq = self._left(left, counted)
@@ -110,7 +110,7 @@ class _Slot:
         """Return the sequence number of the last completed collective: the higher of the numbers in slot and ring.
 
         left     the newest event in the ring that completes a collective of this group
-        counted  the number of events that the witness counts
+        counted  how many events the writer has counted
         """
         in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
         in_ring = left.seq if left is not None else 0
@@ -127,8 +127,8 @@ class _Slot:
 
         ring     the newest events
         issued   the newest event in the ring that issues a collective of this group
-        counted  the number of events that the witness counts. The writer updates the slot before it counts the event,
-                 so a slot that lacks a counted event is damaged
+        counted  how many events the writer has counted. The writer updates the slot before it counts the event, so a
+                 slot that lacks a counted event is damaged
         """
         record = self.data[LAST_AT : LAST_AT + RECORD.size]
         event = Event._make(RECORD.unpack(record)) if is_whole(record) else None

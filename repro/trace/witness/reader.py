@@ -89,7 +89,7 @@ class Witness:
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
-        """Return ((group name, members), sequence number) -> the kind of the newest event of this collective."""
+        """Return ((group name, members), sequence number) -> the kind of the newest event of that collective."""
         keys = [(group.name, group.members) for group in self.groups]
         kinds = {(key, each.last.seq): each.last.kind for key, each in zip(keys, self.groups, strict=True) if each.last}
         by_place: dict[tuple[int, int], int] = {}
