@@ -34,7 +34,7 @@ def _required_gpus(n: int = 1) -> int:
 
 @functools.cache
 def num_gpus() -> int:
-    """Return the number of CUDA devices, counted once."""
+    """Return the number of CUDA devices. Only the first call counts them."""
     from repro.hosts.gpus import count_gpus
 
     return count_gpus()

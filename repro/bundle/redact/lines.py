@@ -142,7 +142,7 @@ def _joined(lines: Iterable[str | None]) -> str:
 def machine(text: str, keep: Callable[[str], str | None], recogniser: Recogniser) -> str:
     """Redact a machine description: replace each line by the result of ``keep``.
 
-    If that is None, drop the line, unless the search of ``recogniser`` finds nothing in it that may be private.
+    If that is None, keep the line only if the search of ``recogniser`` finds nothing in it that may be private.
     """
     kept: list[str] = []
     before, line = "", ""

@@ -43,7 +43,7 @@ def tune(extension: Extension, place: BuildPlace) -> None:
 
 
 class TuneUnderLock(KernelBuilds):
-    """The fault: the build and the all-reduce share one critical section, entered at the first use of the experts."""
+    """The fault: at the first use of the experts, a rank builds and then tunes by an all-reduce, under one lock."""
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
         pass

@@ -138,7 +138,7 @@ def _key(look: RankLook) -> Key:
 
 
 def _differ(one: str, two: str) -> bool:
-    """Whether two operations that `_key` returned are certainly different."""
+    """Whether two keys of `_key` are certainly those of different operations. An unknown part differs from nothing."""
     if ANYTHING in (one, two):
         return False
     return not {one, two} <= WITH_DATA if ANY_DATA in (one, two) else one != two

@@ -104,7 +104,7 @@ def _out_of_place(stack: Stack) -> tuple[Place, str] | None:
 
 
 def _stands_still(stacks: Sequence[Stack]) -> bool:
-    """Whether at least two stacks of a rank show the program at the same place."""
+    """Whether a rank has two stacks or more, and all of them show the program at the same place."""
     return len(stacks) > 1 and len({(stack.activity, program_frames(stack.frames, 6)) for stack in stacks}) == 1
 
 
