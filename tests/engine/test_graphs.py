@@ -18,8 +18,9 @@ from hybrid_moe_ref.engine.step.graphs import Tape, pad
 from hybrid_moe_ref.engine.step.microbatch import Half, halves, part_of
 from hybrid_moe_ref.engine.step.plan import padded_size
 from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.checks.guard import ScheduleGuard, collective_words
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.halt import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import Halt, ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver
 from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings
@@ -157,14 +158,43 @@ def test_two_halves_of_a_step_leave_the_hidden_states_and_the_cache_as_one_step_
 
 def test_a_replay_that_would_issue_another_collective_is_refused_before_it_does():
     recorded = [Collective("ep", "all_gather_v", "layers.0.moe", (2, 2)), Collective("ep", "reduce_scatter_v", "x")]
-    tape = Tape(recorded)
+    tape = Tape(recorded, ScheduleGuard(2, Halt(None)))
     tape.on_collective(recorded[0])
     with pytest.raises(
-        ScheduleMismatch, match=r"would issue dp all_reduce of step.*the captured step issued ep reduce_scatter_v"
+        ScheduleMismatch, match=r"^rank 2 would issue dp all_reduce of step.*captured step issued ep reduce_scatter_v"
     ):
         tape.on_collective(Collective("dp", "all_reduce", "step", (4,)))
-    with pytest.raises(ScheduleMismatch, match="ended, but the captured step also issued ep reduce_scatter_v of x"):
+    with pytest.raises(ScheduleMismatch, match=r"^rank 2 ended a replay, but the captured step also issued ep reduce"):
         tape.end()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda issued: (*issued[:-1], issued[-1]._replace(reduce_op="max")),
+            "rank 1 would issue {} in a replay, but the captured step issued {}",
+        ),
+        (lambda issued: (*issued, issued[-1]), "rank 1 ended a replay, but the captured step also issued {}"),
+    ],
+    ids=["another collective", "one fewer"],
+)
+def test_a_replay_that_departs_from_its_capture_stops_every_rank_with_the_same_message(tmp_path, change, words):
+    settings = settings_with({"mode": "graphs", "capture_sizes": [16], "unfinished_interval": 16})
+
+    def run(rank, store):
+        comm = Communicator.connect(settings.server().parallel, rank, store=store, timeout_s=30)
+        engine = Engine(settings.server(), comm)
+        issued = engine.runner.graphs.captured[1, 16]
+        if rank == 1:
+            engine.runner.graphs._captured[1, 16] = change(issued)
+        with pytest.raises(ScheduleMismatch) as caught:
+            engine.serve(settings.requests()[rank])
+        return str(caught.value), collective_words(issued[-1])
+
+    messages = run_ranks(3, tmp_path, run)
+    last = messages[1][1]
+    assert {message for message, _ in messages} == {words.format(last, last)}, messages
 
 
 def test_the_sizes_of_graphs_are_checked_and_cover_every_decode_step():

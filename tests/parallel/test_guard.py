@@ -83,6 +83,18 @@ def test_without_a_schedule_everything_is_admitted():
     issue(ScheduleGuard(0, Halt(None)), COMBINE)
 
 
+def test_a_refused_replay_is_published_only_while_the_guard_is_active():
+    halt = Halt(dist.HashStore())
+    guard = ScheduleGuard(2, halt)
+    with pytest.raises(ScheduleMismatch, match=r"^rank 2 would replay something else$"):
+        guard.refuse("would replay something else")
+    assert halt.published() is None
+    guard.begin(7, (AGREE,))
+    with pytest.raises(ScheduleMismatch):
+        guard.refuse("would replay something else")
+    assert str(halt.published()) == "rank 2 would replay something else"
+
+
 def test_schedules_are_compared_by_hash_and_the_first_difference_is_found():
     assert schedule_hash((AGREE, DISPATCH)) != schedule_hash((DISPATCH, AGREE)) != schedule_hash((DISPATCH,))
     assert first_difference([["a", "b"], ["a", "c"], ["a"]]) == (1, {"b": [0], "c": [1], "nothing": [2]})

@@ -4,7 +4,7 @@ A captured step has a fixed number of rows and fixed collectives. A step with fe
 All ranks must replay the same size, so mode and size are part of the step agreement (C1). Collectives are not captured:
 on a GPU, the graphs contain the row-wise modules between them. A CPU cannot capture, but runs the same passes with the
 same padding. On both devices, a rank records which collectives a captured step issues. A replay that departs from this
-record is refused before it issues the wrong collective.
+record is refused before it issues the wrong collective, and all ranks stop.
 
 Shapes: N rows of a step, H hidden.
 """
@@ -22,9 +22,8 @@ from hybrid_moe_ref.engine.step.plan import EAGER
 from hybrid_moe_ref.layers.moe import MLP, MoE, Router
 from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.parallel.checks.guard import collective_words
+from hybrid_moe_ref.parallel.checks.guard import ScheduleGuard, collective_words
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective
 
 
@@ -47,7 +46,7 @@ class Graphs:
         """Run the layers of a step inside this ``with``. Capture the first step of a mode and size; replay later ones.
 
         This has no effect if `mode` is EAGER. Raises ScheduleMismatch before a replay issues a collective that was not
-        captured, or at the end if a captured collective was not issued.
+        captured, or at the end if a captured collective was not issued. With an active guard, every rank raises it.
         """
         if mode == EAGER:
             yield
@@ -56,7 +55,7 @@ class Graphs:
         if not self._captured and self._comm.device.type == "cuda":
             self._modules = [CapturedModule(module) for module in row_wise(self._model)]
         recorded = self._captured.get((mode, size))
-        tape = Tape(recorded)
+        tape = Tape(recorded, self._comm.guard)
         for module in self._modules:
             module.capturing, module.replaying = recorded is None, True
         try:
@@ -72,8 +71,9 @@ class Graphs:
 class Tape:
     """Records the collectives of a captured step, or compares the collectives of a replay with them."""
 
-    def __init__(self, recorded: Sequence[Collective] | None) -> None:
+    def __init__(self, recorded: Sequence[Collective] | None, guard: ScheduleGuard) -> None:
         self._recorded = recorded
+        self._guard = guard
         self.collectives: list[Collective] = []
 
     def on_collective(self, collective: Collective) -> None:
@@ -83,8 +83,8 @@ class Tape:
             planned = self._recorded[index] if index < len(self._recorded) else None
             if collective != planned:
                 captured = collective_words(planned) if planned else "no further collective"
-                raise ScheduleMismatch(
-                    f"a replay would issue {collective_words(collective)}, but the captured step issued {captured}"
+                self._guard.refuse(
+                    f"would issue {collective_words(collective)} in a replay, but the captured step issued {captured}"
                 )
         self.collectives.append(collective)
 
@@ -92,7 +92,7 @@ class Tape:
         """Raise ScheduleMismatch if a replay has ended without issuing every captured collective."""
         if self._recorded is not None and len(self.collectives) < len(self._recorded):
             missing = collective_words(self._recorded[len(self.collectives)])
-            raise ScheduleMismatch(f"a replay ended, but the captured step also issued {missing}")
+            self._guard.refuse(f"ended a replay, but the captured step also issued {missing}")
 
 
 def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:

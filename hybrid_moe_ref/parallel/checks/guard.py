@@ -7,6 +7,7 @@ collective stop, too, with the same message, within a second.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from hybrid_moe_ref.parallel.checks.schedule import entry_words
 from hybrid_moe_ref.parallel.halt import Halt, ScheduleMismatch, Stopped
@@ -51,10 +52,19 @@ class ScheduleGuard:
     def stop_others(self, error: Exception) -> None:
         """Make the other ranks raise ScheduleMismatch with the text of `error`.
 
-        Does nothing if `error` is a `Stopped`, such as the error with which another rank stopped this one.
+        Does nothing if `error` is a `Stopped`: the rank that found its reason has published it.
         """
         if not isinstance(error, Stopped):
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
+
+    def refuse(self, mistake: str) -> NoReturn:
+        """Raise ScheduleMismatch with this rank and its `mistake`. While the guard is active, every rank raises it.
+
+        An inactive guard (checks="observe") stops only this rank.
+        """
+        if self._schedule is None:
+            raise ScheduleMismatch(f"rank {self._rank} {mistake}")
+        self._refuse(mistake)
 
     def leave(self) -> None:
         """Refuse to let this rank leave the job, because the ranks have not agreed that no work is left.
@@ -101,7 +111,7 @@ class ScheduleGuard:
                 f"agreed sizes are {list(agreed)}"
             )
 
-    def _refuse(self, mistake: str) -> None:
+    def _refuse(self, mistake: str) -> NoReturn:
         raise self._halt.publish(ScheduleMismatch(f"rank {self._rank} {mistake}"))
 
 
