@@ -31,14 +31,12 @@ _Key = tuple[int, int]  # string numbers of the signature (group, operation, lay
 class _Break:
     """The place where a rank left its repeating pattern.
 
-    events   the events from this place on
-    due      the events of one period of the pattern; the first is the one that was due here
-    number   how many of the operations that were read come before this place
+    events  the events from this place on
+    due     the events of one period of the pattern; the first is the one that was due here
     """
 
     events: Sequence[Event]
     due: Sequence[Event]
-    number: int
 
     @property
     def skipped(self) -> int:
@@ -117,7 +115,7 @@ def _rhythm(issued: Sequence[Event]) -> tuple[bool, _Break | None]:
             at += 1
         if at == len(keys) or len(keys) - at > RECENT_PERIODS * period:
             return True, None
-        return True, _Break(issued[at:], issued[at - period : at], at)
+        return True, _Break(issued[at:], issued[at - period : at])
     return False, None
 
 
