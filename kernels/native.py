@@ -80,9 +80,9 @@ def missing() -> str:
 
 
 def folder() -> Path:
-    """Return the folder of built libraries: that of HMR_NATIVE_DIR; if it is not set, a folder in the user's cache."""
-    if "HMR_NATIVE_DIR" in os.environ:
-        return Path(os.environ["HMR_NATIVE_DIR"])
+    """Return the folder of built libraries: HMR_NATIVE_DIR; if it is not set or empty, a folder in the user's cache."""
+    if native := os.environ.get("HMR_NATIVE_DIR"):
+        return Path(native)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_moe_kernels"
 
 

@@ -50,6 +50,12 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
+def test_an_empty_folder_variable_counts_as_not_set(monkeypatch) -> None:
+    monkeypatch.setenv("HMR_NATIVE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert native.folder() == Path("/caches/hybrid_moe_kernels")
+
+
 def test_a_library_that_is_there_needs_no_compiler(native_library, monkeypatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native.prepare() == ""
