@@ -3,7 +3,7 @@
 1. Ranks completed different collectives under one sequence number, or results are wrong: `corrupt`.
 2. Every rank is done: `clean`.
 3. The waits form a cycle: `deadlock`.
-4. A rank died or failed: `crash`.
+4. A rank died or failed: `crash`; `inconclusive` if the user interrupted the ranks.
 5. Otherwise follow the waits from rank to rank to their end, and judge by what the last rank does
    (`repro.verdict.rules.waiting`): the rank works, is done, left no witness, or is in a collective that all entered.
 """

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,36 @@ def test_a_fault_in_each_kind_of_parallelism_is_named(tmp_path, kind, ranks, ver
     assert verdict in (None, document["verdict"]), printed
     assert culprits in (None, document["culprits"]), printed
     assert words in printed, printed
+
+
+@pytest.mark.full
+@pytest.mark.timeout(240)
+def test_a_job_that_the_user_interrupts_has_not_crashed(tmp_path):
+    (tmp_path / "job.py").write_text(
+        "import time, torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "while True:\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+        "    time.sleep(0.05)\n"
+    )
+    to = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "job.py")]
+    command = [sys.executable, "-m", "repro", "record", "--to", str(to), "--", *torchrun]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.PIPE, text=True) as recording:
+        deadline = time.monotonic() + 60
+        while not all(issues_collectives(to, rank) for rank in (0, 1)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(recording.pid, signal.SIGINT)  # as a terminal does
+        _, printed = recording.communicate(timeout=60)
+    document = verdict_of(to)
+    assert (recording.returncode, document["verdict"], document["culprits"]) == (130, "inconclusive", []), printed
+    assert "the program still runs" not in printed, printed
+
+
+def issues_collectives(to: Path, rank: int) -> bool:
+    witnesses = read_dir(to / "events")[0] if (to / "events").is_dir() else {}
+    return rank in witnesses and witnesses[rank].num_events > 20
 
 
 PARALLEL = {

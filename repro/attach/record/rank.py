@@ -286,7 +286,10 @@ def _reporting(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def failed(error: BaseException) -> None:
-    """Record that an exception ends this rank, unless it is a SystemExit without an error code."""
+    """Record that an exception ends this rank, unless it is a SystemExit without an error code.
+
+    A KeyboardInterrupt is recorded too. The judge knows from it that the user interrupted the rank.
+    """
     global _ended
     if current is None or _ended or (isinstance(error, SystemExit) and not error.code):
         return

@@ -1,7 +1,7 @@
 """Judge a run in which ranks died or failed: find the rank that ended first.
 
 If members of a group issued different collectives, the backend may have ended some of these ranks. Such a rank is not
-the cause.
+the cause. If the user interrupted the ranks, no rank is the cause.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from repro.trace.witness.file import Witness
 from repro.verdict.case import Case
 from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
 from repro.verdict.rules.explain import explain
+from repro.verdict.rules.interrupt import interrupted, of_interrupt
 
 ORDERING_RESOLUTION_S = 1.0
 """If the ends of two ranks were noticed within this time, it may be unknown which rank ended first: the watcher checks
@@ -44,10 +45,16 @@ def victims(case: Case) -> set[int]:
 
 
 def crash(case: Case) -> Verdict:
-    """Judge a run in which a rank died or failed: `crash`. If other ranks wait, this is a consequence."""
+    """Judge a run in which a rank died or failed: `crash`. If other ranks wait, this is a consequence.
+
+    The verdict is `inconclusive` if the first ranks that ended were interrupted by the user.
+    """
     dead, failed = case.ranks("dead"), case.ranks("failed")
+    verdict = "crash"
     if victims(case):
         finding = explain(case.witnesses, case.rank_states, case.ledger, case.waits)
+    elif ranks := interrupted(case, ORDERING_RESOLUTION_S):
+        verdict, finding = "inconclusive", of_interrupt(case, ranks)
     elif dead and (unseen := _unseen_partners(case, dead)):
         finding = Finding("dead_rank", suspects=dead, confidence="undecided")
         finding.evidence.append(
@@ -72,7 +79,7 @@ def crash(case: Case) -> Verdict:
     for rank in failed:
         position = case.rank_states[rank].position
         finding.evidence.append(f"rank {rank}: {position.detail} ({position.line})")
-    return case.verdict("crash", finding)
+    return case.verdict(verdict, finding)
 
 
 def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Finding:

@@ -220,12 +220,14 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 
 
 @rule(rf"{R} failed too; the evidence does not show which came first")
+@rule(rf"{R} (was|were) interrupted \(KeyboardInterrupt: .*")
 @rule(rf"{R} failed with the same message. Read the message: .*")
 @rule(r"rank (?P<r>\d+): .* \(\S*rank\d+\.wit:\d+ event \d+\)")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.state(rank) == "failed" for rank in r)
 
 
+@rule(rf"{R} waited in (lock (?P<lock>.+?)|{X}) for (no rank|(?P<s>[\d,-]+)) at the interrupt")
 @rule(rf"{R} gave up in (lock (?P<lock>.+?)|{X}), waiting for (no rank|(?P<s>[\d,-]+))")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     if match["lock"]:

@@ -81,6 +81,40 @@ def test_an_error_that_several_ranks_report_in_the_same_words_names_nobody_by_wh
     assert (look(made).culprits, look(made).confidence) == ((7,), "likely"), look(made)
 
 
+def test_ranks_that_the_user_interrupts_have_not_crashed() -> None:
+    made = eight_ranks()
+    made.begin_step(1, PLAN)
+    made.enter(range(1, 8), C1)
+    for rank in (0, 5):
+        made.recorders[rank].failed("KeyboardInterrupt: ")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits, verdict.suspects) == ("inconclusive", "", (), ())
+    assert (
+        "ranks 0,5 were interrupted (KeyboardInterrupt: Ctrl-C or SIGINT): not a fault of the job" in verdict.evidence
+    )
+    assert "rank 5 waited in dp all_reduce #1 for 0 at the interrupt" in verdict.evidence
+    made.recorders[6].failed("RuntimeError: Connection closed by peer")
+    assert look(made).verdict == "inconclusive", "rank 6 failed because rank 0 had left"
+    died = {7: made.now_ns / 1e9 + 2.5}
+    assert look(made, after_s=3.0, alive={7: False}, died=died).verdict == "inconclusive", "torchrun killed rank 7"
+    assert look(made, after_s=3.0, alive={7: False}).verdict == "crash", "rank 7 may have died before"
+
+
+def test_an_error_or_a_death_that_the_user_interrupts_later_is_a_crash() -> None:
+    made = eight_ranks()
+    made.recorders[3].failed("ValueError: of its own")
+    first_s = made.now_ns / 1e9
+    made.now_ns += 10_000 * MS
+    made.recorders[0].failed("KeyboardInterrupt: ")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "error", (3,))
+    made = eight_ranks()
+    made.now_ns += 10_000 * MS
+    made.recorders[0].failed("KeyboardInterrupt: ")
+    verdict = look(made, alive={3: False}, died={3: first_s})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "dead_rank", (3,))
+
+
 def test_a_rank_that_fails_between_two_deaths_follows_the_first() -> None:
     """Rank 0 dies, rank 1 misses it two seconds later, and the launcher kills rank 2 for that."""
     made = eight_ranks()
