@@ -61,7 +61,7 @@ def execute(at: worker.Worker, *collectives: Collective, live: int = 1) -> None:
         recorder.leave(collective)
         if number == 0:
             at.agreed((0, 0))
-    at.end_execution()
+    at.executing = False
 
 
 def ask(at: worker.Worker, engine_notes: notes.Notes, answered: bool = True) -> None:

@@ -33,7 +33,7 @@ class Worker:
         self.progress = Progress()
         self.habits = Habits(rank.recorder)
         self._live = 0
-        self._executing = False  # whether the worker is in execute_model or a dummy batch
+        self.executing = False  # whether the worker is in execute_model or a dummy batch
         self._begun = False  # whether this execution has already begun its step
         self.mirror: Mirror | None = None
         size = int(config.world_size)
@@ -52,24 +52,22 @@ class Worker:
     def begin_execution(self, num_live: int) -> None:
         if self.progress.phase != "serve":
             self.phase("serve")
-        self._live, self._executing, self._begun = num_live, True, False
-        engine.note_request()
-
-    def end_execution(self) -> None:
-        self._executing = False
+        self._live, self.executing, self._begun = num_live, True, False
+        if engine.current is not None:  # the engine runs in this process
+            engine.note_request()
 
     def begin_step(self) -> bool:
         """Begin a step, unless this execution has already begun its step. Returns whether a step was begun.
 
         Outside an execution, each agreement begins a step.
         """
-        if self._executing and self._begun:
+        if self.executing and self._begun:
             return False
         self._begun = True
         self.progress.step += 1
         with self.rank.lock:
             agreement = self.habits.begin()
-            self.rank.recorder.begin_step(self.progress.step, agreement, self._live if self._executing else 0)
+            self.rank.recorder.begin_step(self.progress.step, agreement, self._live if self.executing else 0)
         return True
 
     def agreed(self, key: tuple[Any, ...]) -> None:
@@ -80,7 +78,7 @@ class Worker:
         with self.rank.lock:
             plan = self.habits.plan((self.progress.phase, *key))
             if plan:
-                self.rank.recorder.begin_step(self.progress.step, plan, self._live if self._executing else 0)
+                self.rank.recorder.begin_step(self.progress.step, plan, self._live if self.executing else 0)
 
     def _note_idle(self) -> None:
         if self.mirror is not None:
@@ -176,7 +174,7 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
             this.failed(error)
             raise
         finally:
-            worker.end_execution()
+            worker.executing = False
 
     return execute_model
 
@@ -196,7 +194,7 @@ def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
             this.failed(error)
             raise
         finally:
-            worker.end_execution()
+            worker.executing = False
 
     return execute_dummy_batch
 

@@ -16,11 +16,13 @@ class Schedules:
 
     These fields are the schedule, the number of live requests and the phase. A schedule is recognised only if it is
     the same tuple object, because this is faster to check than equal entries.
+
+    known  (id of the schedule, number of live requests, phase) -> (the schedule, its part)
     """
 
     def __init__(self, intern: Callable[[str], int]) -> None:
         self._intern = intern
-        self._known: dict[tuple[int, int, int], tuple[Sequence[ScheduleEntry], tuple[bytes, int]]] = {}
+        self.known: dict[tuple[int, int, int], tuple[Sequence[ScheduleEntry], tuple[bytes, int]]] = {}
 
     def part(self, schedule: Sequence[ScheduleEntry], num_live: int, phase: int) -> tuple[bytes, int]:
         """Return the constant part of a step's record and its checksum. Store the schedule's string if it is new.
@@ -29,13 +31,13 @@ class Schedules:
         phase      string number of the phase's name
         """
         key = id(schedule), num_live, phase
-        known = self._known.get(key)
+        known = self.known.get(key)
         if known is not None and known[0] is schedule:
             return known[1]
         string = self._intern(ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule))
         part = sealed_part(num_live, 0, string, 0, phase, NO_GROUP, Kind.STEP)
         if isinstance(schedule, tuple):  # a tuple cannot change, so its id identifies the schedule
-            if len(self._known) >= _MOST:
-                self._known.clear()
-            self._known[key] = (schedule, part)
+            if len(self.known) >= _MOST:
+                self.known.clear()
+            self.known[key] = (schedule, part)
         return part

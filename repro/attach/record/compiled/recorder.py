@@ -44,7 +44,11 @@ class CompiledRecorder(Recorder):
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
         self._step = self.tape.step = step
-        self.tape.append(*self._schedules.part(schedule, num_live, self._phase), 0)
+        known = self._schedules.known.get((id(schedule), num_live, self._phase))
+        if known is not None and known[0] is schedule:
+            self.tape.append(*known[1], 0)
+        else:
+            self.tape.append(*self._schedules.part(schedule, num_live, self._phase), 0)
 
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         group_name, op, layer, sizes, dtype, reduce_op, root = collective

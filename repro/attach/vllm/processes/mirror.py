@@ -80,7 +80,9 @@ class Mirror:
         if self._idle:
             self._idle = ""
             self._rank.recorder.phase(self._progress.phase)
-        self.catch_up()
+        notes = self._notes
+        if notes is None or self._open or notes.numbers[_ASKED] != self._asked:
+            self.catch_up()
 
     def note_idle(self) -> None:
         """If the worker has been idle for IDLE_NS, record the engine's new questions, and for what the engine waits."""
