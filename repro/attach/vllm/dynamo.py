@@ -9,8 +9,8 @@ def tracing_test() -> Callable[[], bool]:
     """Return torch's function that returns whether Dynamo traces its caller.
 
     While Dynamo traces, it replaces the call of this function by a constant. Hooks call the function directly, about 20
-    times in a step. A function of ours around it would cost 1 % of a step of a small model: at some depths of the call
-    stack, CPython maps new memory for each further call of a Python function.
+    times in a step: a function of ours around it was seen in 1.8 % of the samples of a profile. At some depths of the
+    call stack, CPython maps new memory for each further call of a Python function.
     """
     import torch
 
