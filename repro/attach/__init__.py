@@ -1,2 +1,4 @@
-"""Record the collectives of programs that are not ours, by replacing functions of torch.distributed, of vLLM and of
-other libraries. This folder also has the pytest fixture for tests of expert-parallel code."""
+"""Record the collectives of a torch.distributed program by hooks in torch, vLLM and other libraries.
+
+This folder also has the pytest fixture ``ep_ranks`` for tests of expert-parallel code.
+"""

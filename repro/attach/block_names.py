@@ -1,7 +1,7 @@
-"""Replace block names that contain the rank, such as "expert 3", by one common name.
+"""Replace block names that only one rank uses, such as "expert 3", by one common name.
 
-A block is the ``with assert_no_deadlock(name)`` of a test. With the common name, the judge can compare the collectives
-of all ranks.
+A block is the ``with assert_no_deadlock(name)`` of a test. If each rank gives its block another name, the judge would
+take this for a difference between the ranks. With the common name, the judge compares everything else.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ _LAYER = 2
 def blocks_compared(witnesses: dict[int, Witness]) -> dict[int, Witness]:
     """Return the witnesses with one common name in place of each block name that only one rank uses.
 
-    The judge then compares the collectives in such a block without the block's name. A name that several ranks use is
-    kept, and the judge compares it.
+    A block name that several ranks use is kept, so the judge still compares it.
     """
     layers = {rank: {parts[_LAYER] for parts in _signatures(witness)} for rank, witness in witnesses.items()}
     users = Counter(layer for names in layers.values() for layer in names)

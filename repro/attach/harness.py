@@ -11,10 +11,11 @@
         ep_ranks(4, "gloo").run(exchange)
 
 Inside the ``with`` block every torch.distributed collective is recorded, and a watcher follows the ranks. If no rank
-has recorded an event for the quiet window and the evidence explains why, the test fails. If the evidence does not
-explain why, the watcher continues; at the deadline the test fails. The error text has the waits between the ranks, the
-ranks' stacks, and the path of a report. If a rank raises, the test fails with that rank's traceback.
-No process is left running.
+has recorded an event for the quiet window, the watcher judges the ranks. If the evidence explains why they stand still,
+the test fails. If the evidence does not explain it, the watcher continues, and the test fails at the deadline unless
+all ranks are done by then. The error text has the waits between the ranks, the ranks' stacks, and the path of a report.
+If a rank raises an exception, the test fails with the traceback of this rank. After the test, no process of a rank is
+left.
 """
 
 from __future__ import annotations
@@ -69,14 +70,22 @@ _NOT_THEIRS = (
 
 
 class DeadlockError(AssertionError):
-    """The ranks did not finish, or finished with wrong results. The text of the error is the verdict."""
+    """The ranks did not finish, or finished with wrong results.
+
+    The text of the error has the verdict, its evidence, the ranks' stacks and output, and the path of the report.
+    """
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The argument of the function that ``Ranks.run`` calls in each rank: the rank's number, its device,
-    ``world`` (the process group of all ranks), and the recorder that writes the rank's witness. torch.distributed is
-    initialised."""
+    """What a function knows of the rank in which it runs. ``Ranks.run`` passes this object to the function.
+
+    rank      the number of the rank
+    device    the rank's device: the CPU, or with the backend "nccl" the rank's own GPU
+    recorder  writes the rank's witness
+
+    The attribute ``world`` is the process group of all ranks. torch.distributed is initialised.
+    """
 
     rank: int
     num_ranks: int
@@ -95,11 +104,11 @@ _current: list[recorded.Rank] = []
 
 @contextlib.contextmanager
 def assert_no_deadlock(name: str = "") -> Iterator[None]:
-    """Record the collectives of the block, so that the verdict explains a hang in it.
+    """Record the collectives that this rank issues in the ``with`` block, so that a verdict can explain a hang there.
 
-    name: the block's name, which the verdict shows where it would show the name of a layer
+    name: the name of the block; the verdict shows it as the layer of these collectives
 
-    Use it in a function that ``ep_ranks`` runs. Raises RuntimeError outside a rank.
+    Use this only in a function that ``ep_ranks(…).run`` calls. Elsewhere it raises RuntimeError.
     """
     if not _current:
         raise RuntimeError("assert_no_deadlock() works only in a function that ep_ranks(n, backend).run(...) runs")
@@ -112,12 +121,13 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 
 @dataclass
 class Ranks:
-    """Real ranks on this host, forked from this process with torch already imported. Eight ranks start in about a
-    second.
+    """The ranks of a test: processes on this host, forked from the process of the test, which has imported torch.
 
-    root             the folder for the evidence of each run
-    quiet_window_s   after how many seconds without an event on any rank the ranks are judged
-    deadline_s       after how many seconds a run fails, even if its ranks still record events
+    root            the folder for the evidence of each run
+    quiet_window_s  the ranks are judged when no rank has recorded an event for this many seconds
+    deadline_s      after how many seconds a run fails, even if its ranks still record events
+
+    Eight ranks start in about a second.
     """
 
     num_ranks: int
@@ -127,10 +137,14 @@ class Ranks:
     deadline_s: float = 60.0
 
     def run(self, function: Callable[[Rank], Any]) -> list[Any]:
-        """Call ``function(rank)`` in one process per rank. Returns the results by rank; a result must be picklable.
+        """Call ``function(rank)`` in one process per rank. Returns the results in the order of the ranks.
 
-        Raises DeadlockError with the verdict if the ranks hang, die, raise an error or are not done by the deadline.
-        Also raises it if the ranks finished but paired different collectives, because their results are then wrong.
+        A result must be picklable. Raises DeadlockError with the verdict in these cases:
+
+        - the ranks hang, or are not done by the deadline
+        - a rank dies or raises an exception
+        - all ranks are done, but their results are wrong, because different collectives were matched with each other
+
         Raises RuntimeError if the watcher itself fails.
         """
         import torch  # noqa: F401 - one import here instead of one in every rank
@@ -157,9 +171,9 @@ class Ranks:
     # -- the parent ------------------------------------------------------------------------------------------------
 
     def _watch(self, run_dir: RunDir, children: Mapping[int, int]) -> None:
-        """Watch until the ranks are done. Raise DeadlockError if the run ends in another way.
+        """Watch until all ranks are done. Raise DeadlockError if the run ends in another way.
 
-        children: process id -> start time of the process, in clock ticks
+        children: the process id of each rank -> the start time of this process, in clock ticks
         """
         queued = ALL_GROUPS if self.backend == "nccl" else ()
         watch = Watch(
@@ -221,7 +235,7 @@ class Ranks:
             os._exit(0)
 
     def _run_rank(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
-        """Run one rank in this process, then wait until the parent ends the process.
+        """Run one rank in this process, then wait until the parent releases all ranks.
 
         A rank that exits before the others would make their collectives fail, and so change the evidence.
         """
@@ -282,7 +296,10 @@ _COMPARED = {
 
 
 def differences(document: Document) -> list[str]:
-    """Return one sentence for each argument in which the ranks' calls of the first divergent collective differ."""
+    """Return a sentence for each argument of a collective (sizes, dtype, …) in which the ranks differ.
+
+    The collective is the first one in which the ranks diverge; ``document`` has each rank's call of it.
+    """
     sides = document.sides
     lines = []
     for argument, what in _COMPARED.items():
@@ -296,7 +313,7 @@ def differences(document: Document) -> list[str]:
 
 
 def _end(pids: list[int], patience_s: float) -> None:
-    """Wait ``patience_s`` seconds for the ranks to exit by themselves, kill those that do not, and reap all."""
+    """Wait until the processes of all ranks have ended. After ``patience_s`` seconds, kill those that still run."""
     deadline = time.monotonic() + patience_s
     left = set(pids)
     while left:

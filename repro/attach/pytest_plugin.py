@@ -1,6 +1,7 @@
 """The pytest plugin of :mod:`repro.testing`: the fixture ``ep_ranks`` and the marker ``requires_gpus(n)``.
 
-pytest loads it in every run of an environment that has this package, so it imports nothing heavy until it is used.
+If this package is installed, pytest loads this plugin in every run, also for tests that do not use it. So the plugin
+imports its large modules only when a test uses the fixture or the marker.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _required_gpus(n: int = 1) -> int:
 
 @functools.cache
 def num_gpus() -> int:
-    """Return the number of CUDA devices. Only the first call counts them."""
+    """Return the number of CUDA devices. The first call counts them; later calls return the same number."""
     from repro.hosts.gpus import count_gpus
 
     return count_gpus()
@@ -42,12 +43,14 @@ def num_gpus() -> int:
 
 @pytest.fixture
 def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
-    """Return a function that makes ranks: ``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n
-    ranks.
+    """Return a function that makes the ranks of a test: ``ep_ranks(4, "gloo").run(function)``.
 
-    A watcher follows the ranks. Optional arguments: after ``quiet_window_s`` seconds without an event on any rank, the
-    ranks are judged; ``deadline_s`` is the longest time of a run, in seconds. With ``backend="nccl"`` the test is
-    skipped if there are fewer than n GPUs.
+    ``run`` starts the ranks, calls ``function(rank)`` in each of them, and watches them. The arguments of ``ep_ranks``:
+
+    num_ranks       the number of ranks, at least 1
+    backend         "gloo" or "nccl"; with "nccl", the test is skipped if there are fewer GPUs than ranks
+    quiet_window_s  the ranks are judged when no rank has recorded an event for this many seconds
+    deadline_s      after this many seconds the test fails if a rank is not done
     """
 
     def make(num_ranks: int, backend: str = "gloo", quiet_window_s: float = 1.0, deadline_s: float = 60.0) -> Ranks:
@@ -56,7 +59,7 @@ def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
         if num_ranks < 1:
             raise ValueError(f"ep_ranks({num_ranks}): the number of ranks must be at least 1")
         if backend not in ("gloo", "nccl"):
-            raise ValueError(f"unknown backend {backend!r}; known: gloo, nccl")
+            raise ValueError(f"ep_ranks: unknown backend {backend!r}; give gloo or nccl")
         if backend == "nccl" and num_gpus() < num_ranks:
             pytest.skip(f'backend "nccl" needs a GPU for each of {num_ranks} ranks, but {num_gpus()} were found')
         return Ranks(num_ranks, backend, tmp_path, quiet_window_s, deadline_s)

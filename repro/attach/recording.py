@@ -28,16 +28,17 @@ from repro.watch.live import Watch
 from repro.watch.offline import judge_files
 
 ANSWER_PATIENCE_S = 2.0
-"""Seconds that a rank may take to write its evidence.
+"""How many seconds the watcher waits until the ranks have written the evidence that it requested.
 
-The rank's background thread looks for requests every 0.2 s, or later if the main thread holds the interpreter's lock.
+The background thread of a rank looks for requests every 0.2 s, or later if the main thread holds the interpreter's
+lock.
 """
 
 
 class DeviceGroups(Collection[str]):
-    """The names of a recorded job's groups whose collectives are queued on a device.
+    """The names of those groups of a recorded job whose collectives are queued on a device.
 
-    Each use of this collection reads the file of the names again.
+    The ranks write these names into a file while they run, so each use of this collection reads the file again.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
@@ -60,16 +61,16 @@ class DeviceGroups(Collection[str]):
 
 
 class RecordedHost(Host):
-    """This host, as the watch over a recorded program uses it.
+    """This host, for the watch over a recorded program. It requests evidence from the ranks by touching a file.
 
-    It requests stacks from the ranks by a file instead of signals, because the program may use the signals itself.
+    The host of a lab run sends signals instead. A user's program can need these signals itself.
     """
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
-        """Request stacks and Flight Recorder dumps from the ranks.
+        """Request stacks and Flight Recorder dumps from the ranks, and wait at most ANSWER_PATIENCE_S seconds for them.
 
-        Returns rank -> what it did not write, as the end of a sentence "rank 1 left no …": "stack", or "stack and no
-        Flight Recorder dump".
+        pids: rank -> process id. Returns, for each rank from which something is missing, what is missing, as the end of
+        a sentence "rank 1 left no …": "stack", or "stack and no Flight Recorder dump".
         """
         files = {rank: (run_dir.stack(rank), run_dir.flight_recorder(rank)) for rank in pids}
         before = {path: _stamp(path) for paths in files.values() for path in paths}
@@ -99,7 +100,7 @@ def is_recording(run_dir: RunDir) -> bool:
 
 
 def options(run_dir: RunDir) -> WatchOptions:
-    """Read the options of the watch over a recorded job from its run.json. Raises OSError or DamagedFile."""
+    """Return the options of the watch over a recorded job, from the job's run.json. Raises OSError or DamagedFile."""
     description = read_description(run_dir.description)
     return WatchOptions(
         description.num_ranks, description.quiet_window_s, description.deadline_s, DeviceGroups(run_dir)
@@ -113,7 +114,7 @@ def watch_of(
     show: Callable[[list[Tail]], None],
     notice: Callable[[str], None],
 ) -> Watch:
-    """Make the watch over a recorded job. The arguments are those of :class:`repro.watch.live.Watch`."""
+    """Return the watch over a recorded job. See :class:`repro.watch.live.Watch` for the arguments."""
     return Watch(
         run_dir,
         options(run_dir),
@@ -128,7 +129,7 @@ def watch_of(
 
 
 def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
-    """Judge the files of a recorded job. Returns the content of verdict.json, and whether all files could be read."""
+    """Judge a recorded job from its files. Returns the content of verdict.json, and whether all files could be read."""
     again = judge_files(run_dir, options(run_dir), Comparison())
     decided = again.decided
     document = _describe(
@@ -149,7 +150,7 @@ def verdict_of(run_dir: RunDir) -> Verdict:
 
 
 def _explained(run_dir: RunDir, verdict: Verdict) -> Verdict:
-    """Add to the verdict of the witnesses what the dumps, the stacks and vLLM's engines show.
+    """Add to the verdict on the witnesses what dumps, stacks and vLLM's engines show.
 
     The witnesses alone seldom name a culprit, because a user's program declares no schedule.
     """
@@ -157,10 +158,10 @@ def _explained(run_dir: RunDir, verdict: Verdict) -> Verdict:
 
 
 def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
-    """Add culprits from dumps and stacks to a deadlock for which the witnesses name none.
+    """If the witnesses show a deadlock but no culprit, add the culprits that dumps and stacks show.
 
-    The judge of witnesses compares each rank with the schedule that it declared, and a user's program declares none.
-    The judge of dumps also compares each rank with its own earlier steps.
+    The judge of witnesses compares each rank with the rank's declared schedule, and a user's program declares none. The
+    judge of dumps can also compare each rank with the rank's own earlier steps.
     """
     if verdict.verdict != "deadlock" or verdict.culprits:
         return verdict

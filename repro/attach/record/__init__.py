@@ -3,18 +3,19 @@
 ``python -m repro record -- PROGRAM…`` starts the program with HMR_RECORD=DIR and with ``site/`` on PYTHONPATH. Python
 then runs ``site/sitecustomize.py`` in every interpreter of the program, also in spawned children and under torchrun:
 
-    site/sitecustomize.py   with HMR_RECORD set, calls start.begin(); without it, imports nothing of ours
+    site/sitecustomize.py   if HMR_RECORD is set, calls start.begin(); else imports nothing of this repository
     start.py                the table of hooks: when the program imports module M, call hook H
     imports.py              calls a function right after a module has been imported
     rank.py                 this process as a rank: its witness file, its background thread, and how it ends
+    attendant.py            the background thread
     collectives.py          hooks of torch's process groups: the collectives that the program calls in Python
     methods.py                  the table of the methods that are hooked, and how to read their arguments
-    compiled/                   the same hooks in C, with the writer of the witness; used where a compiler built them
+    compiled/                   the same hooks in C, with the writer of the witness; used if they could be compiled
     functional.py           hooks of functional collectives (DTensor, torch.compile), which torch calls in C++
     ddp.py                  hooks of DistributedDataParallel, whose collectives torch also calls in C++
-    groups.py               names and members of groups; hooks of their creation, a collective of all ranks
+    groups.py               names and members of groups; hooks of the functions that create groups
     locks.py, builds.py     waits for lock files, and builds (of extensions, of kernels)
-    modules.py              the module that a collective belongs to; FSDP and pipeline stages
+    modules.py              the torch.nn.Module, FSDP group or pipeline stage that a collective belongs to
 
 The hooks never change a result of the program, and raise no exception into it. They install no signal handler. They do
 not replace functions of torch.distributed that torch.compile recognises.

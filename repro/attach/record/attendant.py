@@ -1,8 +1,13 @@
 """The background thread of a recorded rank, for work that is not urgent.
 
-Five times a second the thread checks two things. If the watcher has asked for evidence, the thread writes it. If an
-asynchronous collective has completed although the program has not waited for it, the thread records this. It also runs
-while the rank is blocked inside a collective, where Python would not run a signal handler.
+Five times a second the thread does this work:
+
+- If the watcher has requested evidence, the thread writes stacks and a dump.
+- If an asynchronous collective has completed although the program has not waited for it, the thread records this.
+- The thread calls the functions in `Rank.attended`.
+- If the main thread waits in a backward pass for DDP's collectives, the thread records this.
+
+The thread also runs while the main thread is blocked inside a collective, where Python would not run a signal handler.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ REQUEST = "evidence_wanted"
 """The watcher creates or touches this file in the run's folder to request stacks and dumps from all ranks."""
 
 IDLE_S = 0.02
-"""A process that used less CPU time (s) than this between two checks of the thread was idle."""
+"""A process was idle if it used less CPU time than this, in seconds, between two checks of the thread."""
 
 
 class Attendant:

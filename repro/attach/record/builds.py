@@ -20,9 +20,9 @@ def hook_inductor(module: ModuleType) -> None:
 
 
 def hook_flashinfer(module: ModuleType) -> None:
-    """Hook FlashInfer's call of ninja, and not the function around it, which first waits for the lock of the module.
+    """Hook `run_ninja` of FlashInfer, and not its caller, which first waits for the lock of the module to build.
 
-    A rank that only waits for the lock is then not recorded as a rank that builds. (FlashInfer 0.6 and 0.7.)
+    So a rank that only waits for this lock is not recorded as a rank that builds. (FlashInfer 0.6 and 0.7.)
     """
 
     def name(build_dir: Any, ninja_path: Any, *_: Any, **__: Any) -> str:

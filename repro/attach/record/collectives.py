@@ -1,10 +1,10 @@
 """Record the collectives that a program calls on torch's process groups.
 
 torch.distributed's functions, libraries that use c10d directly, FSDP and pipelines all call the methods of ProcessGroup
-or of its backends. Hooks replace these methods. They do not replace the functions of torch.distributed, because
-torch.compile recognises these functions by identity, and because some programs replace them, too.
+or of its backends. The hooks replace these methods. The hooks do not replace the functions of torch.distributed,
+because torch.compile recognises these functions by identity, and because some programs replace them.
 
-Torch's object for an issued collective is called a work.
+A "work" is torch's object for an issued collective.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from repro.trace.recording.calls import Call
 
 Calls = tuple[tuple["Call", int], ...]
-"""Calls, each with the ticket of its collective."""
+"""Recorded calls, each with its ticket, which is the number of its collective in the group."""
 
 _library: Any = compiled.load()
 _pending: dict[int, tuple[Any, Calls, bool, bool]] = {} if _library is None else _library.pending
-"""Issued works that may be incomplete: id(work) -> (weak reference, calls, blocking, pollable).
+"""Issued works that are not known to be complete: id(work) -> (weak reference, calls, blocking, pollable).
 
 calls      the collectives of the work; a coalesced work has several
-blocking   the program waits for the work at once
-pollable   the work may be asked at any time whether it is complete
+blocking   whether the program waits for the work at once
+pollable   whether the recorder is allowed to ask the work at any time if it is complete
 """
 
 _unread: set[str] = set()
@@ -56,7 +56,10 @@ _thread: Any = _Thread() if _library is None else _library.Thread()
 
 
 def hook(c10d: Any) -> None:
-    """Replace the methods of ProcessGroup, Backend and Work in torch._C._distributed_c10d."""
+    """Replace the methods of ProcessGroup, Backend and Work by which a program issues collectives and waits for them.
+
+    c10d: the module torch._C._distributed_c10d
+    """
     for owner in (c10d.ProcessGroup, c10d.Backend):
         for name, method in METHODS.items():
             replace(owner, name, functools.partial(_hook, name, method))
@@ -72,7 +75,7 @@ def hook(c10d: Any) -> None:
 
 
 def _hook_options(options: Any, reductions: Any) -> None:
-    """Replace the properties asyncOp, rootRank and reduceOp of a class of options, if it has them.
+    """Replace those of the properties asyncOp, rootRank and reduceOp that a class of options has.
 
     The compiled hooks then learn each value when the program or torch sets it.
 
@@ -92,7 +95,7 @@ def inside() -> bool:
 class beneath:
     """A ``with`` block in which this thread's collectives are not recorded, because they are part of a recorded call.
 
-    This is a class, because a context manager made from a generator would take as long as the recording itself.
+    This is a class and not a generator function, whose overhead would be as long as the recording itself.
     """
 
     __slots__ = ()
@@ -107,17 +110,17 @@ class beneath:
 def _named(name: str, function: Any) -> Any:
     """Give the code of a hook the name of the method that the hook replaces.
 
-    Without this, a call on an object whose class the program derived from torch's could recurse without end. For such
-    an object, pybind11 looks in Python for a method that overrides the original, finds the hook, and calls it. The hook
-    calls the original, and so on. pybind11 does not look if the calling frame has the name of the method, and the
-    object as its first argument.
+    Without this name, a call on an object of a class that the program derived from torch's class could recurse without
+    end: pybind11 looks in Python for a method that overrides the original, finds the hook, and calls it; the hook calls
+    the original, and so on. pybind11 does not look for such a method if the calling frame has the name of the method,
+    and has the object as its first argument.
     """
     function.__code__ = function.__code__.replace(co_name=name)
     return function
 
 
 def _hook(name: str, method: Method, original: Any) -> Any:
-    """Make the hook of a method. The hook is compiled if the library exists and can read the calls of this method."""
+    """Return the hook of a method: in C if the library exists and can read the calls of this method, else in Python."""
     slow = _named(name, _recorded(method, original))
     if _library is None or method.compiled is None:
         return slow
@@ -125,8 +128,8 @@ def _hook(name: str, method: Method, original: Any) -> Any:
     def resolve(group: Any, *args: Any, **options: Any) -> tuple[Call, int, bool] | None:
         """Read a call of the method for the compiled hook.
 
-        Returns the recorder's `Call`, the number of frames up to the call site, and whether the recorder may ask at any
-        time if the collective is complete. Returns None if the call is not recorded.
+        Returns the recorder's `Call`, the number of frames up to the call site, and whether the recorder is allowed to
+        ask at any time if the collective is complete. Returns None if the call is not recorded.
         """
         rank = this.current
         read = _read(rank, group, method, args, options) if rank is not None else None
@@ -177,9 +180,10 @@ def _recorded(method: Method, original: Any) -> Any:
 def _read(
     rank: Rank, group: Any, method: Method, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Collective, bool, bool] | None:
-    """Read a call. Return its collective, whether it is asynchronous, and whether its group is on the host (CPU).
+    """Return the collective of a call, whether the call is asynchronous, and whether the group is on the host (CPU).
 
-    A call with arguments of an unknown form is recorded by its name only. Returns None if even its group is unknown.
+    If an argument has an unknown form, the collective lacks this argument and those that are read after it, and a line
+    about it is printed once for each operation. Returns None if the group is unknown.
     """
     op = method.op
     try:
@@ -262,15 +266,16 @@ def _recorded_end(original: Any) -> Any:
 
 
 def issued(rank: Rank, collective: Collective) -> int:
-    """Record that C++ code issues a collective. Returns its ticket: its number in its group."""
+    """Record that C++ code issues a collective. Returns its ticket, the number of the collective in its group."""
     with rank.lock:
         return rank.recorder.issue(collective)
 
 
 def note_completions(rank: Rank) -> None:
-    """Record the completion of collectives for whose works no Python code has waited.
+    """Record which collectives have completed, among those for which no Python code has waited.
 
-    Only asynchronous collectives of groups on the host (CPU) are checked.
+    Only asynchronous collectives of groups on the host (CPU) are checked. On a device, the check would end the capture
+    of a CUDA graph.
     """
     if _library is not None:
         _library.spill()

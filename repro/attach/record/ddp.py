@@ -34,7 +34,7 @@ def hook(module: ModuleType) -> None:
 
 
 def hook_backward(module: ModuleType) -> None:
-    """Hook torch.autograd.graph, through which each backward pass begins."""
+    """Hook the function of torch.autograd.graph with which each backward pass begins."""
     replace(module, "_engine_run_backward", _passing)
 
 
@@ -70,7 +70,7 @@ def _blocking(op: str, original: Any) -> Any:
 
 
 def _rebuilds(wrapper: Any) -> bool:
-    """Count a forward pass of the wrapper. Returns whether it is the second one, which rebuilds the buckets."""
+    """Count a forward pass of the wrapper. Returns whether it is the second pass, which rebuilds the buckets."""
     done: int = wrapper.__dict__.get("_hmr_passes", 0)
     wrapper.__dict__["_hmr_passes"] = done + 1
     return done == 1
@@ -120,9 +120,10 @@ def note_wait(rank: Any) -> None:
 
 
 def _collective(rank: Any, name: str, members: list[int], op: str) -> Collective:
-    """Return a collective of a group "NAME.ddp", which has the members of the group NAME.
+    """Return one collective in place of all that the reducer issues in the group ``name`` during ``op``.
 
-    It stands for all collectives that the reducer issues in C++ in the group NAME; their number is not known.
+    The number of collectives that the reducer issues is not known. So the returned collective belongs to a group of its
+    own, "NAME.ddp", which has the same members as ``name``.
     """
     group = f"{name}.ddp"
     if members:

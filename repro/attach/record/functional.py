@@ -38,8 +38,10 @@ _waiting: dict[int, tuple[Collective, int]] = {}  # address of a result's storag
 
 
 def hook(module: ModuleType) -> None:
-    """Replace the functions that the operators call. Called when torch.distributed._functional_collectives, which
-    defines the operators, has been imported."""
+    """Replace the functions that the operators call.
+
+    The import hook calls this when torch.distributed._functional_collectives, which defines the operators, is imported.
+    """
     import torch
 
     for namespace in ("_c10d_functional", "_c10d_functional_autograd"):
@@ -62,8 +64,8 @@ def _replace(packet: Any, kind: Any, op: str) -> None:
 class _Operator:
     """A replacement for the function that an operator calls.
 
-    It has the same hash as the original function and is equal to it, so that a dictionary with the original as key also
-    finds the replacement.
+    The replacement has the same hash as the original function and is equal to it, so that a dictionary with the
+    original as key also finds the replacement.
     """
 
     def __init__(self, original: Any, op: str) -> None:
@@ -84,8 +86,8 @@ class _Operator:
     def _rank(self, tensors: Any) -> Any:
         """Return the rank that records this call of an operator; None if the call is not recorded.
 
-        A call is not recorded if this process is no rank, if the call is part of a recorded call, or if a compiler only
-        traces it, with tensor types of its own. tensors: the operator's first argument
+        A call is not recorded if this process is no rank, if the call is part of a recorded call, or if a compiler
+        traces the call with its own types of tensors. tensors: the operator's first argument
         """
         first = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else tensors
         if this.current is None or collectives.inside() or type(first) not in self._plain:
@@ -96,7 +98,10 @@ class _Operator:
 
 
 class _Issue(_Operator):
-    """A replacement that records a collective. The collective has completed when wait_tensor returns its result."""
+    """A replacement that records a collective.
+
+    The collective counts as completed when the operator wait_tensor has returned for the collective's result.
+    """
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         rank = self._rank(args[0] if args else None)
@@ -126,10 +131,10 @@ class _Wait(_Operator):
 
 
 def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
-    """Read the collective from an operator's arguments.
+    """Return the collective of a call, from the operator's arguments.
 
     The last argument that is a string is the name of the group. If there are several strings, the first one is the
-    reduction. If the arguments cannot be read, prints the reason, once for each op, and returns None.
+    reduction. If the arguments cannot be read, prints the reason, once for each ``op``, and returns None.
     """
     try:
         from torch.distributed.distributed_c10d import _resolve_process_group

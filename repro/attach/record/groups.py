@@ -14,15 +14,18 @@ from repro.attach.record import rank as this
 from repro.attach.record.imports import replace
 
 NEW_GROUP = "new_group"
-"""The name of a group of all ranks that exists only in the record: each creation of a group is a collective of it,
-because every rank must create the same groups in the same order."""
+"""The name of a group of all ranks that exists only in the record.
+
+Each creation of a process group is recorded as a collective of this group, because all ranks must create the same
+process groups in the same order.
+"""
 
 
 class _Group(NamedTuple):
     """A process group: a weak reference to it, its name, its members, and whether it is on the host (CPU).
 
-    The recorder may ask torch at any time whether a collective of a group on the host is complete. It must not ask this
-    for a group on a device, because the question would end the capture of a CUDA graph.
+    If the group is on the host, the recorder is allowed to ask torch at any time whether a collective of the group is
+    complete. If the group is on a device, this question would end the capture of a CUDA graph.
     """
 
     group: Any
@@ -36,9 +39,10 @@ _descriptions: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def describe(group: Any, description: str) -> None:
-    """Set the description from which the name of a group is made, for a library that gives torch no description.
+    """Set a description of a group, from which the recorder makes the group's name.
 
-    Call this before the group is first recorded; later it has no effect.
+    Use this for a library that gives torch no description. Call it before the group is first recorded; later it has no
+    effect.
     """
     if group is not None:
         _descriptions[group] = description
@@ -47,7 +51,9 @@ def describe(group: Any, description: str) -> None:
 def hook(c10d: ModuleType) -> None:
     """Hook the collectives of process groups, and the functions that create and destroy the groups.
 
-    If RANK and WORLD_SIZE are set, record this process from now on. c10d: torch.distributed.distributed_c10d
+    If the environment variables RANK and WORLD_SIZE are set, also begin to record this process.
+
+    c10d: torch.distributed.distributed_c10d
     """
     import torch._C._distributed_c10d as native
 
@@ -61,7 +67,10 @@ def hook(c10d: ModuleType) -> None:
 
 
 def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> None:
-    """Replace a function in c10d by ``make(original)``, also in torch.distributed if that has imported the function."""
+    """Replace the function ``name`` of c10d by ``make(original)``.
+
+    If torch.distributed has imported the function from c10d, replace it there, too.
+    """
     original = vars(c10d).get(name)
     replace(c10d, name, make)
     package = sys.modules.get(c10d.__name__.rpartition(".")[0])
@@ -72,9 +81,9 @@ def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> N
 def _joining(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_process_group(*args: Any, **options: Any) -> Any:
-        """Open the witness before the ranks connect, if this process already knows its rank.
+        """If this process already knows its rank, open the witness before the ranks connect.
 
-        The witness then also exists for a rank that waits to connect for ever.
+        A rank that waits for ever to connect then has a witness, too.
         """
         number, size = options.get("rank", -1), options.get("world_size", -1)
         method = options.get("init_method", args[1] if len(args) > 1 else None)
@@ -146,7 +155,7 @@ def dist_ranks(group: Any) -> list[int]:
 
 
 def group_of(rank: this.Rank, group: Any) -> _Group:
-    """Return the name and the members of a group. The first call for a group also records them.
+    """Return what the recorder knows of a group. The first call for a group also records its name and members.
 
     Raises LookupError if torch.distributed does not know the group.
     """
@@ -166,7 +175,10 @@ def group_of(rank: this.Rank, group: Any) -> _Group:
 
 
 def _find(group: Any) -> Any:
-    """Return the process group of an object, which is either the group itself or one of the group's backends."""
+    """Return the process group to which an object belongs: the object is the group itself, or one of its backends.
+
+    Raises LookupError if there is no such group.
+    """
     import torch
 
     world = c10d_world().pg_map
@@ -182,7 +194,9 @@ def _find(group: Any) -> Any:
 def name_group(group: Any, members: list[int]) -> str:
     """Return a name for the group that is the same on all members and unique in this process.
 
-    Several groups may have one description, for example the groups of one dimension of a device mesh.
+    Several groups can have the same description, for example the groups of one dimension of a device mesh. So the name
+    also has the members of the group, unless these are all ranks, and a number if another group has the same
+    description and members.
     """
     from repro.verdict.result import list_ranks
 

@@ -13,7 +13,10 @@ Hook = Callable[[ModuleType], None]
 
 
 def after_import(hooks: Mapping[str, Hook]) -> None:
-    """Call ``hooks[name](module)`` right after each named module is imported, or at once if it is imported already."""
+    """Call ``hooks[name](module)`` right after the program has imported the module ``name``.
+
+    If the module is imported already, call the hook at once.
+    """
     waiting = {}
     for name, hook in hooks.items():
         module = sys.modules.get(name)
@@ -25,7 +28,7 @@ def after_import(hooks: Mapping[str, Hook]) -> None:
 
 
 class _Finder:
-    """Finds a module through the other finders, and wraps the module's loader so that the hook is called."""
+    """Finds a module through the other finders, and wraps the module's loader so that the module's hook is called."""
 
     def __init__(self, hooks: dict[str, Hook]) -> None:
         self._hooks = hooks
@@ -43,7 +46,7 @@ class _Finder:
 
 
 class _Loader:
-    """A loader that calls the hook after the module's own loader has executed the module."""
+    """A loader that calls the hook of a module after the module's own loader has executed the module."""
 
     def __init__(self, loader: Any, hook: Hook) -> None:
         self._loader, self._hook = loader, hook
@@ -63,7 +66,10 @@ class _Loader:
 
 
 def _apply(hook: Hook, module: ModuleType) -> None:
-    """Apply a hook. If it fails, as with an unknown version of the module, print that the module is not recorded."""
+    """Call the hook of a module. If the hook raises an exception, print that the module is not recorded.
+
+    For example, a hook raises an exception if it does not know this version of the module.
+    """
     try:
         hook(module)
     except Exception as error:
@@ -71,10 +77,10 @@ def _apply(hook: Hook, module: ModuleType) -> None:
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace an attribute by ``make(original)``, if the attribute exists.
+    """Replace ``owner.name`` by ``make(original)``. Do nothing if the attribute does not exist.
 
-    torch.compile does not start a graph inside a function of torch. So it must not start one inside the replacement
-    either.
+    torch.compile starts no graph inside a function of torch. If the replacement is a Python function, it is marked so
+    that torch.compile starts no graph inside it either.
     """
     original = getattr(owner, name, None)
     if original is None:

@@ -15,8 +15,8 @@ class Method(NamedTuple):
     sizes      returns the sizes that must be equal on all ranks, from the first two arguments of the call
     rooted     whether the options of the call name a root rank
     reduces    whether the options of the call name a reduction, such as SUM
-    one_sided  whether the method is a send or a receive; its second argument is then the other rank
-    fast       whether the hooks in C may read the arguments; if not, the hooks in Python do
+    one_sided  whether the method is a send or a receive; its second argument is then the rank at the other end
+    fast       whether the hooks in C can read the arguments; if not, the hooks in Python read them
     """
 
     op: str
@@ -28,9 +28,10 @@ class Method(NamedTuple):
 
     @property
     def compiled(self) -> tuple[int, bool] | None:
-        """Return which argument has the sizes (1 or 2; 0 if none has), and whether the first argument is a tensor.
+        """Return which argument has the sizes (1 or 2; 0 if none has), and whether the first argument has tensors.
 
-        The hooks in C need these two. Returns None if only the hooks in Python can read the method.
+        The hooks in C need these two values. Returns None if only the hooks in Python can read the arguments of the
+        method.
         """
         sized = {_none: 0, _each: 1, _first: 1, _second: 2, _inputs: 2}.get(self.sizes)
         return None if sized is None or not self.fast else (sized, self.op != "barrier")
@@ -95,7 +96,7 @@ _reductions: dict[int, str] = {}
 
 
 def dtype_of(tensors: Any) -> str:
-    """Return the name of the dtype of a tensor, or of the first tensor of nested lists; "" if there is none."""
+    """Return the name of the dtype of a tensor, or of the first tensor of nested lists; "" if there is no tensor."""
     while isinstance(tensors, (list, tuple)):
         if not tensors:
             return ""
@@ -110,7 +111,7 @@ def dtype_of(tensors: Any) -> str:
 def reduction_of(opts: Any) -> str:
     """Return the name of a call's reduction, such as "max"; "sum" if the call names none.
 
-    opts: the options of the call. In older forms of a call, this may be the reduction, or another argument
+    opts: the last argument of the call: its options; in older forms of a call, the reduction itself or another argument
     """
     reduction = getattr(opts, "reduceOp", None)
     if reduction is None:

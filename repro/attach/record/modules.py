@@ -1,4 +1,4 @@
-"""Find the name of the module that a collective belongs to.
+"""Find the name of the torch.nn.Module that a collective belongs to.
 
 The names of FSDP groups and pipeline stages are always recorded, other modules only if HMR_RECORD_MODULES is set.
 """
@@ -17,9 +17,10 @@ _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def hook(module: ModuleType) -> None:
-    """If HMR_RECORD_MODULES is set, hook torch.nn.Module: each thread then knows the name of the module that it runs.
+    """If HMR_RECORD_MODULES is set, hook torch.nn.Module, so that the recorder knows which module each thread runs.
 
-    Inside a model that torch.compile compiled, only the model's name is known, because its parts run in one graph.
+    For a model that torch.compile has compiled, only the name of the whole model is known, because the modules in it
+    run as one graph.
     """
     if not this.with_modules:
         return
@@ -39,7 +40,7 @@ def hook(module: ModuleType) -> None:
 
 
 def _name(module: Any) -> str:
-    """Return the qualified name of a module. The first module that runs is the root, and names are relative to it."""
+    """Return the qualified name of a module, relative to the first module that ran, such as the model."""
     name = _names.get(module)
     if name is None:
         for inner_name, inner in module.named_modules():

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from repro.trace.recording.recorder import Recorder
 
 QUIET_WINDOW_S = 5.0
-"""The quiet window of a recorded job. It is longer than the 1 s of the lab's runs, because a user's job may compute,
-load data or save for seconds between two collectives."""
+"""The quiet window of a recorded job.
+
+It is longer than the 1 s of the lab's runs, because a user's job can compute, load data or save for seconds between two
+collectives.
+"""
 
 LONGEST_WATCH_S = 1e6
 
@@ -50,8 +53,8 @@ _library: Any = compiled.load()
 class Rank:
     """A recorded rank. Several threads of the program record events; ``lock`` lets one thread record at a time.
 
-    The thread that has the lock may take it again: a signal handler of the program, or an object that Python collects
-    while an event is written, may cause an event too.
+    The lock is reentrant: while a thread writes an event, a signal handler of the program, or the finaliser of an
+    object that Python collects, can cause another event in the same thread.
     """
 
     def __init__(self, recorder: Recorder, rank: int, root: Path) -> None:
@@ -64,7 +67,7 @@ class Rank:
 
     @contextlib.contextmanager
     def in_layer(self, name: str) -> Iterator[None]:
-        """Give this module name to all collectives that this thread issues within the block."""
+        """Record ``name`` as the module of all collectives that this thread issues within the ``with`` block."""
         outer, self.local.layer = self.local.layer, name
         try:
             yield
@@ -89,8 +92,10 @@ current: Rank | None = None
 """The rank that this process is; None if it is not a rank. The hooks of collectives read it at each call."""
 
 knows = UNDECLARED
-"""What the witness of this process can show (see repro.trace.knowledge). At first it shows no steps, because a program
-declares none; `declares_steps` adds them."""
+"""What the witness of this process can show (see repro.trace.knowledge).
+
+Without a call of `declares_steps`, the witness cannot show which steps have begun, because a program declares no steps.
+"""
 
 with_modules = False
 _base: Path | None = None
@@ -100,7 +105,7 @@ _ended = False
 
 
 def configure(base: Path, modules: bool) -> None:
-    """Set where the witness is written if this process becomes a rank.
+    """Set where this process writes its witness if it becomes a rank. A forked child does not write into this witness.
 
     base: the folder of the recording; modules: whether to record the module of each collective
     """
@@ -115,24 +120,29 @@ def is_configured() -> bool:
 
 
 def meet_at(meeting: str) -> None:
-    """Record all ranks of this process and of its children into the folder of one job, named ``meeting``.
+    """Set the name of the job of this process and of its forked children.
 
-    Without this call, ranks belong to one job if they connect to the same address and port.
+    Processes record into the same folder if they have the same name of the job, the same number of ranks, and the same
+    restart count of torchrun. Without this call, the name is the rendezvous of the ranks: their init_method, or the
+    address and port at which they connect.
     """
     global _meeting
     _meeting = meeting
 
 
 def declares_steps() -> None:
-    """Note that a plug-in declares the steps of this process: if a step is not in the witness, it has not begun."""
+    """Note that a plug-in declares the steps of this process.
+
+    The judge then knows that a step has not begun if it is not in the witness.
+    """
     global knows
     knows = WITNESS
 
 
 def folder(num_ranks: int) -> Path:
-    """Return the folder of the job to which this process belongs; make it, with run.json, if it does not exist.
+    """Return the folder of the job to which this process belongs; make the folder, with run.json, if it does not exist.
 
-    The process need not be a rank. num_ranks: the number of ranks of the job. Raises OSError.
+    A process that is no rank can call this, too. num_ranks: the number of ranks of the job. Raises OSError.
     """
     assert _base is not None, "configure() comes first"
     root = _folder_of_job(_base, _key(num_ranks, ""))
@@ -141,12 +151,12 @@ def folder(num_ranks: int) -> Path:
 
 
 def _forget() -> None:
-    """Stop recording in a forked child: the parent's witness does not belong to it."""
+    """Stop recording in a forked child, because the witness belongs to the parent."""
     use(None)
 
 
 def use(rank: Rank | None) -> None:
-    """Make the hooks of this process record this rank; None switches them off."""
+    """Set the rank for which the hooks of this process record; None switches the hooks off."""
     global current
     current = rank
     if _library is not None:
@@ -154,17 +164,20 @@ def use(rank: Rank | None) -> None:
 
 
 def become_from_environment() -> None:
-    """Record this process as the rank that the variables RANK and WORLD_SIZE give; do nothing if they are not set."""
+    """If the variables RANK and WORLD_SIZE are set, record this process as the rank that they give; else do nothing."""
     rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if rank.isdigit() and world.isdigit() and int(rank) < int(world):
         become(int(rank), int(world))
 
 
 def become(rank: int, num_ranks: int, meeting: str = "") -> None:
-    """Record this process as this rank: open the rank's witness and start to record. If this process, or another
-    process with the same rank, has opened the witness before, this process is not recorded.
+    """Open the witness of a rank, and record this process as this rank from now on. A second call does nothing.
 
-    meeting: the name of the rendezvous of the job's ranks, if the environment does not give one
+    If another process has already opened the witness of this rank, or if the witness cannot be opened, print that this
+    process is not recorded. Does nothing before `configure`.
+
+    meeting: the rendezvous of the job's ranks, such as init_method, if it is not the address and port in the
+    environment. A name that was given to `meet_at` is used instead
     """
     global _owner_pid
     if _base is None or current is not None or _owner_pid == os.getpid():
@@ -228,7 +241,7 @@ def _folder_of_job(base: Path, key: str) -> Path:
 
 
 def _describe(root: Path, num_ranks: int) -> None:
-    """Write run.json, for which the watcher waits. All ranks write the same content."""
+    """Write run.json, for which the watcher waits, unless the file exists."""
     from hybrid_moe_ref.files import write_atomically
     from repro.store.run_dir import RunDir
 
@@ -251,7 +264,7 @@ def _describe(root: Path, num_ranks: int) -> None:
 def _quiet_window_s() -> float:
     """Return HMR_QUIET_WINDOW in seconds, or the default if the variable is empty or not valid.
 
-    A typing error in the variable must not end the user's program.
+    An invalid value must not end the user's program, so it only causes a printed line.
     """
     text = os.environ.get("HMR_QUIET_WINDOW", "")
     with contextlib.suppress(ValueError):
@@ -288,7 +301,7 @@ def _reporting(hook: Callable[..., Any]) -> Callable[..., Any]:
 def failed(error: BaseException) -> None:
     """Record that an exception ends this rank, unless it is a SystemExit without an error code.
 
-    A KeyboardInterrupt is recorded too. The judge knows from it that the user interrupted the rank.
+    A KeyboardInterrupt is recorded too, so that the judge knows that the user interrupted the rank.
     """
     global _ended
     if current is None or _ended or (isinstance(error, SystemExit) and not error.code):
@@ -299,7 +312,7 @@ def failed(error: BaseException) -> None:
 
 
 def done() -> None:
-    """Record that this rank ends without an error, unless `failed` was called before. Then stop recording."""
+    """Stop recording, and record that this rank ends without an error, unless `failed` was called before."""
     global _ended
     rank = current
     use(None)
@@ -314,7 +327,10 @@ def done() -> None:
 
 
 def hook_process(module: ModuleType) -> None:
-    """Record the exception that ends a child process of multiprocessing, where Python does not call sys.excepthook."""
+    """Hook the main method of multiprocessing's processes, to record the exception that ends a child process.
+
+    In such a child, Python does not call sys.excepthook.
+    """
 
     def reporting(run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)

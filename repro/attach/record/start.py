@@ -31,7 +31,10 @@ HOOKS: dict[str, Hook] = {
 
 
 def begin(directory: str) -> None:
-    """Record this process in ``directory`` as soon as it is a rank. Call this before the program's first import."""
+    """Record this process in the folder ``directory`` from the moment when the process becomes a rank.
+
+    Call this before the program's first import.
+    """
     rank.configure(Path(directory), modules=bool(os.environ.get("HMR_RECORD_MODULES")))
     install()
 

@@ -1,4 +1,7 @@
-"""Python runs this file when an interpreter starts: start recording, then run the next sitecustomize."""
+"""Start recording when a Python interpreter starts, if HMR_RECORD is set; then run the environment's sitecustomize.
+
+Python runs the first file with this name on sys.path, which is this file.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def _record() -> None:
 
 
 def _run_next() -> None:
-    """Run the sitecustomize module of the program's environment. Python itself runs only the first one, this file."""
+    """Run the sitecustomize module of the program's environment, which Python itself does not run any more."""
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
