@@ -1,1 +1,1 @@
-"""The files of a run: their paths, typed readers and writers, and functions that make untrusted text safe to print."""
+"""Paths of a run's files, typed readers and writers of these files, and functions that make text safe to print."""

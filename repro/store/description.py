@@ -1,7 +1,7 @@
 """run.json: the description of a run, written by the program that creates the run directory.
 
-The report, the bundle and a later judgement read the description from this file. They need nothing else from the
-program that started the run.
+The programs that later report, bundle or judge the run read the description from this file. They need nothing else
+from the program that started the run.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class RunDescription(Config):
     num_ranks       number of ranks of the job
     quiet_window_s  seconds without an event on any rank after which the watcher calls the judge
     deadline_s      seconds after which the watcher stops, even without a verdict
-    queued_groups   groups whose collectives are recorded when they are queued, not when they run, as on NCCL
+    queued_groups   groups (such as NCCL's) whose collectives a rank records when it queues them, not when they run
     mechanism       how the fault causes the hang, in one line
     source          the upstream bug report or change that the run reproduces
-    family          a key that is equal in all runs whose settings differ only in ``variant`` and ``checks``; "" outside
-                    the lab
+    family          a key that is equal for all runs whose settings are equal, apart from the settings ``variant`` and
+                    ``checks``; "" outside the lab
     variant         one of VARIANTS; "" outside the lab
     commands        commands that repeat this run, or run another variant of it
     """

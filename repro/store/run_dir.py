@@ -20,7 +20,8 @@ interrupted            the user pressed Ctrl-C                 a rank that got S
 evidence_request       the watcher needs stacks and dumps      the watcher, for the agents of other hosts
 agents/                facts from the other hosts              the agent of each host (repro.hosts.agent)
 
-The last four, from `release` on, exist only during the run: they are removed after the verdict.
+The files in the last four rows, from `release` on, serve only the running job. The launcher of the lab removes these
+files at the end of a run.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class RunDir:
     def create(cls, out: Path, scenario: str, variant: str, seed: int) -> RunDir:
         """Create a new directory ``<out>/<utc>-<scenario>-<variant>-<seed>``.
 
-        Raises OutputError if that fails.
+        Raises OutputError if the directory cannot be created.
         """
         return cls._create(out, f"{scenario}-{variant}-{seed}", PARTS, "--out")
 
@@ -77,7 +78,7 @@ class RunDir:
     def create_collected(cls, out: Path, host: str) -> RunDir:
         """Create ``<out>/<utc>-collect-<host>`` for the evidence that `hmr collect` takes from a job.
 
-        Raises OutputError if that fails.
+        Raises OutputError if the directory cannot be created.
         """
         return cls._create(out, f"collect-{host}", COLLECTED_PARTS, "--to")
 
@@ -95,7 +96,8 @@ class RunDir:
     def point_latest(self) -> None:
         """Point the symbolic link ``latest`` in the parent folder to this run.
 
-        Raises OSError if that fails; the old link then remains. A file system without symbolic links is no error.
+        If the file system has no symbolic links, do nothing. Raises OSError if the link cannot be replaced for another
+        reason; the old link then remains.
         """
         link = self.root.with_name(f".latest.{os.getpid()}")
         try:
@@ -158,7 +160,7 @@ class RunDir:
 
     @property
     def cache(self) -> Path:
-        """Return the folder for compiled kernels and tuning results. It is deleted when the run ends."""
+        """Return the folder for compiled kernels and tuning results. The lab deletes this folder when the run ends."""
         return self.root / "tmp" / "cache"
 
     @property
@@ -185,14 +187,14 @@ class RunDir:
         return self._rank_file("agents", first_rank, "json")
 
     def contents(self) -> list[Path]:
-        """Return the paths of all files of the run and of the folders that contain them."""
+        """Return the paths of the run's folder, of its subfolders PARTS, and of the files directly in these folders."""
         folders = [self.root, *(self.root / part for part in PARTS)]
         return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 
     def describe(self, error: Exception | str) -> str:
-        """Return the text of an error with paths relative to the run directory.
+        """Return the text of an error, in which paths are relative to the run directory.
 
-        Such a text stays correct if the directory is moved to another place or machine.
+        The text then stays correct if somebody moves the directory to another place or machine.
         """
         return str(error).replace(f"{self.root}/", "")
 
@@ -205,7 +207,8 @@ class RunDir:
 def refuse_unwritable(path: Path, hint: str = "") -> None:
     """Raise OutputError if the file ``path`` cannot be written.
 
-    A command calls this before long work, so that the work is not lost because its result cannot be saved.
+    A command calls this before it begins long work. Otherwise the command could find only at the end that it cannot
+    save the result.
 
     hint   what the user can do, appended to the message: "; choose another --junit"
     """
@@ -219,14 +222,17 @@ def refuse_unwritable(path: Path, hint: str = "") -> None:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Write a value as indented JSON. A reader sees the old file or the whole new file (:func:`write_atomically`)."""
+    """Write a value as indented JSON. A reader sees the old file or the whole new file.
+
+    durable: see :func:`write_atomically`
+    """
     write_atomically(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 
 def read_tokens(path: Path) -> dict[str, list[int]]:
-    """Read request -> tokens from reference.json or from the output file of a rank.
+    """Read the tokens of each request from reference.json or from the output file of a rank.
 
-    Raises DamagedFile if the file is malformed, and OSError if it cannot be read.
+    Raises DamagedFile if the file is malformed, and OSError if the file cannot be read.
     """
     document = read_json(path, MAX_TOKENS_BYTES)
     rows = document.values() if isinstance(document, dict) else [None]

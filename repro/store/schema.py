@@ -19,8 +19,8 @@ T = TypeVar("T")
 def read_typed(path: Path, kind: type[T], most: int = MAX_JSON_BYTES) -> T:
     """Read a JSON file of at most ``most`` bytes, and convert its content to the type ``kind``.
 
-    Raises OSError if the file cannot be read, and DamagedFile if it is too large, nested too deeply or of another type:
-    ``verdict.json:1: $.waits[3].rank: expected int, got str``.
+    Raises OSError if the file cannot be read, and DamagedFile if its content is too large, is nested too deeply, or
+    does not fit the type: ``verdict.json:1: $.waits[3].rank: expected int, got str``.
     """
     return typed(read_json(path, most), kind, f"{path}:1")
 
@@ -40,5 +40,5 @@ def typed(value: Any, kind: type[T], where: str) -> T:
 
 
 def to_json(value: Any) -> Any:
-    """Convert a typed value to dicts, lists, strings and numbers, which ``json`` can write. Keys become strings."""
+    """Convert a typed value to what ``json`` can write: dicts with strings as keys, lists, strings and numbers."""
     return msgspec.to_builtins(value, str_keys=True)

@@ -15,16 +15,16 @@ _HIDDEN = re.compile(
 
 
 def escape_control_characters(text: object, limit: int = 400) -> str:
-    """Replace control and invisible characters by a symbol or by their code point, such as "<U+200B>".
+    """Replace each control or invisible character by a symbol or by its code point, such as "<U+200B>".
 
-    A text of more than ``limit`` characters is cut and ends in "…".
+    If the result has more than ``limit`` characters, cut it to this length; the last character is then "…".
     """
     shown = _HIDDEN.sub(_picture, str(text))
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def escape_lines(text: str, limit: int = 4000) -> str:
-    """Apply :func:`escape_control_characters` to each line. A line is cut after ``limit`` characters."""
+    """Apply :func:`escape_control_characters` to each line of a text. ``limit`` applies to each line."""
     return "\n".join(escape_control_characters(line, limit) for line in text.split("\n"))
 
 
@@ -41,7 +41,7 @@ def _picture(match: re.Match[str]) -> str:
 
 
 def short_site(site: str) -> str:
-    """Remove the folder of site-packages or of this repository from the file name of a call site."""
+    """Shorten a call site: remove the path of site-packages, or of this repository, from the start of its file name."""
     _, installed, inside = site.rpartition("/site-packages/")
     return inside if installed else site.removeprefix(f"{ROOT}/")
 

@@ -1,4 +1,4 @@
-"""Describe this process, so that a witness says which process wrote it."""
+"""Describe this process, for the header of the witness file that this process writes."""
 
 from __future__ import annotations
 

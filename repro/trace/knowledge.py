@@ -1,7 +1,7 @@
 """What a file of evidence can show about a rank: the order of its collectives, their arguments, times, and so on.
 
-Each of these is an aspect. A rule of the judge never uses an aspect that the file lacks. Otherwise "the file does not
-show it" would look like "the rank did not do it".
+Each of these is an aspect. A rule of the judge never uses an aspect that the file lacks. Otherwise the rule would
+conclude that a rank did not do something, only because the file cannot show it.
 """
 
 from __future__ import annotations

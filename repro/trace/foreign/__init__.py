@@ -1,1 +1,1 @@
-"""The types of the records that `repro.ingest` makes from the evidence of other tools, and `verdict/partial` judges."""
+"""Types of records, which `repro.ingest` makes from evidence of other tools and `repro.verdict.partial` judges."""

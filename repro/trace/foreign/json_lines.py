@@ -2,7 +2,7 @@
 
 A bundle contains such a file of records, so that a diagnosis can be repeated without the original files. The first line
 has the name and version of the format, and the names of the original files. Each other line is `[KIND, FIELDS]`. The
-file of records may come from outside, so each field is converted strictly to its type. A field of a wrong type raises
+file of records is untrusted, so each field is converted strictly to its type. A field of a wrong type raises
 `DamagedFile`.
 """
 
@@ -66,7 +66,7 @@ class _Dump(msgspec.Struct):
     knows: int
 
     def record(self) -> RecorderDump:
-        """Convert the fields, which may come from outside, to a `RecorderDump`.
+        """Convert the fields, which are untrusted, to a `RecorderDump`.
 
         Raises ValueError if `order` does not have one index for each operation of each group, or if `knows` has an
         unknown bit.
@@ -111,7 +111,7 @@ KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Observatio
 
 
 def encode(records: Iterable[Observation], files: Sequence[str], not_understood: Sequence[str]) -> Iterator[bytes]:
-    """Yield the lines of the JSON file.
+    """Yield the lines of a file that contains these records as JSON.
 
     files           names of the original files
     not_understood  "file:offset: why" for each file that was not understood
@@ -138,12 +138,12 @@ def _written(value: Any) -> Any:
 
 
 def decode(file: BinaryIO, where: str) -> tuple[list[Observation], list[str], list[str]]:
-    """Read a file that `encode` wrote. Return its records, the names of the original files, and the lines
-    "file:offset: why" about files that were not understood.
+    """Read a file that `encode` wrote.
 
-    where   the name of the file for messages
+    Returns three lists: the records, the names of the original files, and a line "file:offset: why" for each file that
+    was not understood. where: the name of the file for messages
 
-    Raises DamagedFile ("file:line: problem").
+    Raises DamagedFile ("file:line: problem") if the file is damaged or has another format or version.
     """
     lines = _lines(file, where)
     header: Header = _typed(next(lines, None), Header, f"{where}:1")

@@ -39,7 +39,7 @@ NOWHERE = Source("")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A process group as the evidence names it. `members` are global ranks; () if they are not listed."""
+    """A process group as the evidence names it. `members` are global ranks; () if the evidence lists none."""
 
     name: str
     description: str = ""
@@ -80,7 +80,7 @@ class Call(NamedTuple):
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """Return the arguments that must be equal on all members of the group."""
+        """Return the operation, its sizes and its data types, which must be equal on all members of the group."""
         return self.op, self.sizes, self.dtypes
 
 
@@ -171,7 +171,7 @@ class Calls(Sequence[Call]):
         return (self.forms[form].op for form in self.form)
 
     def numbered(self, seq: int) -> list[Call]:
-        """Return the operations that have a given sequence number."""
+        """Return the operations whose sequence number is ``seq``."""
         return [self[place] for place, number in enumerate(self.seqs) if number == seq]
 
     def transfers(self, op: str, peer: int) -> list[int]:
@@ -180,12 +180,15 @@ class Calls(Sequence[Call]):
         return [place for place, form in enumerate(self.form) if wanted[form]] if any(wanted) else []
 
     def times_by_number(self) -> dict[int, float]:
-        """Return sequence number -> time in s at which the operation was queued, for operations that have both."""
+        """Return, for each sequence number, the time in s at which the operation was queued.
+
+        Operations that have no number or no time are left out.
+        """
         rows = zip(self.seqs, self.times_s, strict=True)
         return {seq: at_s for seq, at_s in rows if seq != NO_NUMBER and not math.isnan(at_s)}
 
     def last_number(self, *, done: bool = False, where: Callable[[Form], bool] | None = None) -> int | None:
-        """Return the highest sequence number; None if there is none.
+        """Return the highest sequence number of these operations; None if no operation has a number.
 
         done    consider only operations that are complete
         where   consider only operations for whose `Form` this returns True

@@ -39,7 +39,7 @@ class RecorderDump:
     groups      the groups in which the rank queued operations
     order       the order of the operations of all groups: for each operation, the index of its group in `groups`
     configured  the groups that the rank belongs to; () if the dump does not list them
-    wrapped     whether older entries were overwritten, or may have been overwritten
+    wrapped     whether older entries were overwritten; also True if this is not known
     at_s        when the newest entry was queued; the dump was made at this time or later
     knows       what the entries show about the rank, for example the order of its collectives
     """

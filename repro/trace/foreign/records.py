@@ -4,7 +4,8 @@ The readers in `repro.ingest` produce these records, and `repro.verdict.partial`
 does not give stays at its default, and no rule concludes anything from such a field. For example, `rank` is None if
 only a group rank is known, `seq` is None if the tool prints no number, and `at_s` is None if it prints no time.
 
-Ranks are global ranks. A reader that finds a group rank converts it, or leaves `rank` None.
+Ranks are global ranks. If a reader finds only a group rank, it converts the number to the global rank, or leaves `rank`
+None.
 Times (`at_s`, `since_s`) are seconds since the start of the year on the clock that the tool printed. Most tools print
 no year and no time zone, so times of two hosts can only be compared with caution.
 """
@@ -165,10 +166,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A line in which one process says that it lost the connection to another one.
+    """A process that left the job, as a line of another process reports: "Connection closed by peer".
 
     seen_by   the process that printed the line
-    rank      the rank that ended; None if the line has only its network address
+    rank      the rank that left; None if the line does not name this rank
     """
 
     seen_by: Process
@@ -182,8 +183,8 @@ class Left:
 class Mismatch:
     """Two ranks that called different collectives, as TORCH_DISTRIBUTED_DEBUG=DETAIL reports it before the collective.
 
-    rank, call          the rank that printed the report, and what it called
-    other, other_call   another rank and what that one called; None if the report does not have them
+    rank, call          the rank that the report names first, and the collective that this rank called
+    other, other_call   a second rank, and the collective that the second rank called; None if the report has only one
     aspects             what differs, for example the shapes
     """
 
@@ -199,8 +200,9 @@ class Mismatch:
 class RasCommunicator:
     """One communicator in an answer of NCCL's RAS (its service for reliability, availability, serviceability).
 
-    launched   operation -> {rank in the communicator: how many the rank launched}; it does not show completion
-    missing    the ranks that the answer lists as missing
+    launched   for each operation, a dict from rank in the communicator to the number of launches by this rank; RAS does
+               not say which launches are complete
+    missing    the ranks, in the communicator, from which RAS got no data
     """
 
     name: str
@@ -262,7 +264,7 @@ class ProcessLook:
     look      number of the look, from 0
     at_s      time of the look in seconds on the host's clock; compare it only with other looks at the same host
     state     R runs, S sleeps, D waits for a device, T suspended by a signal, t suspended by a debugger,
-              Z ended and not reaped
+              Z ended and not reaped, X ended
     cpu_s     processor seconds of the process so far, without its children
     first_thread_cpu_s  processor seconds of the main thread so far
     switches  how often the main thread has left a processor; the number does not grow while the thread is blocked
@@ -286,10 +288,10 @@ class ProcessLook:
 class LockLook:
     """A lock file at one moment.
 
-    kind      flock, fcntl, or baton: a file that exists as long as the lock is held
+    kind      flock, fcntl, lease, or baton: a file that exists as long as the lock is held
     holders   pids of the processes that hold the lock
     waiters   pids of the processes that the operating system blocks on the lock; a program that polls is not listed
-    hidden    number of Python processes whose open files could not be read; any of them may hold the lock
+    hidden    number of Python processes whose open files could not be read; possibly one of them holds the lock
     age_s     seconds since the file was last changed; None if unknown
     names     a description of each process of `holders`
     """
@@ -310,8 +312,8 @@ class LockLook:
 class Connections:
     """TCP connections between the processes of a job on one host.
 
-    between   (pid, a larger pid) -> number of connections between the two processes
-    unread    pid -> bytes that the process has received from the network but not read
+    between   a dict from (pid, larger pid) to the number of connections between these two processes
+    unread    a dict from pid to the number of bytes that arrived and that the process has not read
     closed    pids of the processes that have a connection which the other end has closed
     """
 

@@ -1,1 +1,1 @@
-"""The recorder: it runs in each rank and writes the rank's witness file."""
+"""The recorder, which runs in each rank and writes the rank's witness file."""

@@ -11,7 +11,7 @@ _LIBRARIES = ("packages/torch/", "repro/attach/record/", "repro/attach/vllm/")
 
 
 def is_between(code: CodeType) -> bool:
-    """Whether a stack frame with this code cannot be the call site of a collective.
+    """Whether this code lies between the call site of a collective and the recorder, and so is not the call site.
 
     True for code of the recorder, of the model's communicator, of the hooks in `repro.attach`, of torch and of
     contextlib.

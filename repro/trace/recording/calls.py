@@ -50,8 +50,8 @@ class Group:
 class Call:
     """A collective at one call site.
 
-    enter, leave, issue, wait   the constant part of the collective's record of this kind, and the CRC-32 of this part
-                                (the result of `sealed_part`)
+    enter, leave, issue, wait   for each of these four kinds of record: the constant part of the record, and the CRC-32
+                                of this part (the result of `sealed_part`)
     """
 
     __slots__ = ("digest", "enter", "entry", "group", "issue", "leave", "num_sizes", "wait")

@@ -44,12 +44,12 @@ class Groups:
         self._members: dict[str, tuple[int, ...]] = {}
 
     def declare(self, name: str, ranks: Sequence[int]) -> None:
-        """Note the members of a group, before its first collective, and give the group a slot in the file."""
+        """Note the members of a group, and give the group a slot in the file. Call this before its first collective."""
         self._members[name] = tuple(ranks)
         self.of(name)
 
     def members(self, name: str) -> Sequence[int]:
-        """Return the ranks of a group; all ranks if its members were not declared."""
+        """Return the ranks of a group; all ranks of the job if the members of the group were not declared."""
         return self._members.get(name, self._all_ranks)
 
     def of(self, name: str) -> Group:

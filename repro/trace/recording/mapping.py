@@ -18,9 +18,9 @@ def map_file(
 ) -> tuple[mmap.mmap, Identity, Geometry]:
     """Map a witness file into memory, and write this process as the writer into the header of the file.
 
-    The launcher may have created the file in advance; otherwise it is created here.
+    If the launcher has not created the file in advance, create the file.
 
-    run_id   written into the header; if it is "", the run id in the launcher's file is kept
+    run_id   written into the header; if this is "", the header keeps the run id that the launcher wrote
     shape    the sizes of the areas of a new file
     knows    the aspects that the recorder writes; written into the header
 

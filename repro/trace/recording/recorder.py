@@ -4,8 +4,9 @@
     comm = Communicator(…, observer=recorder)
 
 The layout of the file is described in :mod:`repro.trace.witness.format`. The recorder never reads the file, and it
-allocates no disk blocks after ``open``. The areas of the file have a fixed size, and a full one raises no error: a new
-string is then recorded as "?", and the progress of a new group is not recorded.
+allocates no disk blocks after ``open``. The areas of the file have a fixed size, and a full area raises no error. If
+the area of strings is full, a new string becomes "?". If all slots of groups are in use, the progress of a new group is
+not stored.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def _move_within(buffer: bytearray, target: int, source: int, count: int) -> Non
 class Recorder:
     """An :class:`hybrid_moe_ref.parallel.observer.Observer` that writes one witness file.
 
-    Only one thread may record. A second thread may call ``local("heartbeat", …)``, which writes only the heartbeat.
+    Only one thread is allowed to record. A second thread is allowed to call ``local("heartbeat", …)``, which writes
+    only the heartbeat and its name.
     """
 
     def __init__(
@@ -116,11 +118,11 @@ class Recorder:
         shape: Geometry | None = None,
         knows: Knows = WITNESS,
     ) -> Recorder:
-        """Open the witness file of a rank for writing. Create it, if the launcher has not created it in advance.
+        """Open the witness file of a rank for writing. If the launcher has not created the file, create it.
 
         shape   the sizes of the areas of a new file
-        knows   the aspects that this recorder writes, such as steps and locks (see `repro.trace.knowledge`). If the
-                witness shows nothing of another aspect, the judge concludes nothing from that
+        knows   the aspects that this recorder writes, such as steps and locks (see `repro.trace.knowledge`). The judge
+                uses no other aspect of this witness
 
         Raises WitnessError if the file already has a writer, or was made for another rank.
         """
@@ -182,9 +184,9 @@ class Recorder:
     def leave(self, collective: Collective | None, ticket: int = 0, call: Call | None = None) -> None:
         """Record that a collective is complete.
 
-        collective   may be None if `call` is given
+        collective   None is allowed if `call` is given
         ticket       what `issue` returned; 0 means the collective that was issued last in its group
-        call         the value of `last_call` after the collective was issued; if None, the recorder looks it up
+        call         the value of `last_call` after the collective was issued; if None, the recorder looks the `Call` up
         """
         if call is None:
             call = self._entered_call if collective is self._entered else None
@@ -220,7 +222,8 @@ class Recorder:
     def failed(self, message: str) -> None:
         """Record that the rank has failed with an error.
 
-        The message becomes one line of at most MAX_MESSAGE characters. The log of the rank has the whole message.
+        The witness gets the message as one line of at most MAX_MESSAGE characters. The rank's log has the whole
+        message.
         """
         line = " ".join(message.split())
         line = line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 2]} …"
@@ -228,7 +231,7 @@ class Recorder:
 
     @property
     def last_call(self) -> Call:
-        """The `Call` of the collective that was issued last. Pass it to `leave` or `wait`, which are then faster."""
+        """The `Call` of the collective that was issued last. Pass it to `leave` or `wait` to make these faster."""
         assert self._entered_call is not None
         return self._entered_call
 
@@ -248,9 +251,9 @@ class Recorder:
     def wait(self, collective: Collective | None, ticket: int, call: Call | None = None) -> None:
         """Record that the rank begins to wait for an asynchronous collective.
 
-        collective   may be None if `call` is given
+        collective   None is allowed if `call` is given
         ticket       what `issue` returned
-        call         the value of `last_call` after the collective was issued; if None, the recorder looks it up
+        call         the value of `last_call` after the collective was issued; if None, the recorder looks the `Call` up
         """
         self._append(*(call or self._call_of(collective)).wait, ticket)
 
@@ -261,7 +264,8 @@ class Recorder:
     def note_entries(self, entries: list[ScheduleEntry] | None) -> None:
         """From now on, append (group, operation, layer) of each issued collective to ``entries``.
 
-        At most MAX_NOTED entries are appended. A call replaces the list of the previous call; None ends the appending.
+        At most MAX_NOTED entries are appended. If this is called again, later collectives are appended only to the
+        new list, or to no list if ``entries`` is None.
         """
         vars(self).pop("enter", None)
         if entries is None:
@@ -296,7 +300,7 @@ class Recorder:
         return Group(index)
 
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:
-        """Search the stack for the call site of a collective, and return the `Call` for it.
+        """Search the stack for the call site of a collective, and return the `Call` of the collective at this site.
 
         The call site is the first frame, from ``caller`` outwards, for which `is_between` is false; if there is none,
         the outermost frame.
@@ -319,7 +323,8 @@ class Recorder:
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
         """Make the `Call` for a collective at a call site, and write its strings and its group to the file.
 
-        A send or receive gets a group of the two ranks, "ep:2>5", so that it has the same number at both ends.
+        A send or receive gets a group of the two ranks, "ep:2>5". A send then has the same sequence number as its
+        receive.
         """
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)
@@ -353,7 +358,7 @@ class Recorder:
         return Call(group, digest, num_sizes, entry, fixed)
 
     def _site(self, frame: FrameType | None) -> int:
-        """Store the string "file:line function" for a call site, and return the string's number; 0 if there is none."""
+        """Store "file:line function" of a call site as a string, and return its number; 0 if ``frame`` is None."""
         if frame is None:
             return 0
         code = frame.f_code

@@ -1,2 +1,4 @@
-"""The witness file of one rank: its format, and functions that read it, follow it while the rank writes, shorten it for
-a bundle, and rebuild an earlier state of it."""
+"""The format of a rank's witness file, and the functions that read a witness.
+
+Other functions follow a witness while its rank writes it, shorten a witness for a bundle, and rebuild an earlier state.
+"""

@@ -22,14 +22,14 @@ from repro.trace.witness.parse import Live, Problems, parse_header, parse_live, 
 def compact(
     data: bytes, name: str, *, writer: Identity | None = None, change: Callable[[str], str] = lambda text: text
 ) -> bytes:
-    """Return the bytes of a shorter witness file with the same content as ``data``.
+    """Return the bytes of a shorter witness file with the content of ``data``, apart from ``writer`` and ``change``.
 
     name    the name of the file for messages
     writer  the writer in the new header; by default the writer of ``data``
-    change  returns the replacement of a string, for example without secrets; an empty replacement becomes "?"
+    change  returns the text that replaces a string, for example without secrets; an empty text becomes "?"
 
-    Damage stays visible: the bytes of records, vectors and groups are copied unchanged. A damaged string is left out
-    with all strings after it; the count of strings then shows that some are missing. If ``data`` is shorter
+    Damage stays visible: the bytes of records, vectors and groups are copied unchanged. A damaged string and
+    all strings after it are left out; the count of strings then shows that some are missing. If ``data`` is shorter
     than its header says, no area is shortened, and the result has the length of ``data``.
 
     Raises WitnessError if ``data`` is not a witness, ValueError if the new strings are too long for a witness.
@@ -54,7 +54,7 @@ def compact(
 
 
 def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geometry:
-    """Return the smallest areas that still have room for every record, vector and group at its place in the area."""
+    """Return the smallest areas in which every record, vector and group slot keeps its offset from the area's start."""
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:
         used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)

@@ -52,8 +52,8 @@ _READS = 3
 def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | None = None) -> None:
     """Create a witness file, and allocate all its disk blocks.
 
-    If the disk is full, this raises OSError. Without the allocation, a disk that is full later would end the rank: a
-    write into the mapped file would then raise SIGBUS.
+    Raises OSError if the file exists or the disk is full. Without the allocation, a disk that becomes full later would
+    end the rank, because a write into the mapped file would cause the signal SIGBUS.
     """
     shape = shape or Geometry()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -70,8 +70,8 @@ def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | Non
 def read(path: str | os.PathLike[str]) -> Witness:
     """Read one witness file. Raises OSError or WitnessError.
 
-    If the file has problems, its rank may just be writing a record. So the file is read again, until it has no problems
-    or has not changed since the last time, but at most _READS times in all.
+    If the file has problems, the reason can be that its rank is writing a record at this moment. So read the file again
+    until the problems are gone or the file no longer changes, but at most _READS times in all.
     """
     data = _bytes_of(path)
     for _ in range(_READS - 1):
@@ -89,8 +89,8 @@ def read(path: str | os.PathLike[str]) -> Witness:
 def _bytes_of(path: str | os.PathLike[str]) -> bytes:
     """Return a copy of a witness file, read from front to back.
 
-    The count of vector words is read a second time at the end. It shows which vectors were overwritten while the file
-    was read.
+    Read the count of vector words a second time at the end, and put this later count into the copy: it shows which
+    vectors the rank overwrote while the file was read.
     """
     place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)
     with _opened(path) as file:
@@ -101,7 +101,7 @@ def _bytes_of(path: str | os.PathLike[str]) -> bytes:
 
 
 def _opened(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file. Raises an error if it is not a regular file, or larger than a witness can be."""
+    """Open a witness file. Raises WitnessError if it is not a regular file, or is larger than a witness can be."""
     try:
         return open_regular(path, MAX_BYTES)
     except ValueError as error:
@@ -109,7 +109,7 @@ def _opened(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str]]:
-    """Read all witnesses of a folder. Returns rank -> witness, and one line for each file that could not be used."""
+    """Read all witnesses of a folder. Returns the witness of each rank, and a line for each file that is not usable."""
     witnesses: dict[int, Witness] = {}
     refused: list[str] = []
     for file in sorted(Path(path).glob(f"*{SUFFIX}")):
@@ -153,7 +153,7 @@ class Tail:
         return event.t_ns if event else 0
 
     def last_event(self) -> Event | None:
-        """Return the newest event; None if there is none, or if it is being written."""
+        """Return the newest event; None if there is none, or if its record is damaged or not completely written."""
         num_events = self.num_events()
         if num_events == 0:
             return None
@@ -168,14 +168,14 @@ class Tail:
         return self._beat_ns
 
     def writer(self) -> Identity:
-        """Return the process that writes the file. Its pid is 0 until the rank has opened the file."""
+        """Return the process that writes the file. The pid in the result is 0 until the rank has opened the file."""
         if not self._writer.pid:
             with contextlib.suppress(WitnessError):  # the rank is writing its header
                 self._writer = parse_header(self._map[:GROUPS_AT], str(self.path))[0]
         return self._writer
 
     def witness(self) -> Witness:
-        """Read the whole file."""
+        """Read the whole file, as :func:`read` does."""
         return read(self.path)
 
     def close(self) -> None:
@@ -185,8 +185,8 @@ class Tail:
 def _mapped(file: BinaryIO) -> mmap.mmap:
     """Map a witness file into memory, for reading.
 
-    Before Python 3.13 each map keeps a file descriptor open, and a watcher maps many files. So there this function also
-    raises the process's limit of open files to the highest value that the system permits.
+    Before Python 3.13 each map keeps a file descriptor open, and a watcher maps many files. So with such a
+    Python, this function also raises the process's limit of open files to the highest value that the system permits.
     """
     if sys.version_info >= (3, 13):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)

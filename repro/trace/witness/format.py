@@ -1,7 +1,7 @@
 """The format of a witness file: the bytes that one rank writes, and the checks that readers rely on.
 
 A witness is one preallocated file per rank. The rank maps it into memory, so a record is written without a system call
-and survives SIGKILL. Numbers are little-endian; there is no padding but what is shown. Version 2::
+and survives SIGKILL. Numbers are little-endian. The table shows all padding. Version 2::
 
     0      HEADER   identity of the writer, clocks, geometry, and a CRC-32 of these; written by launcher and rank
     504    KNOWS    guarded word: the aspects that the recorder writes (repro.trace.knowledge); 0 = all of WITNESS
@@ -20,7 +20,7 @@ and survives SIGKILL. Numbers are little-endian; there is no padding but what is
 - The checksum of a vector is the CRC-32 of its sizes, with its offset as the start value. The checksum of a string is
   the CRC-32 of its bytes, with its length as the start value.
 - A guarded word is a counter, stored as value * GUARD in one aligned 8-byte store, so that a reader never sees half of
-  it. A flipped bit changes the word by a power of two, which is no multiple of GUARD.
+  it. A flipped bit changes the word by a power of two, which is no multiple of GUARD, so a reader notices it.
 
 **Order of writing.** The recorder writes an event in this order:
 
@@ -32,13 +32,13 @@ and survives SIGKILL. Numbers are little-endian; there is no padding but what is
 
 A reader copies the file from front to back, so the copy contains everything that a record in it refers to. A writer
 that dies leaves at most one incomplete ("torn") record, after the last intact one; LIVE does not count it. Every other
-wrong checksum is damage, unless it is right in a second copy of the file. A vector is overwritten after vector_words
-more words have been stored.
+wrong checksum is damage, unless the checksum is right when the reader copies the file again. A vector is overwritten
+after vector_words more words have been stored.
 
 **Hash.** The record of an issued collective has a rolling hash of all collectives that the rank has issued in the group
-so far: hash = crc32(d, previous hash), from 0 on. d is the CRC-32, in four bytes, of the signature's text (group, op,
-layer, dtype, reduce_op, joined by SEPARATOR). Sizes, root and step are not included. For a send or receive, d covers
-what both ends share: the name of the group of the two ranks, "p2p" and dtype.
+so far: hash = crc32(d, previous hash), where the hash before the first collective is 0. d is the CRC-32, in four bytes,
+of the signature's text (group, op, layer, dtype, reduce_op, joined by SEPARATOR). Sizes, root and step are not
+included. For a send or receive, d covers what both ends share: the name of the group of the two ranks, "p2p" and dtype.
 
 Only little-endian hosts write or read these files. Times are CLOCK_MONOTONIC nanoseconds of the writer's host;
 wall time = monotonic + wall_offset_ns.
@@ -159,7 +159,7 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sizes and offsets of the areas of one witness file. Raises ValueError if a size is out of range."""
+    """The sizes and offsets of the areas of one witness file. Raises ValueError if a size is odd or out of range."""
 
     ring_records: int = 20_480
     vector_words: int = 32_768
@@ -218,8 +218,8 @@ class Identity:
     def shares_processes(self, other: Identity) -> bool:
         """Whether two writers are on one host and in one pid namespace, so that the same pid means the same process.
 
-        Two containers may have the same boot id and host name, but different processes. A namespace that is unknown (0)
-        is taken as equal.
+        Two containers can have the same boot id and host name, but different pid namespaces. An unknown namespace (0)
+        counts as equal to any other.
         """
         namespaces = {self.pid_namespace, other.pid_namespace} - {0}
         return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
@@ -228,7 +228,7 @@ class Identity:
         """Return how many ns the monotonic clock of this writer's host is ahead of that of the other writer's host.
 
         0 if both have the same boot id (one host), or if a boot id is unknown. Otherwise the result is computed from
-        the wall clocks of the two hosts, and its error is the difference of these clocks.
+        the wall clocks of the two hosts. If these clocks differ, the result is wrong by their difference.
         """
         if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:
             return 0
@@ -236,7 +236,7 @@ class Identity:
 
 
 def column(records: bytes | memoryview, field: str) -> list[int]:
-    """Return one field of every record. This is many times faster than unpacking whole records."""
+    """Return the values of one field in all packed records. Unpacking whole records would take many times longer."""
     code, place = COLUMNS[field]
     values: Any = memoryview(records).cast(code)
     picked: list[int] = values[place :: RECORD.size // values.itemsize].tolist()

@@ -50,7 +50,7 @@ def parse_groups(
     """Return the progress of the rank in each group, by group index.
 
     ring   the newest events
-    live   the writer's counters. If the writer has counted an event that a slot lacks, the slot is damaged, which is
+    live   the writer's counters. If the writer has counted an event that a slot lacks, the slot is damaged: this is
            added to ``problems``
     """
     newest = _newest_calls(ring)
@@ -79,7 +79,7 @@ class _Slot:
     def trace(
         self, strings: list[str], ring: Ring, issued: Event | None, left: Event | None, counted: int
     ) -> GroupTrace:
-        """Combine the slot with the newest events in the ring: the writer updates the ring before the slot.
+        """Combine the slot with the newest events in the ring, because the writer updates the ring before the slot.
 
         issued    the newest event in the ring that issues a collective of this group
         left      the newest event in the ring that completes a collective of this group
@@ -148,7 +148,7 @@ class _Slot:
     def _may_hold(self, event: Event, ring: Ring) -> bool:
         """Whether ``event``, which was read from this slot, can belong there.
 
-        True if the event issues a collective of this group, and the ring has an equal event, or none, with its number.
+        True if the event issues a collective of this group, and the ring has no different event with the same number.
         """
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
@@ -158,9 +158,10 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """Return group index -> (newest event that issues a collective, event that completes the one of highest number).
+    """Return, for each group index, the newest event that issues a collective, and the event of the last completion.
 
-    Only the newest _RECENT events of the ring are searched. None stands for an event that is not among them.
+    The last completion is that of the collective with the highest number. Only the newest _RECENT events of the ring
+    are searched; None stands for an event that is not among them.
     """
     newest: dict[int, tuple[Event | None, Event | None]] = {}
     for event in ring.events(_RECENT):

@@ -196,7 +196,7 @@ def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Pr
 def parse_vectors(
     data: bytes, shape: Geometry, stored: int | None, named: Iterable[tuple[int, int]], problems: Problems
 ) -> dict[tuple[int, int], bytes]:
-    """Return (offset, length) -> the bytes of each size vector. Vectors that were overwritten are left out.
+    """Return a dict from (offset, length) to the bytes of a size vector, without overwritten and damaged vectors.
 
     stored   how many words the writer has stored since the file was created; None if the counter is damaged
     named    (offset, length) of the vectors that records refer to
@@ -221,7 +221,8 @@ def parse_vectors(
 def vectors_named(records: bytes, more: Iterable[Event]) -> set[tuple[int, int]]:
     """Return (offset, length) of each size vector to which the events in `records` (packed) and in `more` refer.
 
-    Only events that issue a collective with several sizes refer to one. A single size is stored in the record itself.
+    Only an event that issues a collective with several sizes refers to a size vector. A single size is stored in the
+    record itself.
     """
     columns = zip(*(column(records, name) for name in ("kind", "vector", "num_sizes")), strict=True)
     named = {(vector, num_sizes) for kind, vector, num_sizes in columns if num_sizes > 1 and kind in _ISSUES}

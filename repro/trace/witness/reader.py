@@ -27,7 +27,7 @@ from repro.trace.witness.parse import (
 
 
 class Signature(NamedTuple):
-    """What must be equal on all ranks that take part in a collective. Sizes and root are not part of it."""
+    """The fields of a collective that must be equal on all ranks that take part. Sizes and root are not among them."""
 
     group: str
     op: str
@@ -46,7 +46,7 @@ class Witness:
     complete     False if the file is damaged, its last record is incomplete, or the members of a group are unknown
     damaged      whether some bytes do not match their checksums, so that no certain conclusion is possible
     problems     a line for each problem of the file: "rank003.wit:38912: damage: …"
-    vectors      (offset, length) -> the bytes of each size vector that a record refers to
+    vectors      a dict from (offset, length) to the bytes of a size vector, for the vectors that records refer to
     """
 
     name: str
@@ -89,7 +89,10 @@ class Witness:
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
-        """Return ((group name, members), sequence number) -> the kind of the newest event of that collective."""
+        """Return, for each collective, the kind of its newest event.
+
+        The key of a collective is ((group name, members), sequence number).
+        """
         keys = [(group.name, group.members) for group in self.groups]
         kinds = {(key, each.last.seq): each.last.kind for key, each in zip(keys, self.groups, strict=True) if each.last}
         by_place: dict[tuple[int, int], int] = {}
@@ -112,7 +115,7 @@ class Witness:
         return column(self.ring.records, field)
 
     def text(self, string: int) -> str:
-        """Return the string with this number; "?" if it is unreadable."""
+        """Return the string whose number is ``string``; "?" if the string is not readable."""
         return self.strings[string] if string < len(self.strings) else "?"
 
     def signature(self, sig: int) -> Signature:

@@ -1,4 +1,4 @@
-"""Rebuild the state that a witness had at an earlier moment, to judge a run again as it was then."""
+"""Rebuild the state that a witness had at an earlier moment, to judge a run again as it was at that moment."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ISSUES = (Kind.ENTER, Kind.ISSUE)
 def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | None:
     """Return the witness as it was when its rank had recorded ``num_events`` events. The later events are removed.
 
-    heartbeat_ns   the time of the last heartbeat before that moment; the file has only the time of the newest one
+    heartbeat_ns   the time of the last heartbeat before that moment; the file has only the time of the newest heartbeat
 
-    Returns None if the file has fewer events, or if too many of the earlier ones have been overwritten. Sizes and
-    strings of later events are kept, because nothing refers to them.
+    Returns None if the file has fewer events, or if it no longer has an event that shows the state at that moment.
+    Sizes and strings of later events are kept; they have no effect, because nothing refers to them.
     """
     witness = dataclasses.replace(witness, heartbeat_ns=heartbeat_ns)
     if witness.num_events == num_events:

@@ -23,7 +23,7 @@ class Tails:
         self._tails: dict[int, Tail] = {}
 
     def open(self) -> None:
-        """Open the witnesses that are not open yet. Ignore one that cannot be opened: :meth:`read` reports it."""
+        """Open the witnesses that are not open yet. If a witness cannot be opened, only :meth:`read` reports this."""
         for rank in range(self._num_ranks):
             with contextlib.suppress(OSError, WitnessError):
                 self._opened(rank)
@@ -33,13 +33,13 @@ class Tails:
         return [self._tails[rank] for rank in sorted(self._tails)]
 
     def writers(self) -> dict[int, Identity]:
-        """Return rank -> the process that writes its witness."""
+        """Return, for each rank whose witness is open, the process that writes this witness."""
         return {rank: tail.writer() for rank, tail in self._tails.items()}
 
     def read(self, ranks: Iterable[int] | None = None) -> tuple[dict[int, Witness], list[str]]:
-        """Read the witnesses of these ranks, or of all ranks.
+        """Read the witnesses of these ranks; of all ranks if ``ranks`` is None.
 
-        Returns rank -> witness, and a line for each witness that could not be read.
+        Returns the witness of each rank, and a line for each witness that could not be read.
         """
         witnesses: dict[int, Witness] = {}
         refused = []
@@ -64,18 +64,15 @@ class Tails:
         return any(self._last_is(Kind.FAILED))
 
     def last_event_ns(self) -> int:
-        """Return the time of the last event of any rank in ns; 0 if there is none."""
+        """Return when a rank last recorded an event (a heartbeat is none), in ns; 0 if no rank has recorded one."""
         return max((self._here_ns(tail, tail.last_event_ns()) for tail in self._tails.values()), default=0)
 
     def heartbeat_ns(self) -> int:
-        """Return the time of the last heartbeat of any rank in ns; 0 if there is none."""
+        """Return when a rank last recorded a heartbeat, in ns; 0 if no rank has recorded one."""
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
     def waiting_since_ns(self) -> int:
-        """Return when the rank that waits longest, in a collective or for a lock, began to wait, in ns.
-
-        0 if no rank waits.
-        """
+        """Return since when, in ns, the longest wait for a collective or a lock lasts; 0 if no rank waits."""
         events = ((tail, tail.last_event()) for tail in self._tails.values())
         waits = (Kind.ENTER, Kind.WAIT, Kind.LOCK_WAIT)
         since = (self._here_ns(tail, event.t_ns) for tail, event in events if event is not None and event.kind in waits)
