@@ -1,9 +1,14 @@
 """The command line of the reference model: python -m hybrid_moe_ref {params,pages,generate,check,bench}
 
-The exit status is 0 for success, 1 if `check` finds a difference or a logit that is not finite, or cannot compare, 2
-(with one line on standard error for each problem) if arguments, files or sizes cannot be used, 125 if this program
-fails or a package is not installed, and 130 if the program is interrupted. With HMR_DEBUG=1, the program prints the
-traceback of an error.
+The exit status:
+
+    0    success
+    1    `check` found a difference or a logit that is not finite, or could not compare
+    2    arguments, files or sizes cannot be used; standard error has one line for each problem
+    125  this program failed, or a package is not installed
+    130  the user interrupted the program
+
+With HMR_DEBUG=1, the program prints the traceback of an error.
 """
 
 import argparse
@@ -34,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(least: int, most: int = 2**62) -> Callable[[str], int]:
-    """Make the converter of an option that takes whole numbers from `least` to `most`."""
+    """Return an argparse type for an option that takes whole numbers from `least` to `most`."""
 
     def whole_number(text: str) -> int:
         value = int(text)
@@ -68,9 +73,9 @@ def token_ids(text: str) -> list[int]:
 
 
 def dtype_of(*names: str) -> Callable[[str], str]:
-    """Make the converter of an option that takes these dtypes, by long or short name.
+    """Return an argparse type for an option that takes the dtypes `names`.
 
-    The converter returns the long name.
+    The user can give the long or the short name of a dtype ("bfloat16", "bf16"). The type converts it to the long name.
     """
     shorts = {long: short for short, long in SHORT_DTYPES.items()}
 

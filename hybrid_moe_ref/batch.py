@@ -1,11 +1,15 @@
 """The tokens of one step, flattened over all sequences, with one row per token.
 
 Sequences with the same number of new tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
-group with T = 1. The groups that a mixer processes in one call are a part of the batch. In a part, either every
-sequence has one new token, or every sequence has more than one.
+group with T = 1. A part of the batch is the groups that a mixer processes in one call. In a part, either every sequence
+has one new token, or every sequence has more than one.
 
-Shapes: N rows of the batch, B sequences of a group, T new tokens of each sequence of a group (for a part: its number of
-rows), X = 1 + the number of sequences of a part (the bounds between which their rows are).
+Shapes:
+
+    N   rows of the batch
+    B   sequences of a group
+    T   new tokens of each sequence of a group; in a name that belongs to a part: rows of the part
+    X   1 + the number of sequences of a part: the bounds of their rows
 """
 
 from collections.abc import Iterable
@@ -18,7 +22,7 @@ from torch import Tensor
 
 
 class Cached(Protocol):
-    """What a batch uses of a cached sequence: its number of tokens so far, and the device of its cache."""
+    """What a batch uses of a cached sequence: `length` (its number of tokens so far), and the device of its cache."""
 
     length: int
 
@@ -52,7 +56,7 @@ class Part(Generic[S]):
 
     In a part, either every sequence has one new token (decode), or every sequence has more than one.
 
-    cached   index of each group in the list of the batch's cached groups; empty if the tokens are not cached
+    cached   for each group, its index among the cached groups of the batch; empty if the tokens are not cached
     is_step  whether the part is the whole batch, with the rows in the same order
     tables   rotary tables that were computed for this part, by (rotary dim, theta, dtype)
     """
@@ -73,7 +77,7 @@ class Part(Generic[S]):
 
     @cached_property
     def rows_T(self) -> Tensor:
-        """Return the index of each row of this part among all rows of the step's batch."""
+        """Return, for each row of this part, its index among all rows of the batch."""
         return torch.cat([group.rows_BT.flatten() for group in self.groups])
 
     @cached_property
@@ -82,7 +86,7 @@ class Part(Generic[S]):
 
     @cached_property
     def cu_seqlens_X(self) -> Tensor:
-        """Return the index of each sequence's first row in the part, followed by the number of rows."""
+        """Return the index in the part of each sequence's first row, followed by the number of rows of the part."""
         starts = [0]
         for group in self.groups:
             starts += [starts[-1] + group.length * (number + 1) for number in range(len(group.starts))]
@@ -107,7 +111,7 @@ class Batch(Generic[S]):
         """Build a batch of cached sequences.
 
         pairs: (sequence, number of its new tokens); the rows have this order
-        device: None: the device of the first sequence
+        device: the device of the batch; None means the device of the first sequence
 
         Raises ValueError for a sequence that appears twice or has no new token.
         """

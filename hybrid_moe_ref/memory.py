@@ -17,9 +17,9 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int = 1, *, suggestion: str = "") -> None:
-    """Refuse a model that does not fit, before the machine swaps or the process is killed. Activations are not counted.
+    """Refuse a model that does not fit into memory, before the machine swaps or the process is killed.
 
-    Nothing is checked for several ranks on GPUs.
+    The check counts the weights and the cache, not the activations. It does nothing for several ranks on GPUs.
 
     model       one rank's model, on the meta device
     num_pages   pages of one rank's cache

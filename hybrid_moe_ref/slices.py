@@ -1,8 +1,8 @@
 """Describe the part of a full parameter that a rank holds.
 
-`HybridMoE.slices` has a `Slice` for every parameter of which the model holds only a part, by the parameter's name in
-the unsharded model. Code that fills parameters, from a seed or from a checkpoint, reads the full shape and the ranges
-there, and does not depend on ranks. Importing this module does not import torch.
+If a model holds only a part of a parameter, `HybridMoE.slices` has a `Slice` for it, under the parameter's name in the
+unsharded model. Code that fills parameters, from a seed or from a checkpoint, reads the full shape and the ranges from
+this `Slice`. So this code does not depend on ranks. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Slice:
     def of(self, full: Tensor) -> Tensor:
         """Cut this part out of the tensor `full`. The result is a view if every dimension keeps one range, else a copy.
 
-        Raises ValueError if `full` has another shape.
+        Raises ValueError if the shape of `full` is not `full_shape`.
         """
         if tuple(full.shape) != self.full_shape:
             raise ValueError(f"the tensor has shape {list(full.shape)}, but must have {list(self.full_shape)}")
@@ -63,14 +63,14 @@ class Slice:
 
 
 def scaled(held: Range, by: int) -> Range:
-    """Return `held` as a range of elements, where each index of `held` stands for `by` elements."""
+    """Convert the range `held` of items, such as heads, to a range of elements; each item has `by` elements."""
     return held[0] * by, held[1] * by
 
 
 def sections(parts: Iterable[tuple[int, Range]]) -> tuple[Range, ...]:
-    """Return the ranges of a dimension that consists of several sections.
+    """Return the ranges that a rank holds of a dimension that consists of several sections, such as q, k and v.
 
-    parts: for each section, its size and the range of it that is held
+    parts: for each section, its size and the range that the rank holds, counted from the start of the section
     """
     ranges, offset = [], 0
     for size, (start, stop) in parts:

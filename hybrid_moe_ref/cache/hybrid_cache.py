@@ -41,7 +41,7 @@ class CacheExhausted(RuntimeError):
 class Sequence:
     """A cached sequence: its number of tokens, and its pages in each layer group.
 
-    The pages return to the pool by `HybridCache.free`, or when the last reference to the sequence is dropped.
+    The pages return to the pool when `HybridCache.free` is called, or when the last reference to the sequence is gone.
     """
 
     cache: "HybridCache"
@@ -71,8 +71,8 @@ class HybridCache:
     """A cache of `num_pages` pages for the sequences of one model.
 
     A step calls `pasts = cache.begin(batch)`, runs the layers, and calls `cache.commit(batch)`. `HybridMoE.step` does
-    all of this. If a step fails between `begin` and `commit`, free its sequences, because their recurrent states may be
-    partly updated.
+    all of this. If a step fails between `begin` and `commit`, free the sequences of the step, because some of their
+    recurrent states are probably updated and others not.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class HybridCache:
     def allocate(self) -> Sequence:
         """Allocate an empty sequence.
 
-        Its recurrent states take their pages now. `begin` takes the pages for KV entries when tokens are added.
+        The pages for the sequence's recurrent states are taken now. `begin` takes the pages for KV entries, when tokens
+        are added.
         Raises CacheExhausted, before any page is taken, if too few pages are free.
         """
         counts = [0 if group.kind == "A" else 1 for group in self.layout.groups]
@@ -152,7 +153,7 @@ class HybridCache:
         return copy
 
     def snapshot(self, sequence: Sequence) -> Snapshot:
-        """Return a copy of what `restore` needs to undo later tokens: the length and the recurrent states.
+        """Return a copy of the sequence's length and recurrent states, with which `restore` can undo later tokens.
 
         KV entries are not saved, because `restore` shortens the sequence, and entries after its end are never read.
         """
@@ -161,7 +162,7 @@ class HybridCache:
         return Snapshot(sequence.length, [buffer[pages] for buffer in self.buffers])
 
     def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        """Set the length and recurrent states of a sequence back to those of one of its snapshots."""
+        """Set the length and recurrent states of a sequence back to those in `snapshot`, taken of it before."""
         self._check(sequence)
         pages = self._state_pages(sequence)
         for buffer, states in zip(self.buffers, snapshot.states, strict=True):
@@ -184,7 +185,7 @@ class HybridCache:
         ]
 
     def check_model(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        """Raise ValueError if the cache was made for another configuration or another dtype."""
+        """Raise ValueError if the cache was not made for a model with this configuration and dtype."""
         if dtype != self.dtype:
             raise ValueError(f"the cache has dtype {self.dtype}, but the model has {dtype}")
         if config is not self.config and config != self.config:
@@ -193,10 +194,10 @@ class HybridCache:
             raise ValueError(f"the cache was made for {name} {ours[name]!r}, but the model has {name} {theirs[name]!r}")
 
     def begin(self, batch: Batch[Sequence]) -> list[list[Past]]:
-        """Take pages for the batch's tokens. Returns, for each layer, one past for each group of cached sequences.
+        """Take pages for the batch's tokens. Returns, for each layer, one `Past` for each group of cached sequences.
 
-        Raises CacheExhausted, before any page is taken, if too few pages are free. Raises ValueError for a batch that
-        was built before the last step of its sequences, or with a sequence that was freed or belongs to another cache.
+        Raises CacheExhausted, before any page is taken, if too few pages are free. Raises ValueError if the batch was
+        built before the last step of its sequences, or if a sequence was freed or belongs to a different cache.
         """
         missing: list[tuple[Sequence, int]] = []
         for sequence, count in batch.sequences:

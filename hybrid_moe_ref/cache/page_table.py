@@ -13,11 +13,13 @@ FIRST_SIZE = 8
 
 
 class PageTable:
-    """A row per sequence, with its pages in `num_attention` layer groups and its slots in `num_recurrent` layer groups.
+    """One row for each sequence: its page numbers in each attention group, and its slot in each recurrent group.
 
     The slot of a sequence is the number of the page that holds its recurrent states. A row repeats its last page number
     up to the width of the table, because a step reads equally wide rows for sequences of different lengths. The KV
     entries of the repeated page are finite, and attention masks them.
+
+    num_attention, num_recurrent: number of groups of attention layers, and of recurrent layers
     """
 
     def __init__(self, num_attention: int, num_recurrent: int, device: torch.device) -> None:
@@ -56,14 +58,18 @@ class PageTable:
         self._free.append(row)
 
     def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
-        """Return the first `width` page numbers of the sequences in these rows in an attention group: [B, width].
+        """Return, for each sequence, its first `width` page numbers in one attention group: [B, width].
+
+        rows_B: the row of each sequence
 
         group: index of the group among the attention groups
         """
         return self._page_GRW[group, rows_B, :width]
 
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
-        """Return the pages that hold the states of the sequences in these rows for a group of recurrent layers: [B].
+        """Return, for each sequence, the page that holds its states for one group of recurrent layers: [B].
+
+        rows_B: the row of each sequence
 
         group: index of the group among the recurrent groups
         """

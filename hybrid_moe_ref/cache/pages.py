@@ -1,13 +1,14 @@
-"""Compute the page size that KV entries and recurrent states share. Does not import torch.
+"""Compute the page size that KV entries and recurrent states share. This module does not import torch.
 
-A recurrent layer keeps a state of fixed size per sequence, and an attention layer some bytes per token. Both take their
-pages from one pool, so all pages have one size. An attention page has the smallest multiple of 16 tokens with which it
-is at least as large as the largest state. A state is padded to the size of a page.
+A recurrent layer keeps a state of fixed size per sequence. An attention layer keeps some bytes per token. Both kinds of
+layers take their pages from one pool, so all pages have one size. The number of tokens of an attention page is the
+smallest multiple of 16 that makes the page at least as large as the largest state. A state is padded to the size of a
+page.
 
-Layers of one kind form groups of at most `group_size` layers, the number of layers of the rarest kind. The i-th layers
-of all groups share byte buffer i. A page number belongs to one group of one sequence, and stands for the same range of
-bytes in every buffer. So a sequence takes one page for each recurrent group, and ceil(length / tokens) pages for each
-attention group.
+Layers of one kind form groups of at most `group_size` layers. `group_size` is the number of layers of the rarest kind.
+The i-th layers of all groups share byte buffer i. A page number belongs to one group of one sequence, and stands for
+the same range of bytes in every buffer. So a sequence takes one page for each recurrent group, and ceil(length /
+tokens) pages for each attention group.
 """
 
 from collections import Counter
@@ -37,7 +38,7 @@ class StateSize:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind that share page numbers: the i-th of `layers` uses the pages of these numbers in buffer i."""
+    """Layers of one kind that share page numbers: layer `layers[i]` uses the pages with these numbers in buffer i."""
 
     kind: str
     layers: tuple[int, ...]
@@ -80,8 +81,9 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
     """Return how many heads (or groups) each rank holds: its share, or 1 if there are more ranks than heads.
 
-    In the second case several ranks hold the same head or group. Ranks with the same value head of Gated DeltaNet hold
-    different columns of its state. Raises ConfigError if neither number divides the other.
+    With more ranks than heads, several ranks hold the same head or group. Ranks with the same value head of Gated
+    DeltaNet hold different columns of the head's state. Raises ConfigError if the number of heads is neither a multiple
+    nor a divisor of `tp_size`.
 
     name: the field of `config` that has the number of all heads or groups
     """

@@ -1,7 +1,7 @@
 """What a layer sees of the cache in a step: one "past" for each group of sequences.
 
-A past gives access to the KV entries or states of the group's sequences. The layer reads them, and adds those of the
-new tokens.
+A past gives access to the KV entries or states of the group's sequences. The layer reads these entries or states, and
+adds those of the new tokens.
 
 Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, S tokens to attend to, K KV heads, D head
 dim, C conv channels, W remembered conv inputs.
@@ -104,7 +104,7 @@ class StatePast:
 
     @classmethod
     def joined(cls, pasts: "list[StatePast]") -> "StatePast":
-        """Join one layer's views of several groups of sequences into one. All of these views use the same two pools."""
+        """Join one layer's views of several groups of sequences into one view. All views must use the same pools."""
         if len(pasts) == 1:
             return pasts[0]
         return cls(pasts[0].conv_PWC, pasts[0].ssm_P___, torch.cat([past.slots_B for past in pasts]))

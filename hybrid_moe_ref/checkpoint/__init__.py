@@ -1,11 +1,11 @@
 """Checkpoints in Hugging Face's format: a folder with config.json and safetensors files.
 
     config, saved_dtype = read_config(folder)
-    model = HybridMoE(config, device="meta")     # before loading, experts may be cut to this rank's share
+    model = HybridMoE(config, device="meta")     # here you can cut the experts to this rank's share
     load_weights(model, folder)
 
 `HybridMoE.from_pretrained` does all of this in one call, and `save_pretrained` writes such a folder. Files are
-untrusted input: their sizes are checked before anything is allocated, and nothing in them is executed.
+untrusted input: this package checks their sizes before it allocates memory for them, and executes nothing in them.
 """
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError

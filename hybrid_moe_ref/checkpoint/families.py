@@ -1,7 +1,8 @@
 """Convert the config.json of the supported model families to ModelConfig and back.
 
 The known keys are of three kinds: sizes, settings of which only one value is implemented, and keys that do not matter
-for inference. A config.json with another key or another value of a setting is refused, and the error names the key.
+for inference. If a config.json has an unknown key, or a value of a setting that is not implemented, it is refused. The
+error names the key.
 """
 
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ _MULTIMODAL_ONLY = {
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
-    """Read a folder's config.json. Returns the configuration, and the name of the saved dtype or None.
+    """Read a folder's config.json. Returns the configuration, and the name of the saved dtype (None if unknown).
 
     Raises CheckpointError if the file cannot be read, or if it describes a model that is not supported.
     """
@@ -97,7 +98,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
 def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
     """Return the tokens that end a text: eos_token_id of generation_config.json or, if that has none, of config.json.
 
-    Returns () if neither file has one.
+    Returns () if neither file has an eos_token_id.
 
     Raises CheckpointError if the value is neither an id nor a list of ids.
     """
@@ -164,7 +165,7 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 def _agreed(said: dict[str, Any]) -> Any:
     """Return the value of a setting that a config may have at several paths; None if no path has a value.
 
-    said: path -> value at this path, or None
+    said: for each path, the value at this path, or None
 
     Raises ConfigError if two values differ.
     """
@@ -264,7 +265,7 @@ def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
 def _check_quantisation(raw: Any) -> None:
     """Raise ConfigError unless `raw` is None or describes float8 weights with one scale per 128 x 128 block.
 
-    Such weights are dequantised on load.
+    `load_weights` dequantises such weights.
 
     raw: quantization_config of the config.json
     """
@@ -320,7 +321,7 @@ def to_json(config: ModelConfig, family: str, dtype: str, stop_ids: Sequence[int
 
 
 def family_of(config: ModelConfig) -> str:
-    """Return the family in whose format a model is saved by default."""
+    """Return the model family whose format `save` uses for this model if the caller names no family."""
     if "M" in config.layer_pattern:
         return OWN
     return "qwen3_5_moe_text" if config.num_experts else "qwen3_5_text"

@@ -1,8 +1,8 @@
 """Copy the tensors of a folder into the parameters of a model, a few rows at a time.
 
-A model may hold only a part of its parameters: some experts of each layer, or the slices in `model.slices`. Then only
-the rows that it holds are read. If it holds only some columns of a row, the whole row is read: these columns mostly
-take less than one memory page of the mapped file, so reading only them would save nothing.
+A model can hold only a part of its parameters: some experts of each layer, or the slices in `model.slices`. Then only
+the rows that the model holds are read. If the model holds only some columns of a row, the whole row is read: these
+columns mostly take less than one memory page of the mapped file, so it would save nothing to read only these columns.
 
 Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """
@@ -35,12 +35,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that the checkpoint must have, and the parameter that it fills.
+    """A tensor that the checkpoint must have, the parameter that it fills, and which part of the tensor to copy.
 
+    name     the name of the tensor in the checkpoint
     shape    the shape that the tensor must have
-    target   the parameter to fill; None: only another rank needs the tensor
-    index    the row of the tensor to copy; None: the whole tensor
-    part     the part of that row or tensor to copy; None: all of it
+    target   the parameter to fill; None: this rank does not need the tensor, only other ranks do
+    index    copy only `tensor[index]`, such as one expert of a layer; None: the whole tensor
+    part     the part of `tensor[index]` (or of the whole tensor) to copy; None: all of it
     """
 
     name: str
@@ -52,12 +53,12 @@ class Piece:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.device | str = "cpu") -> Shards:
-    """Fill all parameters from a folder. The model is not changed until every tensor is found and has the right shape.
+    """Fill all parameters from a folder. The model is not changed until every tensor is found and can be used.
 
     device: the device for parameters that are on the meta device
 
-    Returns the opened folder, whose `bytes_read` is the number of bytes that were read. Raises CheckpointError that
-    lists every tensor that is missing, cannot be used or belongs to no part of the model.
+    Returns the `Shards` of the folder. Their `bytes_read` is the number of bytes that were read. Raises
+    CheckpointError, which lists every tensor that is missing, cannot be used or belongs to no part of the model.
     """
     shards = folder if isinstance(folder, Shards) else Shards(Path(folder))
     expected = pieces(model, shards)
@@ -73,10 +74,10 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
 
 
 def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
-    """Return `config` with as many MTP layers as the folder has tensors for: 0 or 1.
+    """Return `config` with the number of MTP layers for which the folder has tensors: 0 or 1.
 
-    The config.json of Qwen3-Next has no key for MTP layers. The config.json of Qwen3.5 has such a key, but when
-    transformers saves a model, it keeps the key and drops the tensors.
+    The key in config.json cannot be trusted. Qwen3-Next has no key for MTP layers. Qwen3.5 has such a key, but when
+    transformers saves a model, transformers keeps the key and drops the tensors.
 
     If there are no such tensors, but the config has an MTP layer, log a warning. Raises CheckpointError if there are
     tensors for more than one MTP layer.
@@ -110,8 +111,7 @@ def _warn_without_mtp(folder: Path, num_layers: int) -> None:
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
-    """List the tensors that `model` needs from the files of a checkpoint. Names and shapes depend on the format of the
-    files."""
+    """List the tensors that `model` needs from a checkpoint. Names and shapes depend on the checkpoint's format."""
     needed: list[Piece] = []
     slices: dict[str, Slice] = getattr(model, "slices", {})
     multimodal = any(name.startswith("model.language_model.") for name in shards.names)
@@ -147,7 +147,7 @@ def _last(name: str) -> str:
 
 
 def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards: Shards) -> list[Piece]:
-    """List the tensors of one layer's experts. parts: the part of each expert's matrices that the model holds."""
+    """List the tensors of one layer's experts. parts: for each matrix of an expert, the part that the model holds"""
     first = experts.first_expert
     held = range(first, first + experts.num_local)
     needed: list[Piece] = []
@@ -180,9 +180,10 @@ _GROUPED = {
 
 
 def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> list[Piece]:
-    """List the pieces of the projections of a GDN layer, which Qwen3-Next stores in blocks.
+    """List the pieces of a GDN layer's projections, for a checkpoint of Qwen3-Next.
 
-    There are two blocks for each key head: [q | k | R v | R z] and [R b | R a].
+    Qwen3-Next stores these projections in blocks of rows. There are two blocks for each key head: [q | k | R v | R z]
+    and [R b | R a].
 
     slices: for each projection, the rows that this rank holds; a piece copies these rows from the blocks
     """
@@ -199,9 +200,9 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     def piece(kind: str, linear: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
         """Make the piece that fills the weight of the projection `linear`.
 
-        kind   the name of the projection: "in_proj_qkvz" or "in_proj_ba"
-        parts  for each of q, k, v, z, b or a in this weight: the range of its rows that this rank holds, its number of
-               rows in a block, and its first row in a block
+        kind   the name of the stored tensor: "in_proj_qkvz" or "in_proj_ba"
+        parts  for each of q, k, v, z, b or a in this weight: the range of its rows that this rank holds, how many rows
+               it has in a block, and its first row in a block
         """
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
         held = tuple(rows for part in parts for rows in _in_blocks(*part, block))
@@ -232,9 +233,9 @@ def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Rang
 
 
 def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
-    """Raise one CheckpointError that lists every tensor that is missing, cannot be used or is foreign to the model.
+    """Raise a CheckpointError with a line for each tensor that is missing, cannot be used or has no place in the model.
 
-    If there is none, log how many tensors are skipped.
+    If there is no such tensor, log how many tensors the loader skips.
     """
     problems, expected_names, absent_mtp = [], set(), []
     for piece in {piece.name: piece for piece in expected}.values():
@@ -266,7 +267,7 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
 
 
 def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
-    """Yield a line that says why, if the shape or dtype of a tensor or of its float8 scales cannot be used."""
+    """Yield the reason in one line if the shape or dtype of a tensor, or of its float8 scales, cannot be used."""
     entry, name = shards[piece.name], f"{piece.name}_scale_inv"
     where = f"{entry.file}: {piece.name}"
     if entry.shape != piece.shape:
@@ -299,9 +300,10 @@ def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _skipped(unused: set[str], model: nn.Module) -> set[str]:
-    """Return those of the `unused` tensor names that are no error.
+    """Return the `unused` tensor names that the loader can skip without an error.
 
-    They are tensors of a vision model, of an MTP layer that the model lacks, and a head that is tied to the embedding.
+    These are tensors of a vision model, tensors of an MTP layer if `model` has no MTP layer, and the head if it is tied
+    to the embedding.
     """
     skipped = {name for name in unused if name.startswith(VISION)}
     if not hasattr(model, "mtp"):

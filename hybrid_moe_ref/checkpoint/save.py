@@ -1,7 +1,7 @@
 """Write a model's parameters into a folder of safetensors files.
 
-Each file is written under another name and renamed when it is complete, config.json last. So a folder with a
-config.json is complete.
+Each file is written under a temporary name, and renamed when it is complete. config.json is written last. So a folder
+with a config.json is complete.
 """
 
 import json
@@ -34,8 +34,8 @@ def save(
     family            the model type to save as; None: the type that fits the model's layers
     max_shard_bytes   largest size of a file in bytes, unless a single tensor is larger
 
-    Raises CheckpointError if the model does not fit the family or holds only a part of its parameters, OSError if a
-    file cannot be written.
+    Raises CheckpointError if the model does not fit the family or holds only a part of its parameters. Raises OSError
+    if a file cannot be written.
     """
     family = family or family_of(model.config)
     _check(model, family)
@@ -90,7 +90,7 @@ def _check(model: "HybridMoE", family: str) -> None:
 
 
 def tensors(model: "HybridMoE", family: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors in the family's checkpoint format. Tied parameters are yielded once."""
+    """Yield (name, tensor) pairs in the checkpoint format of `family`. Parameters that are tied are yielded once."""
     nets = {
         name: module
         for name, module in model.named_modules()

@@ -1,7 +1,8 @@
 """Read the tensors of a checkpoint folder, a few rows at a time, with the safetensors library.
 
-The library maps the files, so only the requested rows are read, and the operating system can drop them from memory. The
-library also checks the header of a file. If it refuses a header, the error is one line that names the file.
+The library maps the files into memory. So only the requested rows are read, and the operating system can drop these
+rows from memory. The library also checks the header of a file. If the library refuses a header, the error is one line
+that names the file.
 """
 
 from collections.abc import Iterable, Iterator
@@ -78,7 +79,8 @@ class Shards:
         index    read only the rows of `tensor[index]`, such as one expert of a layer
         ranges   read only the rows in these ranges, in this order
 
-        A block has at most BLOCK_BYTES, or one row if a row is larger. It is a view of the file: do not write to it.
+        A block has at most BLOCK_BYTES, or one row if a row is larger. Blocks are views of the file: do not write to
+        them.
         """
         entry = self._entries[name]
         data = self._files[entry.file].get_slice(name)
@@ -98,7 +100,7 @@ class Shards:
         return torch.cat([block for _, block in self.rows(name, index)])
 
     def _open(self, path: Path, problems: list[str]) -> dict[str, Entry]:
-        """Read the header of one file. Returns its tensors by name, and appends what is wrong with it to `problems`."""
+        """Read the header of one file. Returns its tensors by name, and appends its problems to `problems`."""
         if not path.is_file():  # opening a pipe would wait for its writer
             problems.append(f"{path}: not a regular file")
             return {}
@@ -147,7 +149,7 @@ class Shards:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of at most MAX_JSON_BYTES.
 
-    Raises CheckpointError if the file is missing, unreadable, not a regular file, larger, or not one JSON object.
+    Raises CheckpointError if the file cannot be read, is not a regular file, is larger, or is not one JSON object.
     """
     try:
         value = read_any_json(path, MAX_JSON_BYTES)

@@ -1,4 +1,4 @@
-"""The commands of `python -m hybrid_moe_ref`: each file has `run(args)`, which prints and returns the exit status.
+"""The commands of `python -m hybrid_moe_ref`: a file's `run(args)` prints the answer and returns the exit status.
 
-Only the functions that compute import torch, so that usage errors are reported at once.
+To import torch takes seconds. So only the functions that compute import torch, and a usage error is reported at once.
 """

@@ -10,7 +10,7 @@ from hybrid_moe_ref.commands.source import Source, load
 def run(args: argparse.Namespace) -> int:
     """Load a checkpoint, describe it, and, without `--load-only`, compare its logits with those of transformers.
 
-    Returns 1 if they differ, if they could not be compared, or if a logit is not finite; otherwise 0.
+    Returns 1 if the logits differ, if they could not be compared, or if a logit is not finite; otherwise 0.
     """
     import torch
 

@@ -1,15 +1,15 @@
-"""Compare a loaded checkpoint with transformers on the same folder: logits, token by token.
+"""Compare the logits of a loaded checkpoint, token by token, with those that transformers computes from its folder.
 
 First, both models compute in float64. Even a float64 model of transformers computes norms, softmax, router, rotary
 table and recurrence in float32, so the comparison replaces these casts to float32 by casts to float64. Then the two
 models differ only in the order of sums. A relative error of more than LIMIT means that a constant, a cast or a formula
-differs. (A difference of only 1e-14 in the router does not change its choice of experts.)
+differs. (A rounding difference of 1e-14 in the router does not change which experts the router chooses.)
 
 Then both models compute in the requested dtype, and the error of each token is measured against the float64 logits of
-transformers. Our median error may be at most FACTOR times the median error of transformers. The median is used because
-bfloat16 changes a third of the router's choices, and a mean would depend on a few tokens that have other experts. For
-32 small bfloat16 MoE models with random weights, the ratio of the two medians was between 0.80 and 1.24; the median of
-these ratios was 1.01.
+transformers. The models agree if our median error is at most FACTOR times the median error of transformers. The median
+is used because bfloat16 changes a third of the router's choices, and a mean would depend on the few tokens for which
+the router chose different experts. For 32 small bfloat16 MoE models with random weights, the ratio of the two medians
+was between 0.80 and 1.24; the median of these ratios was 1.01.
 """
 
 import contextlib
@@ -92,8 +92,8 @@ def their_logits(folder: str | Path, dtype: torch.dtype, tokens_BT: Tensor) -> T
 def float64_throughout(theirs: nn.Module) -> Iterator[None]:
     """Make a float64 model of transformers compute everything in float64 while the ``with`` block runs.
 
-    Its casts to float32 become casts to float64, and its rotary frequencies are not rounded. This changes torch for the
-    whole process, so nothing else may run at the same time.
+    The model's casts to float32 become casts to float64, and its rotary frequencies are not rounded. This function
+    changes torch for the whole process, so run nothing else in the process at the same time.
     """
     for module in theirs.modules():
         if isinstance(frequencies := getattr(module, "inv_freq", None), Tensor):
@@ -120,9 +120,10 @@ def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
 
 
 def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> dict[str, Any]:
-    """Judge logits [B, T, V] of a narrower dtype.
+    """Judge logits [B, T, V] of a dtype narrower than float64, against the float64 logits `truth_BTV`.
 
-    Returns the median relative errors of both models, and whether ours is at most FACTOR times theirs.
+    Returns the median relative errors of our model and of transformers, and whether our error is at most FACTOR times
+    the error of transformers.
     """
     ours, theirs = (float(errors(x_BTV, truth_BTV).median()) for x_BTV in (ours_BTV, theirs_BTV))
     return {"median_error": ours, "their_median_error": theirs, "agrees": ours <= FACTOR * theirs}

@@ -35,7 +35,8 @@ class Source:
 
         only_folders: accept no preset
 
-        Raises InputError if there is neither folder nor preset, CheckpointError if the folder is damaged.
+        Raises InputError if `name` is neither a folder with a config.json nor a preset, CheckpointError if the folder
+        is damaged.
         """
         folder = Path(name)
         if (folder / "config.json").exists():
@@ -59,7 +60,7 @@ class Source:
     def dtype(self, requested: str | None) -> str:
         """Return the name of the dtype to compute in: `requested`, if it is given.
 
-        If it is None, return the checkpoint's dtype, or float32 if that is not one of DTYPES.
+        If `requested` is None, return the checkpoint's dtype; float32 if this dtype is unknown or not one of DTYPES.
         """
         return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
@@ -94,7 +95,9 @@ def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) 
 
 
 def use_kernels(choice: str | None) -> None:
-    """Use the kernels `choice` in this process and its children. None: the current choice, which HMR_KERNELS may set.
+    """Use the kernels `choice` in this process and in processes that it forks.
+
+    choice: a value of HMR_KERNELS; None keeps the current choice
 
     Raises ConfigError for an unknown choice.
     """

@@ -26,7 +26,7 @@ class Config:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], where: str = "") -> Self:
-        """Build from a mapping. Raises ConfigError for unknown or missing keys and for wrong types.
+        """Build an object of this class from a mapping. Raises ConfigError for unknown or missing keys and wrong types.
 
         where: the path of the mapping, for error texts
         """
@@ -71,7 +71,7 @@ def _type_name(value: Any) -> str:
 def _convert(value: Any, annotation: Any, where: str) -> Any:
     """Convert `value` to the annotated type. An int is accepted as a float; a bool is not accepted as an int.
 
-    Raises ConfigError for another type. where: the path of the value, for error texts
+    Raises ConfigError if `value` has a different type. where: the path of the value, for error texts
     """
     if isinstance(annotation, types.UnionType):
         if value is None and types.NoneType in annotation.__args__:

@@ -17,13 +17,14 @@ class EngineConfig(Config):
 
     max_num_seqs       largest number of requests that run at once; the others wait in order of arrival
     max_num_batched_tokens
-                       largest number of tokens of a step. Running requests come first; new prompts get the rest
+                       largest number of tokens of a step. Running requests come first; new prompts get the tokens that
+                       are left
     num_pages          pages of a rank's cache; if they are too few for all requests, the youngest requests wait
     protocol           a version of vLLM, "0.20" or "0.33": the ranks exchange the same numbers, in the same steps, as
                        this version does
     unfinished_interval
-                       number of steps between two "anyone unfinished?" all-reduces; the ranks can stop only after
-                       one of them. 0: the number that `protocol` gives
+                       number of steps between two "anyone unfinished?" all-reduces; the ranks can stop only after such
+                       an all-reduce. 0: the number that `protocol` gives
     dtype              dtype of weights, activations and KV cache: one of DTYPES
     mode               "eager", or "graphs": small steps are padded to a captured size and replayed
     capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every decode step
@@ -38,8 +39,8 @@ class EngineConfig(Config):
                        registry, "torch" is plain PyTorch, "jit" is compiled on this machine; "triton" (only for the
                        GDN prefill) needs a GPU
     num_drafts         number of tokens that the MTP layer drafts for each request
-    collective_limit_s seconds that a rank may wait in one collective while serving; then it stops all ranks.
-                       0: no limit
+    collective_limit_s longest time in seconds that a rank waits in one collective while serving; after this time the
+                       rank stops all ranks. 0: no limit
     """
 
     max_num_seqs: int = 8

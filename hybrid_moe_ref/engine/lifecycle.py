@@ -12,10 +12,10 @@
     serve       run steps until no rank has work left                    in each step: as in the step of `profile`; some
                                                                          steps end with the "unfinished" all-reduce
 
-The order is vLLM's, except that `prepare` comes before the first model execution. So work that may build, tune or fail
-on one rank alone is done before other ranks wait for that rank. `profile` allocates the activations of the largest
-step, which the memory check before a start (`memory.check_memory`) does not count. If they do not fit into memory, the
-error comes in this phase and not while serving.
+The order is vLLM's, except that `prepare` comes before the first model execution. So work that can take long or fail on
+one rank alone, such as a kernel build, is done before other ranks wait for that rank. `profile` allocates the
+activations of the largest step, which the memory check before a start (`memory.check_memory`) does not count. If these
+activations do not fit into memory, the error comes in `profile` and not while serving.
 """
 
 from __future__ import annotations
@@ -57,11 +57,16 @@ T = TypeVar("T")
 class Engine:
     """One rank of the server. The constructor runs every phase before `serve`; :meth:`serve` runs the loop.
 
-    Raises PrepareFailed on every rank if a rank could not prepare or compile, or has another configuration, ConfigError
-    for sizes that do not fit, Refused for a configuration that could deadlock, and RuntimeError for a communicator that
-    was stopped before. A rank that fails in a phase without a vote raises its own error, and all other ranks raise
-    ScheduleMismatch with the text of this error. With checks="observe", a rank that fails in `serve` does not stop the
-    other ranks: they wait until the timeout of their collective.
+    The constructor raises:
+
+    PrepareFailed  on every rank, if a rank could not prepare or compile, or if the configurations of the ranks differ
+    ConfigError    for sizes that do not fit
+    Refused        for a configuration that could deadlock
+    RuntimeError   for a communicator that was stopped before
+
+    A rank that fails in a phase without a vote raises its own error, and all other ranks raise ScheduleMismatch with
+    the text of this error. With checks="observe", a rank that fails in `serve` does not stop the other ranks: the other
+    ranks wait until the timeout of their collective.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:
@@ -85,8 +90,8 @@ class Engine:
     def serve(self, requests: Iterable[Request], on_token: OnToken | None = None) -> dict[str, list[int]]:
         """Serve this rank's requests greedily, and take part in every step until no rank has work left.
 
-        Returns the new tokens of each request by its id. Raises InputError for a request that cannot be served, and
-        ConfigError if the kernels of the process are no longer those with which this engine was started.
+        Returns, for each request id, the new tokens of the request. Raises InputError for a request that cannot be
+        served, and ConfigError if the kernels of the process are no longer those with which this engine was started.
 
         on_token: called with the request's id and each new token
         """
@@ -136,7 +141,7 @@ class Engine:
             self.comm.start_watchdog()
 
     def _load(self) -> tuple[HybridMoE, ModelRunner]:
-        """Build this rank's part of the model. The model is cut on the meta device, so no rank ever holds all of it."""
+        """Build this rank's part of the model. The model is cut on the meta device, so no rank holds all parameters."""
         model = HybridMoE(self.config.served_model, device="meta", dtype=self._dtype)
         context = apply_layout(model, self.comm, self.config.parallel, self._policies.dispatch, self._policies.adder)
         self._extensions = apply_backends(model, self.config.engine, self.comm.device)
@@ -196,9 +201,10 @@ class Engine:
         return StartVote(self.config, self.comm, self._policies.ballot)
 
     def _take_first_uses(self) -> None:
-        """Let the policy `builds` of this engine load each extension that a kernel needs at its first use.
+        """Make the policy `builds` of this engine load each extension that a kernel needs at its first use.
 
-        The process has only one function that does so, and another engine may have set it.
+        The process has only one function that loads such extensions, and another engine in the process can have
+        replaced it. So this is called again before `serve`.
         """
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 

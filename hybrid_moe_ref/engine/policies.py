@@ -1,7 +1,7 @@
 """The decisions of the engine that must be the same on several ranks, each as a small object that can be replaced.
 
-The classes here decide correctly; `repro.lab.scenarios` has faulty ones. A policy may communicate only through its
-arguments.
+The classes here decide correctly; `repro.lab.scenarios` has faulty ones. A policy is allowed to communicate with other
+ranks only through the functions and objects that its methods get as arguments.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from hybrid_moe_ref.engine.startup.compilation import Compiler
 
 Exchange = Callable[[StepPlan, str], AgreedStep]
-"""The step agreement C1: (own plan, name of the layer that needs it) -> the result for the plans of all ranks.
+"""A function that makes the step agreement C1, by one all-reduce.
 
-It takes one all-reduce."""
+Its arguments are this rank's plan and the name of the layer that needs the agreement. Its result is the same on all
+ranks."""
 
 NewTokens = list[tuple[str, int]]
 """The (request id, token) pairs of one step of one rank."""
@@ -31,8 +32,8 @@ NewTokens = list[tuple[str, int]]
 class StepAgreement:
     """Lets the ranks agree on a step, by one collective per step.
 
-    Later calls within the step return the same answer without a collective: no rank knows whether the other ranks call
-    again, so in a second collective a rank could wait for ever.
+    Later calls within the step return the same answer without a collective. A rank does not know whether the other
+    ranks call again. So if a second call issued a collective, the rank could wait for ever.
     """
 
     def __init__(self) -> None:
@@ -104,8 +105,10 @@ class Tuning:
 
 
 class Compilation:
-    """Decides which ranks compile, and when. Here all ranks compile in the phase `compile`, so that no rank compiles in
-    a step while other ranks wait for it."""
+    """Decides which ranks compile, and when.
+
+    Here all ranks compile in the phase `compile`. So no rank compiles in a step, while other ranks wait for this rank.
+    """
 
     def prepare(self, compiler: Compiler) -> None:
         """Compile. The engine calls this on every rank in the phase `compile`, before a vote."""

@@ -67,9 +67,9 @@ class ServerConfig(Config):
         return self.model if self.engine.num_drafts else dataclasses.replace(self.model, num_mtp_layers=0)
 
     def shared(self) -> dict[str, Any]:
-        """Return all settings that must be equal on every rank.
+        """Return all settings that must be equal on every rank: all except `allow_unsafe` and `engine.cache_dir`.
 
-        The paths of folders may differ between hosts. So the path of the checkpoint is replaced by a digest of its
+        The paths of folders can differ between hosts. So the path of the checkpoint is replaced by a digest of its
         content.
         """
         shared = self.to_mapping()
@@ -98,7 +98,7 @@ def content_digest(folder: str) -> str:
 
 
 def configuration_differences(texts: Sequence[str]) -> list[str]:
-    """List the settings that differ between ranks, one line each. texts: each rank's settings as JSON"""
+    """Return a line for each setting that differs between ranks. texts: each rank's settings as JSON"""
     values = [_flat(json.loads(text)) for text in texts]
     names = dict.fromkeys(name for settings in values for name in settings)
     columns = {name: [settings.get(name) for settings in values] for name in names}

@@ -1,4 +1,4 @@
-"""Read JSON that another program may have written, with bounds on its size and depth.
+"""Read JSON from files that other programs can write, with bounds on the size and depth of the JSON.
 
 A few hundred kilobytes of brackets can take gigabytes of memory when they are parsed, so the functions here estimate
 size and depth before they parse.
@@ -15,7 +15,7 @@ from hybrid_moe_ref.files.opening import DamagedFile, open_regular
 MAX_JSON_BYTES = 32 << 20
 MAX_JSON_DEPTH = 64
 MAX_JSON_MEMORY = 128 << 20
-"""Bytes that a parsed JSON file may take in memory, as :func:`_parsed_bytes` estimates it."""
+"""Limit of the bytes that a parsed JSON file takes in memory. :func:`_parsed_bytes` estimates these bytes."""
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_A_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
@@ -74,7 +74,7 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _depth(data: bytes) -> int:
-    """Return how deeply lists and mappings are nested; 0 if there are too few to exceed MAX_JSON_DEPTH."""
+    """Return how deeply lists and mappings are nested; 0 if there are at most MAX_JSON_DEPTH of them."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return 0  # too few brackets to be nested too deeply
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)

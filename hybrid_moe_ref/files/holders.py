@@ -14,9 +14,10 @@ _SHARED_KINDS = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "glus
 
 
 def who_has_open(path: Path) -> int:
-    """Return the pid of a process of this host that has the file open; 0 if there is none.
+    """Return the pid of a process of this host that has the file open; 0 if no process has.
 
-    Returns -1 if that cannot be determined, for example on a file system that other hosts share.
+    Returns -1 if this cannot be determined, for example on a file system that other hosts share, or if the process
+    belongs to another user.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # do not wait for the writer of a pipe
@@ -40,7 +41,7 @@ def who_has_open(path: Path) -> int:
 
 
 def _pid_with_open(device: int, inode: int) -> int:
-    """Return the pid of a process that has this file open, if this user may inspect the process; -1 if none."""
+    """Return the pid of another process that has this file open; -1 if there is none that this user can inspect."""
     for pid in psutil.pids():
         if pid == os.getpid():
             continue
@@ -56,7 +57,7 @@ def _pid_with_open(device: int, inode: int) -> int:
 
 
 def _is_shared(device: int) -> bool:
-    """Whether other hosts may also mount this file system. True if that is unknown."""
+    """Whether this file system is of a kind that several hosts can mount. True if the mounts cannot be read."""
     try:
         with open("/proc/self/mountinfo") as file:
             mounts = [line.split() for line in file]

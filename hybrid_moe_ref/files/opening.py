@@ -1,7 +1,7 @@
-"""Open a file that another program may have put there, for reading or for writing.
+"""Open a file for reading or writing, at a path where another program can have put something else.
 
-Reading from a pipe or a device may never end, and writing through a link would change another file. So pipes and
-devices are refused before anything is read or written, and links before anything is written.
+To read from a pipe or a device can take for ever, and to write through a link would change a different file. So pipes
+and devices are refused before anything is read or written, and links are refused before anything is written.
 """
 
 import errno
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 class DamagedFile(ValueError):
-    """A file whose content is wrong. The text is "file:line: what"."""
+    """A file whose content is wrong. The text has the form "file:line: problem"."""
 
 
 def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
@@ -40,7 +40,8 @@ def open_own(path: str | os.PathLike[str], flags: int) -> int:
 
     flags: those of ``os.open``, such as ``os.O_RDWR | os.O_CREAT``
 
-    Raises OSError, before anything is written, if the last part of the path is a link or not a regular file.
+    Raises OSError, before anything is written, if the last part of the path is a symbolic link, a hard link or not a
+    regular file.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

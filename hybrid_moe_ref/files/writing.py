@@ -1,4 +1,4 @@
-"""Write a file so that readers see all of it or nothing, even when the writer is killed."""
+"""Write a file so that readers see either the whole file or nothing of it, even if the writer is killed."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from hybrid_moe_ref.files.opening import open_own
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write a file so that readers see all of it or none, even when the writer is killed.
+    """Write a file so that readers see either all of `content` or nothing of it, even if the writer is killed.
 
     durable: return only after the data is on the disk, so that the data survives a crash of the machine
 

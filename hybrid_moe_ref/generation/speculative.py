@@ -2,9 +2,9 @@
 
 The result equals plain greedy decoding for every drafter, because a draft is accepted only if the model chooses the
 same token. (In float32 a step over several tokens rounds differently from a step over one token, so near-equal logits
-may change their order. In float64 no difference was seen.)
+can change their order. In float64 no difference was seen.)
 
-A recurrent state cannot be truncated to the last accepted token. Instead it is restored from a snapshot, and the
+A recurrent state cannot be truncated to the last accepted token. Instead the state is restored from a snapshot, and the
 accepted tokens run again. A step whose drafts are all accepted needs no second run.
 
 Shapes: T tokens, H hidden.
@@ -97,7 +97,7 @@ def speculative_stream(
     """Yield up to `max_new_tokens` greedy tokens after one prompt, up to and including one of `stop_ids`.
 
     num_drafts   largest number of drafts in one step
-    drafter      proposes the drafts; None: the model's MTP layer does
+    drafter      proposes the drafts; None: the model's MTP layer proposes them
     statistics   counts the steps and drafts
     stop_ids     tokens that end the text; None: `model.stop_ids`
 

@@ -2,7 +2,7 @@
 
 The query projection also computes the gate.
 
-Shapes: T rows of one part of the batch (see `Part`; after B: new tokens of each sequence), B sequences of a group, S
+Shapes: T rows of one part of the batch (see `Part`; in "BT": new tokens of each sequence), B sequences of a group, S
 tokens to attend to, H hidden, Q query heads, K KV heads, D head dim, R half of the rotary dim.
 """
 
@@ -56,8 +56,10 @@ class GatedAttention(Mixer):
 
 
 def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-    """Compute the attention of the sequences of one group. No gradient flows through a cache, because the cache gets
-    detached keys and values."""
+    """Compute the attention of the sequences of one group.
+
+    No gradient flows through a cache, because the cache gets detached keys and values.
+    """
     if past is None:
         return attend(q_BTQD, k_BTKD, v_BTKD, group)
     is_differentiable = torch.is_grad_enabled() and q_BTQD.requires_grad

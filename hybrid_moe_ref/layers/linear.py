@@ -1,6 +1,7 @@
 """Call `nn.Linear` modules. If all modules of a call are plain, compute them in one operation.
 
-A linear is not plain if it is replaced, wrapped, parametrized or quantised, or has a hook. It is then called as a
+A linear is plain if its call only multiplies by its weight. It is not plain if it has a bias or a hook, or if it is
+replaced, wrapped, parametrized or quantised. If one module is not plain, every module of the call is called as a
 module.
 
 Shapes: N rows, H inputs, O outputs.
@@ -35,7 +36,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether the module has no hook and no `forward` of its own, so that a kernel may compute its result instead."""
+    """Whether the module has no hook and no `forward` of its own, so that a kernel can compute its result instead."""
     have = module.__dict__  # every step does this for every module, and attribute access takes twice as long
     return not (
         have["_forward_hooks"]

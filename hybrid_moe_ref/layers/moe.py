@@ -1,6 +1,6 @@
 """Mixture of experts: a router chooses `top_k` experts for each token; a shared expert processes all tokens.
 
-`MoE` calls `experts` with rows, weights and ids, and gets weighted sums. It does not know which rank has an expert.
+`MoE` calls `experts` with rows, weights and ids, and gets weighted sums. `MoE` does not know which rank has an expert.
 
 Shapes: N tokens, H hidden, E experts, K experts per token, I intermediate.
 """
@@ -34,8 +34,8 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """Chooses the top k experts of each token.
 
-    Their weights are a softmax over all experts, computed in float32 (float64 for float64 inputs), then renormalised so
-    that those of the top k sum to one.
+    The weights of these experts are a softmax over all experts, computed in float32 (float64 for float64 inputs), then
+    renormalised so that the k weights sum to one.
     """
 
     def __init__(self, num_experts: int, top_k: int, hidden_size: int) -> None:
@@ -95,7 +95,7 @@ class Experts(nn.Module):
         return part
 
     def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
-        """Return, for each row, the weighted sum over its chosen experts that this module has; 0 if there are none."""
+        """Return, for each row, the weighted sum over those chosen experts that this module has; 0 if it has none."""
         local_NK = ids_NK - self.first_expert
         y_NH: Tensor = self.mlp(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
         return y_NH
@@ -130,9 +130,10 @@ class MoE(nn.Module):
         return routed_NH + self.shared_expert_gate(x_NH).sigmoid() * self.shared_expert(x_NH)
 
     def _is_one_call(self, x_NH: Tensor) -> bool:
-        """Whether a single operation may compute the whole layer.
+        """Whether a single operation can compute the whole layer.
 
-        The backend of the experts must have that operation, and no part of the layer may be replaced or have a hook.
+        The backend of the experts must have this operation, and all parts of the layer must be as they were built: not
+        replaced, and without a hook.
         """
         experts, shared = self.experts, self.shared_expert
         return (

@@ -18,8 +18,8 @@ from hybrid_moe_ref.batch import Part
 def rotary_table(part: Part, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosine and sine [T, R] for the position of each row of a part of the batch.
 
-    They are computed in float32 (float64 if `dtype` is float64), and cast to `dtype`. `part` keeps the result for the
-    other layers.
+    The table is computed in float32 (float64 if `dtype` is float64), and cast to `dtype`. `part` keeps the table for
+    the other layers.
     """
     key = (rotary_dim, theta, dtype)
     if key not in part.tables:

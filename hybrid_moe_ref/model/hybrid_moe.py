@@ -6,8 +6,9 @@
     new_tokens_BT = model.generate(tokens_BT, max_new_tokens=16)
 
 Parameters have the names of Hugging Face checkpoints. They require no gradient until `model.requires_grad_()`; then
-`backward` works, with plain torch kernels. Submodules may have hooks, or be wrapped or replaced, except convolutions:
-the model reads their weight and bias, and does not call them.
+`backward` works, with plain torch kernels. Submodules can have hooks, or be wrapped or replaced: then the model calls
+them, instead of a kernel that also does their work. A module that replaces a convolution needs a `weight`, because the
+model reads its shape.
 
 Shapes: B sequences, T tokens of each, N tokens of a step, H hidden, V vocabulary.
 """
@@ -87,8 +88,8 @@ class HybridMoE(nn.Module):
         """Load a checkpoint folder in Hugging Face's format.
 
         dtype  None: the dtype in which the checkpoint was saved
-        cut    called with the model on the meta device; may remove parts of it, which are then not read. To load one
-               rank's part, use `parallel.sharding.layout.load_part`
+        cut    called with the model on the meta device; can remove parts of the model, and these parts are then not
+               read. To load one rank's part, use `parallel.sharding.layout.load_part`
 
         Raises CheckpointError with every problem of the folder, InputError for a device that cannot compute in `dtype`.
         """
@@ -188,8 +189,8 @@ class HybridMoE(nn.Module):
         """Run the MTP layer. Returns hidden states [N, H], whose `logits` predict the token after `tokens_N`.
 
         tokens_N   the token that follows the position of each row
-        hidden_NH  the model's hidden state at that position
-        cache      from `draft_cache`; the rows are added to it
+        hidden_NH  the model's hidden state at the position of each row
+        cache      a cache from `draft_cache`, to which the rows are added; None: the rows are not cached
         """
         if cache is not None:
             cache.check_model(draft_config(self.config), self.dtype)

@@ -1,7 +1,8 @@
 """Multi-token prediction (MTP): a small layer that predicts the token after the next one.
 
-Its input is the model's hidden state and the embedding of the next token. It has one attention block with its own MLP
-or MoE, and uses the embedding and the head of the model. In checkpoints, the names of its tensors begin with `mtp.`.
+The input of this layer is the model's hidden state and the embedding of the next token. The layer has one attention
+block with its own MLP or MoE, and uses the embedding and the head of the model. In checkpoints, the names of its
+tensors begin with `mtp.`.
 
 Shapes: N tokens of a step, H hidden.
 """

@@ -1,9 +1,10 @@
 """Fill a model with seeded random weights.
 
-Every parameter has its own random generator, seeded by (seed, name). Every expert has one too, so a rank that holds
-some experts draws random numbers only for these. If a rank holds a part of another parameter, the whole parameter is
-drawn and then cut, so the peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast to the
-dtype of the parameter. So the device does not change the weights, and the dtype changes them only by rounding.
+Every parameter has its own random generator, seeded by (seed, name). Every expert also has its own, so a rank that
+holds some experts draws random numbers only for these experts. If a rank holds a part of any other parameter, the whole
+parameter is drawn and then cut, so the peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then
+cast to the dtype of the parameter. So the device does not change the weights, and the dtype changes them only by
+rounding.
 
 A weight's scale depends on its fan-in (number of inputs), so that activations keep their size through any number of
 layers.
@@ -20,7 +21,7 @@ from hybrid_moe_ref.slices import Slice
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fill every parameter in place; none may be on the meta device."""
+    """Fill every parameter of `model` in place. No parameter is allowed to be on the meta device."""
     slices: dict[str, Slice] = getattr(model, "slices", {})
     with torch.no_grad():
         for module_name, module in model.named_modules():

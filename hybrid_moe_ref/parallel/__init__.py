@@ -12,7 +12,7 @@
 (1) The group is "world" (all ranks) if tp_size > 1 and the ranks compare their schedules (`checks` is not "observe").
 (2) There are 13 numbers for each rank if `engine.protocol` is "0.20", and 16 if it is "0.33".
 (3) This collective exists only if tp_size > 1.
-(4) The sizes may be uneven, and 0 for some ranks.
+(4) The sizes can be uneven, and 0 for some ranks.
 (5) One row is [hidden, topk_weights, topk_ids] of a token, packed into bytes.
 (6) The ranks ask this only after some of the steps. If `engine.protocol` is "0.33", the op is a sum of 2 numbers.
 

@@ -1,11 +1,11 @@
-"""The only file that issues collectives: named groups, and an Observer that is called before and after each one.
+"""The only file that issues collectives. It calls an Observer before and after each collective.
 
 ``observer.enter`` is called before a collective is issued, and ``observer.leave`` after it has completed. So a rank
 waits in the last collective that has an ``enter`` and no ``leave``. Under NCCL a call returns as soon as the collective
 is queued, so there ``leave`` only means that the collective is queued.
 
-The collectives with uneven sizes (all_gather_v, reduce_scatter_v) take the *agreed* size vector of the step. Sizes
-may be uneven, and a rank with zero rows takes part like any other.
+The collectives with uneven sizes (all_gather_v, reduce_scatter_v) take the *agreed* size vector of the step. A rank
+with zero rows takes part like any other rank.
 
 Shape suffixes: N rows of this rank, S rows of all ranks (sum of sizes), R ranks, B bytes of a packed row, H hidden.
 """
@@ -91,7 +91,7 @@ class Communicator(RankGroups):
         return cls(rank, device, groups, observer, dist.PrefixStore("hybrid_moe_ref", store), timeout_s)
 
     def start_strict_comparison(self) -> None:
-        """Compare every collective among its members through the store before it is issued, from now on.
+        """From now on, let the members of a collective compare it through the store before it is issued.
 
         The comparison waits for a late member as long as the collective itself would.
         """
@@ -104,9 +104,9 @@ class Communicator(RankGroups):
     def patiently(self, patience_s: float) -> Iterator[None]:
         """Inside the ``with``, let the members of a collective wait for each other in the store before they issue it.
 
-        So a member may be up to `patience_s` seconds late without exceeding the collective's own timeout. A rank that
-        waits in the store does not notice a broken connection, so it checks whether the processes of the other ranks
-        exist.
+        So a member can be up to `patience_s` seconds late without exceeding the collective's own timeout. A rank that
+        waits in the store does not notice a broken connection. So the waiting rank checks whether the processes of the
+        other ranks exist.
         """
         if self._store is None:
             yield
@@ -124,7 +124,7 @@ class Communicator(RankGroups):
 
     @contextlib.contextmanager
     def taped(self, on_collective: Callable[[Collective], None]) -> Iterator[None]:
-        """Inside the ``with``, call ``on_collective`` before every collective. To refuse a collective, it may raise."""
+        """Inside the ``with``, call ``on_collective`` before every collective. It raises to refuse the collective."""
         self._on_collective = on_collective
         try:
             yield
@@ -132,11 +132,11 @@ class Communicator(RankGroups):
             self._on_collective = None
 
     def stop_all(self, message: str) -> str:
-        """Publish `message`, so that every rank stops: a rank that waits in a collective raises it as ScheduleMismatch.
+        """Publish `message`, so that every rank stops.
 
-        A rank that does not wait gets the message from `stopped_by`.
-
-        Returns the message that was published first, which may be that of another rank.
+        A rank that waits in a collective raises the message as ScheduleMismatch. A rank that does not wait gets the
+        message from `stopped_by`. Returns the message that was published first: if another rank was faster, its
+        message.
         """
         return str(self._halt.publish(ScheduleMismatch(message)))
 
@@ -161,21 +161,20 @@ class Communicator(RankGroups):
             raise error
 
     def start_watchdog(self) -> None:
-        """From now on, check whether the processes of the other ranks exist while this rank waits in a collective.
+        """From now on, while this rank waits in a collective, check whether the processes of the other ranks exist.
 
-        If one has ended, this rank stops all ranks with PeerLost.
-
-        This has no effect on collectives of NCCL, where ``wait`` returns at once and only orders streams.
+        If one of these processes has ended, this rank stops all ranks with PeerLost. This has no effect on collectives
+        of NCCL, where ``wait`` returns at once and only orders streams.
         """
         assert self._roll_call is not None, "the check for lost peers needs a store"
         self._watchdog.roll_call = self._roll_call
 
     def limit_waits(self, limit_s: float) -> None:
-        """From now on, stop all ranks if this rank waits over ``limit_s`` seconds in one collective; 0: no limit."""
+        """From now on, stop all ranks if this rank waits over ``limit_s`` seconds in one collective (0: no limit)."""
         self._watchdog.limit_s = limit_s
 
     def close(self) -> None:
-        """Leave the job. Collectives in which peers still wait for this rank then fail."""
+        """Leave the job. If other ranks still wait for this rank in a collective, this collective then fails."""
         dist.destroy_process_group()
 
     def all_reduce(self, group: str, x: Tensor, reduce_op: str = "sum", *, layer: str = "") -> Tensor:
@@ -198,9 +197,9 @@ class Communicator(RankGroups):
     ) -> list[Tensor]:
         """Gather the rows of several tensors at once: each [N, ...] becomes [S, ...], with the ranks in group order.
 
-        ``sizes[r]`` is the number of rows of group rank r. The tensors may differ in dtype, because rows are sent as
-        bytes. If the sizes are uneven, gloo pads the rows of every rank to the largest size. With ``broadcast_uneven``
-        each rank broadcasts its rows instead, as in vLLM and TensorRT-LLM.
+        ``sizes[r]`` is the number of rows of group rank r. The tensors can differ in dtype, because rows are sent as
+        bytes. If the sizes are uneven, the rows of every rank are padded to the largest size on gloo. With
+        ``broadcast_uneven`` each rank broadcasts its rows instead, as in vLLM and TensorRT-LLM.
 
         Raises ValueError if this rank's number of rows is not the agreed size.
         """

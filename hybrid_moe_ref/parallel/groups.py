@@ -10,16 +10,19 @@ import torch.distributed as dist
 from hybrid_moe_ref.config import ParallelConfig
 
 ON_CPU = ("dp", "world")
-"""The groups that are always on the CPU (gloo): their collectives carry only a few integers, and must not wait for a
-device."""
+"""The groups that are always on the CPU (gloo), because their collectives carry only a few integers and must not wait
+for a device."""
 
 
 def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the groups to which ``rank`` belongs, as name -> global ranks.
+    """Return, for the name of each group to which ``rank`` belongs, the global ranks of the group.
 
-    "dp" has the ranks with the same tp_rank, which have different requests; "ep" has all ranks. If tp_size > 1, "tp"
-    has the ranks that run the same tokens, and "world" has all ranks. Ranks are numbered dp-major: rank = dp_rank *
-    tp_size + tp_rank.
+    dp     the ranks with the same tp_rank, which have different requests
+    ep     all ranks
+    tp     the ranks that run the same tokens; only if tp_size > 1
+    world  all ranks; only if tp_size > 1
+
+    Ranks are numbered dp-major: rank = dp_rank * tp_size + tp_rank.
     """
     num_ranks = parallel.world_size
     tp_rank = rank % parallel.tp_size
@@ -34,7 +37,7 @@ def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, .
 
 
 class RankGroups:
-    """The groups of one rank, by name. `apply_layout` needs nothing else of a `Communicator`."""
+    """The groups of one rank, by name: the only part of a `Communicator` that `apply_layout` uses."""
 
     def __init__(self, rank: int, members: Mapping[str, tuple[int, ...]]) -> None:
         self.rank = rank
@@ -59,7 +62,8 @@ def create_groups(
 ) -> dict[str, dist.ProcessGroup]:
     """Join the job, and create the process groups of all ranks. Returns the groups of this rank.
 
-    Every rank must take part in creating every group, also of groups that it does not join, and in the same order.
+    All ranks create all groups in the same order, as torch requires. So a rank also takes part in creating groups to
+    which it does not belong.
     Raises the error of torch.distributed if a peer does not join within ``timeout``.
     """
     dist.init_process_group("gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=timeout)

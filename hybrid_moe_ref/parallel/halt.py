@@ -4,10 +4,10 @@
     Watchdog       detects, while a rank waits, that a peer's process has ended or that a collective exceeds its limit
     wait_or_halt   waits for a collective, and asks Halt and Watchdog at the same time
 
-A killed rank reports nothing, and what the others notice depends on the backend. NCCL waits for ever. gloo fails only
-on the ranks that were communicating with the dead one. So each rank publishes its process id in the store, and checks
-while it waits whether the processes of the others exist. This check is exact: a slow or suspended rank does not count
-as dead. Ranks on other hosts, or in containers whose processes are not visible, are not checked.
+A killed rank reports nothing, and what the other ranks notice depends on the backend. NCCL waits for ever. gloo fails
+only on the ranks that were communicating with the dead rank. So each rank publishes its process id in the store, and
+while it waits, it checks whether the processes of the other ranks exist. This check is exact: a slow or suspended rank
+does not count as dead. Ranks on other hosts, or in containers whose processes are not visible, are not checked.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Stopped(RuntimeError):
 class ScheduleMismatch(Stopped):
     """The ranks' schedules differ, or a rank departs from its own schedule.
 
-    It is raised where the ranks would hang otherwise, and its message names the difference.
+    The error is raised where the ranks would hang otherwise, and its message names the difference.
     """
 
 
 class PeerLost(Stopped):
-    """The process of a rank has ended, so the collectives that need it will never complete."""
+    """The process of a rank has ended, so the collectives that need this rank will never complete."""
 
 
 class CollectiveStalled(Stopped):
@@ -52,7 +52,7 @@ class CollectiveStalled(Stopped):
 
 
 class Halt:
-    """Stops all ranks: the first error that a rank publishes in the store is read and raised by every rank.
+    """Stops all ranks: every rank reads and raises the first error that a rank publishes in the store.
 
     store: the store that all ranks of the job share; None for a single rank, which publishes nothing
     """
@@ -61,14 +61,14 @@ class Halt:
         self._store = store
 
     def publish(self, error: Stopped) -> Stopped:
-        """Stop the other ranks. Returns the error that was published first; the caller should raise it."""
+        """Publish an error, so that all ranks stop. Returns the error that was published first; raise this error."""
         if self._store is None:
             return error
         text = f"{type(error).__name__}\n{error}"
         return _error(self._store.compare_set(_HALT, "", text).decode())
 
     def published(self) -> Stopped | None:
-        """Return the error that a rank published; None while there is none."""
+        """Return the error that a rank published; None while no rank has published one."""
         if self._store is None or not self._store.check([_HALT]):
             return None
         return _error(self._store.get(_HALT).decode())
@@ -80,7 +80,7 @@ def _error(text: str) -> Stopped:
 
 
 class RollCall:
-    """Knows the processes of the other ranks on this host. Without Linux, it never reports a lost rank."""
+    """Knows the processes of the other ranks on this host. Outside Linux, it never reports a lost rank."""
 
     def __init__(self, rank: int, members: Sequence[int], store: dist.Store) -> None:
         self._store = dist.PrefixStore("roll_call", store)
@@ -107,8 +107,8 @@ class RollCall:
 class Watchdog:
     """Decides, on one rank, whether the rank should give up waiting for a collective.
 
-    roll_call  the processes of the other ranks; None if they are not checked
-    limit_s    seconds that one collective may take; 0 if there is no limit
+    roll_call  the processes of the other ranks; None if these processes are not checked
+    limit_s    longest time in seconds for one collective; 0 if there is no limit
     """
 
     def __init__(self, rank: int, halt: Halt) -> None:
@@ -124,10 +124,10 @@ class Watchdog:
         self._event, self._entered_s = event, time.monotonic()
 
     def reason(self) -> Stopped | None:
-        """Return why a collective failed on this rank: a dead peer or a stopped job. None means another reason.
+        """Return why a collective failed on this rank: a rank has died or has stopped the job. None: neither.
 
-        Waits up to PATIENCE_S seconds, because the operating system closes the connections of a process shortly before
-        the process is seen to have ended.
+        Waits up to PATIENCE_S seconds for such a reason. The operating system closes the connections of a process
+        shortly before other processes can see that it has ended.
         """
         deadline = time.monotonic() + (PATIENCE_S if self.roll_call else 0)
         while True:
@@ -158,7 +158,8 @@ class Watchdog:
 def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
     """Wait for a collective, and check every LOOK_UP_INTERVAL whether it can still complete.
 
-    Raises the error with which another rank stopped the job, the watchdog's finding, or the collective's own error.
+    Raises the error with which another rank stopped the job, the error that the watchdog found, or the error of the
+    collective itself.
     """
     while True:
         try:
@@ -185,7 +186,7 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
     """Get the result of a collective that has completed or failed.
 
-    If the collective failed because another rank stopped the job or died, raise the error that says this, not the
+    If the collective failed because another rank stopped the job or died, raise the error that says so, instead of the
     backend's error.
     """
     try:
@@ -197,7 +198,7 @@ def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
 
 
 def _start_ticks(pid: int) -> int:
-    """Return the start time of a process in clock ticks since boot; 0 if it has ended, also if it is still a zombie."""
+    """Return the start time of a process in clock ticks since boot; 0 if the process has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

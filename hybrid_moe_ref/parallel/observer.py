@@ -1,6 +1,6 @@
-"""The interface through which a communicator reports events: it calls an :class:`Observer` for each one, in order.
+"""The interface through which a communicator reports events: it calls an :class:`Observer` for each event, in order.
 
-This file does not import torch, so that recorders and readers can use its types without it.
+This file does not import torch, so that recorders and readers can use its types without importing torch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 class Collective(NamedTuple):
     """One collective as one rank issues it.
 
-    It is a tuple, because creating a frozen dataclass takes longer than recording the collective.
+    The class is a tuple, because to create a frozen dataclass takes longer than to record the collective.
 
     group      name of the process group: "dp", "ep", "tp", ...
     op         all_reduce, all_gather_v, reduce_scatter_v, broadcast, barrier, ...
     layer      the module to which the collective belongs ("layers.0.moe"); "" if it belongs to the step as a whole
-    sizes      for all_gather_v and reduce_scatter_v, the agreed rows of each group rank; for others, (numel,)
+    sizes      for all_gather_v and reduce_scatter_v, the agreed rows of each group rank; for other operations, (numel,)
     dtype      element type of the data, such as "int32"
     reduce_op  sum, min or max; "" if nothing is reduced
     root       group rank of the root; -1 if there is no root
@@ -47,13 +47,13 @@ class Observer(Protocol):
     """Receives the events of one rank. Calls come from the rank's main thread and must take about a microsecond."""
 
     def groups(self, members: Mapping[str, Sequence[int]]) -> None:
-        """Receive the process groups to which this rank belongs: name -> global ranks in group order."""
+        """Receive the process groups to which this rank belongs. members: for each name, global ranks in group order"""
 
     def phase(self, name: str) -> None:
         """Called when the rank enters a phase of its life (load, page_setup, prepare, profile, ..., serve)."""
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
-        """Called when a step begins. schedule: the collectives planned for it; num_live: this rank's live requests."""
+        """Called when a step begins. schedule: the collectives of the step; num_live: this rank's live requests"""
 
     def enter(self, collective: Collective) -> None:
         """Called just before the collective is issued."""
@@ -64,8 +64,9 @@ class Observer(Protocol):
     def local(self, event: str, name: str, holder: int = -1) -> None:
         """Called when the rank does local work that other ranks may wait for.
 
-        event is lock_wait, lock_held, lock_freed, build_begin, build_end or heartbeat; name is the lock or the build;
-        holder is the pid of the lock's holder, or -1 if it is unknown.
+        event   lock_wait, lock_held, lock_freed, build_begin, build_end or heartbeat
+        name    the lock or the build; for heartbeat, what the rank does
+        holder  pid of the process that holds the lock; -1 if unknown
         """
 
     def done(self) -> None:
@@ -91,7 +92,7 @@ class AsyncObserver(Observer, Protocol):
         """
 
     def finish(self, collective: Collective, ticket: int) -> None:
-        """Called when the rank's wait has returned: the collective of ``ticket`` is complete."""
+        """Called when the rank has stopped waiting for the collective of ``ticket``, because it is complete."""
 
 
 class NullObserver:

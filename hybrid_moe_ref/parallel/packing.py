@@ -1,6 +1,6 @@
 """Pack the rows of several tensors into one row of bytes each, so that one collective sends them all.
 
-gloo cannot send float8, but it can send its bytes. Shape suffixes: N rows, B bytes of a packed row.
+gloo cannot send float8, but gloo can send bytes. Shape suffixes: N rows, B bytes of a packed row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(packed_NB: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Undo `pack`. like: tensors with the dtypes and row shapes that were packed, and any number of rows"""
+    """Undo `pack`. like: tensors with the packed tensors' dtypes and row shapes, and with any number of rows"""
     unpacked, column = [], 0
     for x in like:
         width = x.shape[1:].numel() * x.element_size()
@@ -34,10 +34,9 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 
 def _plain(x_NB: Tensor) -> Tensor:
-    """Return the same rows with row-major strides.
+    """Return the same rows with row-major strides, so that torch can view the rows in a different dtype.
 
-    `contiguous()` is not enough: torch calls a single row contiguous whatever its strides are, but can view only
-    row-major strides as another dtype.
+    `contiguous()` is not enough: torch calls a single row contiguous whatever its strides are.
     """
     plain = x_NB.stride() == (x_NB.shape[1], 1)
     return x_NB if plain else x_NB.clone(memory_format=torch.contiguous_format)

@@ -46,7 +46,7 @@ class Drafting:
     def num_rows(self, num_live: int) -> int:
         """Return the number of rows of this rank in every pass after the first. An idle rank has a dummy row.
 
-        The result is 0 if `num_drafts` is 0. num_live: number of live requests of this rank
+        The result is 0 if the setting `num_drafts` is 0. num_live: number of live requests of this rank
         """
         return max(1, num_live) if self._engine.num_drafts else 0
 
@@ -59,13 +59,15 @@ class Drafting:
     def draft(
         self, running: list[Running], sequences: list[Sequence], batch: Batch, tokens_N: Tensor, hidden_NH: Tensor
     ) -> None:
-        """Draft the tokens that follow the last token of each request. The next step verifies them.
+        """Draft the tokens that follow the last token of each request, and store them in the request's `drafts`.
 
-        The drafts are kept in `request.drafts`.
+        The next step verifies the drafts.
 
-        batch, tokens_N, hidden_NH: the step that has just run: its batch, its tokens, the model's hidden states
-        sequences: the requests' sequences in the model's cache. The requests' sequences in the drafter's own cache are
-        cut to the same lengths
+        sequences  the requests' sequences in the model's cache; the requests' sequences in the drafter's own cache are
+                   cut to the same lengths
+        batch      the batch of the step that has just run
+        tokens_N   the tokens of this step
+        hidden_NH  the model's hidden states in this step
         """
         cache = self._cache
         room = [max(0, min(self._engine.num_drafts, request.num_left - 1)) for request in running]

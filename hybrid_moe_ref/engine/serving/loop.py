@@ -51,7 +51,7 @@ class ServeLoop:
 
     @torch.inference_mode()
     def run(self, on_token: OnToken | None = None) -> dict[str, list[int]]:
-        """Serve all requests. Returns the new tokens of each request by its id.
+        """Serve all requests. Returns, for each request id, the new tokens of the request.
 
         on_token: called with the id of a request and each of its new tokens
         """
@@ -106,7 +106,7 @@ class ServeLoop:
         self._release(self._scheduler.make_room())
 
     def _release(self, requests: list[Running]) -> None:
-        """Free the pages of these requests in the caches of the model and of the drafter."""
+        """Free the pages of `requests` in the model's cache and in the drafter's cache."""
         for request in requests:
             self._cache.free(self._sequences.pop(request))
             self._drafting.end(request)

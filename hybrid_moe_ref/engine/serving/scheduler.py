@@ -14,7 +14,7 @@ from hybrid_moe_ref.config import ConfigError, EngineConfig
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, which is continued greedily by ``max_new_tokens`` tokens, or until a token of ``stop_ids`` is chosen.
+    """A prompt to continue greedily: by ``max_new_tokens`` tokens, or up to the first token of ``stop_ids``.
 
     arrival_step: the step at which the request reaches its rank
     """
@@ -26,7 +26,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
 
     def until_stop(self, tokens: list[int]) -> list[int]:
-        """Return the tokens up to and including the first one that ends the text."""
+        """Return `tokens` up to and including the first token of ``stop_ids``; all tokens if there is none."""
         end = next((index + 1 for index, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         return tokens[:end]
 
@@ -51,11 +51,14 @@ class Running:
 
     @property
     def pending(self) -> Sequence[int]:
-        """Return the tokens that the model must run before it makes a new one.
+        """Return the tokens that the model must run before it makes a new token.
 
-        At first these are the prompt, or what earlier steps have left of it; later, the last token. After a preemption
-        they are all tokens. After a rejected draft, they are the last token before the undone step, the accepted
-        drafts, and the token that the model chose after these.
+        These are, at first, the tokens of the prompt that no earlier step has run; later, the last token. In two cases
+        there are more:
+
+        - after a preemption: all tokens of prompt and output;
+        - after a rejected draft: the last token before the undone step, the accepted drafts, and the token that the
+          model chose after these drafts.
         """
         prompt = self.request.prompt
         if self.num_cached < len(prompt):
@@ -68,12 +71,12 @@ class Running:
         return len(self.request.prompt) + len(self.output) - self.num_cached + len(self.drafts)
 
     def next_tokens(self) -> Sequence[int]:
-        """Return the tokens to run in this step: the first ``num_fed`` of the pending tokens and the drafts."""
+        """Return the tokens to run in this step: the first ``num_fed`` tokens of ``pending`` followed by ``drafts``."""
         return [*self.pending, *self.drafts][: self.num_fed]
 
     @property
     def makes_tokens(self) -> bool:
-        """Whether this step runs all tokens of the request that the model has not run yet, and so gives a new one."""
+        """Whether this step makes a new token: it runs all tokens of the request that the model has not run yet."""
         return self.num_fed == self.num_wanted
 
     @property
@@ -89,8 +92,8 @@ class Running:
     def advance(self, new: Sequence[int]) -> None:
         """Record the step's new tokens: the accepted drafts, and one token after them.
 
-        After a rejected draft, `num_cached` does not change, because the cache was set back to its state before the
-        step.
+        After a rejected draft, `num_cached` does not change, because the verification sets the cache back to its state
+        before the step.
         """
         was_undone = self.makes_tokens and len(new) <= len(self.drafts)
         self.num_cached += 0 if was_undone else self.num_fed
@@ -108,8 +111,8 @@ class Scheduler:
     Running requests come first, then as many waiting prompts as the budgets of tokens, sequences and pages allow, in
     order of arrival. A prompt that is too long for one step is run in several steps.
 
-    pages_for: number of tokens of a sequence -> cache pages that it takes; by default 0, so that the cache is never
-    full
+    pages_for: returns the number of cache pages that a sequence of so many tokens takes. The default returns 0, so that
+    the cache is never full
 
     Raises ConfigError for a request that has no prompt, asks for no new token or could never fit into the cache, and
     for two requests with the same id.
@@ -151,10 +154,10 @@ class Scheduler:
         return self._config.num_pages - sum(running.num_pages for running in self._running)
 
     def make_room(self) -> list[Running]:
-        """Preempt the youngest requests until the others have pages for their next step. Returns those preempted.
+        """Preempt the youngest requests until the other requests have pages for their next step.
 
-        Preempted requests are the first to be admitted again, and run from the beginning again. The oldest request is
-        never preempted, so all requests are served in the end.
+        Returns the preempted requests. They are admitted again before any other waiting request, and then run from
+        their beginning. The oldest request is never preempted, so all requests are served in the end.
         """
         preempted = []
         self._share_tokens()
@@ -182,10 +185,10 @@ class Scheduler:
         return list(self._running)
 
     def _share_tokens(self) -> int:
-        """Give each running request its number of tokens in the step. Returns the remaining budget.
+        """Decide how many tokens each running request runs in the step. Returns the remaining budget of tokens.
 
         First, each request gets at most the tokens of a decode step, for which the budget is always large enough. Then
-        the requests that need more get them from the remaining budget, the oldest request first.
+        requests that need more tokens get them from the remaining budget, the oldest request first.
         """
         decode = 1 + self._config.num_drafts
         budget = self._config.max_num_batched_tokens - sum(min(r.num_wanted, decode) for r in self._running)

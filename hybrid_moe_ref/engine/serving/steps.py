@@ -14,7 +14,7 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 
 class Steps:
-    """The steps of one rank, numbered from 0. All ranks run the same steps, so a number means the same step on all."""
+    """Plans and runs the steps of one rank. Steps are numbered from 0; a number means the same step on all ranks."""
 
     def __init__(self, config: ServerConfig, runner: ModelRunner, drafting: Drafting, device: torch.device) -> None:
         self._config = config
@@ -28,13 +28,13 @@ class Steps:
     ) -> StepPlan:
         """Return this rank's proposal for the next step.
 
-        The rank proposes to replay a graph if a captured size is large enough, and to split the step if it has enough
-        tokens.
+        The rank proposes to replay a graph if a captured size is large enough for the step. The rank proposes to split
+        the step if the step has at least `microbatch_tokens` tokens.
 
         feeds            the tokens of each request in the step, or of the dummy batch
         num_live         number of live requests; 0 for a dummy batch
         asks_unfinished  whether the step ends with the question "is anyone unfinished?"
-        may_replay       whether a graph may be proposed
+        may_replay       whether the rank is allowed to propose a graph
         """
         engine, lengths = self._config.engine, tuple(len(feed.tokens) for feed in feeds)
         num_tokens = sum(lengths)

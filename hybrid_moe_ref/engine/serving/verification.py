@@ -2,7 +2,7 @@
 
 A recurrent state cannot be truncated to the last accepted draft. After a rejected draft the request's state returns to
 the start of the step, and the next step runs the accepted tokens again, without new drafts. So a rejected draft costs
-rows of the next step. It never costs an additional step, in which the other ranks would not take part.
+rows of the next step. A rejected draft never costs an additional step, in which the other ranks would not take part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from hybrid_moe_ref.engine.serving.scheduler import Running
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """The requests of one step. Each request with drafts has a snapshot of its state before the step."""
+    """Verifies the drafts of one step, and undoes the step for a request with a rejected draft.
+
+    running    the requests of the step
+    sequences  the cached sequence of each request
+    before     a snapshot of each sequence before the step; None for a request without drafts
+    """
 
     running: list[Running]
     sequences: list[Sequence]
@@ -41,11 +46,10 @@ class Verification:
         return [1 + len(running.drafts) if running.makes_tokens else 0 for running in self.running]
 
     def new_tokens(self, chosen: list[list[int]]) -> list[list[int]]:
-        """Return the accepted drafts of each request, and the model's next token after them.
+        """Return, for each request, its accepted drafts and the model's next token after these drafts.
 
-        For a request that still has pending tokens, return [].
-
-        Restores the cache of a request with a rejected draft to its state before the step.
+        The result is [] for a request that still has pending tokens after this step. For a request with a rejected
+        draft, this method sets the cache back to its state before the step.
 
         chosen: for each request, the model's choices after the rows that `counts` describes
         """

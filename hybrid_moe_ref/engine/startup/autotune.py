@@ -2,8 +2,8 @@
 
 For each pair of a tactic and a number of rows, an all-reduce averages the time over the ranks, so that all ranks make
 the same choice.
-Each rank saves the choice in its own file. A rank that finds its file needs no timing. But if it skipped the timing,
-the other ranks would wait for it in the all-reduces. So the ranks first vote on whether to time the tactics.
+Each rank saves the choice in its own file. A rank that finds its file needs no timing. But if this rank skipped the
+timing, the other ranks would wait for it in the all-reduces. So the ranks first vote on whether to time the tactics.
 
 Shapes: N rows, K experts that the router chose for a row, P = N K (row, expert) pairs, H hidden, E experts held, I
 intermediate, J = 2 I.
@@ -35,7 +35,7 @@ Declare = Callable[[tuple[ScheduleEntry, ...]], None]
 """A function that announces the collectives that the rank issues next."""
 
 Chosen = dict[int, str]
-"""Number of rows -> the tactic for steps of up to that many rows. Larger steps use the last tactic."""
+"""For each number of rows, the tactic for steps of up to so many rows. Steps with more rows use the last tactic."""
 
 
 TACTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -61,7 +61,7 @@ class ChosenExperts:
 
 
 class ExpertTuner:
-    """Tunes the experts on one rank. It has the operations of tuning: time, vote, load, save and use.
+    """Tunes the experts on one rank. The policy `Tuning` decides which of the methods to call, and in which order.
 
     rows       the numbers of rows to tune for
     cache_dir  the folder for saved choices; "": choices are not saved
@@ -84,7 +84,7 @@ class ExpertTuner:
 
     @property
     def key(self) -> str:
-        """Return the key under which a choice is saved. It has everything that the choice depends on."""
+        """Return the key under which a choice is saved. The key contains everything that the choice depends on."""
         experts = self._layers[0]
         shape = "x".join(map(str, experts.gate_up_proj.shape))
         device = self._comm.device.type
@@ -98,13 +98,16 @@ class ExpertTuner:
         return tuple(ScheduleEntry("ep", "all_reduce", name) for name in names)
 
     def vote(self, mine: bool) -> bool:
-        """Return whether all ranks vote yes. mine: this rank's vote"""
+        """Return whether all ranks vote yes, by one all-reduce. mine: this rank's vote"""
         ballot = torch.tensor([int(mine)], dtype=torch.int32, device=self._comm.device)
         return bool(self._comm.all_reduce("ep", ballot, "min", layer=TUNING_VOTE.layer).item())
 
     @torch.inference_mode()
     def time_all(self) -> Chosen:
-        """Return the tactic with the lowest time for each number of rows; the times are averages over the ranks."""
+        """Return, for each number of rows, the tactic with the lowest average time over the ranks.
+
+        All ranks call this, because it issues the collectives in `timings`.
+        """
         chosen = {}
         for rows in self._rows:
             seconds = {tactic: self._average(self._time(tactic, rows), rows, tactic) for tactic in TACTICS}
@@ -143,7 +146,8 @@ class ExpertTuner:
     def load(self, file_name: str, key: str) -> Chosen | None:
         """Return the choice that was saved under `key`.
 
-        Returns None if the file has none for the same numbers of rows, or is absent, damaged or too large.
+        Returns None if the file has no such choice, if the choice is for different numbers of rows, or if the file is
+        absent, damaged or too large.
         """
         if self.folder is None:
             return None
@@ -156,7 +160,7 @@ class ExpertTuner:
         return chosen if is_whole else None
 
     def save(self, file_name: str, key: str, chosen: Chosen) -> None:
-        """Save a choice. If that fails, print a line; the next start then times again."""
+        """Save a choice. If the file cannot be written, print a line; the next start then times the tactics again."""
         if self.folder is None:
             return
         path = self.folder / file_name

@@ -19,7 +19,9 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device) -> list[Extension]:
-    """Install the backends, for any parallel layout; return the extensions that they will use, in order.
+    """Install the configured backends in `model`. Returns the extensions to build for these backends, in order.
+
+    The model can have any parallel layout.
 
     Raises ConfigError for a backend that cannot run on this device.
     """
@@ -49,13 +51,13 @@ def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device)
 
 @dataclass(frozen=True)
 class PreparedKernels:
-    """The kernels that one engine has prepared.
+    """The kernels that one engine has prepared at its start.
 
-    choice   the setting of the kernel registry, such as "auto"
-    table    operation -> the backend that this setting gives it
+    choice   the setting of the kernel registry at the start, such as "auto"
+    table    for each operation, the backend that this setting selects
 
-    The whole process has one setting. If another engine changes it, this engine would run kernels that its ranks did
-    not prepare.
+    The whole process has one setting. If another engine changes the setting, this engine would run kernels that its
+    ranks did not prepare.
     """
 
     choice: str
@@ -65,11 +67,11 @@ class PreparedKernels:
 
     @classmethod
     def of_now(cls, device: torch.device, dtype: torch.dtype) -> Self:
-        """Return the kernels of the registry's current setting."""
+        """Return the kernels that the registry's current setting selects."""
         return cls(registry.choice(), device, dtype, registry.table(device.type, dtype))
 
     def check(self) -> None:
-        """Raise ConfigError if an operation would run on another backend now."""
+        """Raise ConfigError if the registry now selects a different backend for an operation than at the start."""
         if not self.table.items() <= registry.table(self.device.type, self.dtype).items():
             raise ConfigError(
                 f"this engine was started with kernels {self.choice!r}, but the process has chosen "

@@ -1,8 +1,8 @@
 """Build compiled kernels in the phase `prepare`, before the first collective, on one rank of each host.
 
-The first rank that gets the lock builds the kernels, and sends heartbeats while it builds. The other ranks wait for the
-lock, which names the rank that builds, and load the result. Each rank stops waiting at a deadline, and all ranks stop
-when one has failed.
+The first rank that gets the lock builds the kernels, and records heartbeats while it builds. The other ranks wait for
+the lock, which names the rank that builds, and then load the result. Each rank stops waiting at a deadline. If one rank
+has failed, all ranks stop.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from hybrid_moe_ref.files.holders import who_has_open
 from hybrid_moe_ref.parallel.observer import Observer
 
 DEADLINE_S = 900.0
-"""Seconds that a build, or the wait for one, may take."""
+"""Longest time in seconds for a build, or for the wait for a build."""
 
 END_S = 3.0
-"""Seconds to wait for an abandoned build to end. A build thread that still runs then is left behind."""
+"""Seconds to wait for an abandoned build to end. A build thread that runs even longer is left behind."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class BuildPlace:
 
     cache       folder of compiled extensions, shared by the ranks of a host
     stopped_by  returns the message with which another rank stopped the job; "" while the job runs
-    sum_up      (numbers, layer) -> their sums over all ranks, by one all-reduce that every rank must join
-    deadline_s  seconds that a build, or the wait for one, may take
+    sum_up      called with (numbers, layer): returns the sum of each number over all ranks, by one all-reduce. Every
+                rank must call it
+    deadline_s  longest time in seconds for a build, or for the wait for a build
     """
 
     cache: Path
@@ -69,7 +70,7 @@ class KernelBuilds:
             ensure(extension, place)
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Call `run`, which runs every kernel once, so that kernels which compile at their first use compile here."""
+        """Call `run`, which runs every kernel once. So kernels that compile at their first use compile now."""
         run()
 
     def first_use(self, extension: Extension, place: BuildPlace) -> None:
@@ -86,7 +87,7 @@ def ensure(extension: Extension, place: BuildPlace) -> None:
     place: the cache folder, the rank and the callbacks of the build
 
     Raises BuildFailed if the build fails, LockTimeout after `place.deadline_s` seconds, and ScheduleMismatch if another
-    rank stopped the job; each with a reason in one line.
+    rank stopped the job. Each of these errors has a reason in one line.
     """
     if extension.is_loaded:
         return
@@ -120,7 +121,7 @@ def _build_once(extension: Extension, place: BuildPlace) -> None:
 
 
 def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
-    """Compile in a new thread. Meanwhile the calling thread sends heartbeats.
+    """Compile in a new thread. Meanwhile the calling thread records heartbeats.
 
     The calling thread ends the compiler if the build takes too long or another rank has stopped the job.
     """
@@ -159,8 +160,8 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 
     by_force: send SIGKILL instead of SIGTERM
 
-    Send SIGTERM first, because ninja ends its compilers when it gets SIGTERM. Ninja may just have started a compiler
-    that this function does not see yet. After a SIGKILL of ninja, nothing could find that compiler.
+    Send SIGTERM first, because ninja ends its compilers when it gets SIGTERM. With SIGKILL, a compiler that ninja has
+    just started, and that this function does not see yet, would run on, and nothing could find it.
     """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
@@ -169,10 +170,10 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 
 
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
-    """Delete the extension loader's lock file ("baton") if its holder has ended. torch itself never checks this.
+    """Delete the extension loader's lock file ("baton") if the process that holds it has ended.
 
-    If the holder still runs, it is a process that does not use this project's lock. This function then waits until the
-    holder deletes the file, at most ``place.deadline_s`` seconds.
+    torch itself never checks whether this process still runs. If it does, it is a process that does not use this
+    project's lock. Then this function waits at most ``place.deadline_s`` seconds until that process deletes the file.
     """
     baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():

@@ -112,7 +112,7 @@ class Compiler:
 
 
 class _Announcements:
-    """Reports to the observer when a module compiles: at its first call with one row, and at its first with more."""
+    """Reports to the observer when a module compiles: at its first call with one row, and its first with more rows."""
 
     def __init__(self, place: BuildPlace) -> None:
         self._place = place

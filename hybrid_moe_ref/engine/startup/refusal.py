@@ -4,10 +4,11 @@
     check_start(config, policies)   also tries the policies in the roles of different ranks: with and without requests,
                                     with and without a tuning cache
 
-A policy must lead every rank to the same collectives, whatever the state of that rank is. A trial calls the policy
-without communication: with substitutes that only record what the policy does. An error of the policy ends the start.
-The trials find the known faults, but not all possible ones; the schedule guard refuses the others while the server
-runs. This file uses neither torch nor communication.
+A policy must lead every rank to the same collectives, whatever the state of that rank is. A trial calls the policy with
+substitutes for the functions that communicate; the substitutes only record what the policy does. If the policy raises
+an error in a trial, the server does not start. The trials find the known faults, but not all possible faults.
+Collectives that any other fault would make wrong are refused by the schedule guard while the server runs. This file
+uses neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _unagreed(config: ServerConfig) -> Iterator[str]:
 
 
 def _leaves_when_idle(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """Yield a finding if a rank without requests would stop taking part."""
+    """Yield a finding if a rank without requests would no longer take part in the steps."""
     if policies.idle.dummy_tokens(unfinished=False) is None:
         yield (
             f"{_name(policies.idle)}: a rank without requests would leave while others still wait for it: an idle rank "
@@ -147,7 +148,7 @@ def _preempts_late(config: ServerConfig, policies: Policies) -> Iterator[str]:
 
 
 class _OneHasSaved:
-    """Stands for the tuner of a rank that has a saved choice while the other ranks have none."""
+    """A substitute for the `ExpertTuner` of a rank that has a saved choice while the other ranks have none."""
 
     rank, key, timings = 0, "", ()
 

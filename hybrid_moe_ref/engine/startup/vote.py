@@ -1,7 +1,8 @@
 """The vote that ends a phase of local work: all ranks continue, or all stop with the same error.
 
 The vote of the phase `prepare` is the first collective of a server. Without a vote, the other ranks would wait in a
-step for a rank that failed in its local work, and a rank with another configuration would issue different collectives.
+step for a rank that failed in its local work. And ranks with different configurations would issue different
+collectives.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 
 ERROR_BYTES = 512
-"""Number of bytes of the first error's text that are sent to every rank."""
+"""Every rank gets this many bytes of the first error's text."""
 
 NO_RANK = 2**31 - 1
 """The number that a rank without an error contributes to the vote, in place of its rank."""
@@ -30,13 +31,13 @@ SAME_CONFIGURATION = "start every rank with the same configuration"
 
 
 class PrepareFailed(RuntimeError):
-    """A rank could not prepare, or has another configuration. Raised on every rank with the same message."""
+    """A rank could not prepare, or the ranks' configurations differ. Raised on every rank with the same message."""
 
 
 class StartVote:
-    """Local work of one rank, and the vote after it: have all ranks succeeded, with the same settings and kernels?
+    """Does the local work of one rank, and then votes: have all ranks succeeded, with the same settings and kernels?
 
-    If not, every rank raises the same error. So no rank waits for one that cannot go on.
+    If not, every rank raises the same error. So no rank waits for a rank that cannot go on.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, ballot: Ballot) -> None:
@@ -45,7 +46,7 @@ class StartVote:
         self._ballot = ballot
 
     def all_or_none(self, work: Callable[[], None]) -> None:
-        """Do local work that may fail or take long, then vote.
+        """Do local work that can fail or take long, then vote. All ranks call this.
 
         Raises PrepareFailed with the first error, or with the settings that differ. Raises ScheduleMismatch if a rank
         that is past this phase stopped the job.
@@ -89,7 +90,7 @@ class StartVote:
             raise PrepareFailed(f"{CONFIGURED_DIFFERENTLY}: {'; '.join(differences)}: {change}")
 
     def _text_of(self, rank: int, error: str) -> str:
-        """Send the error of `rank` to all ranks, and return it. error: the error of the rank that calls this"""
+        """Return the error of `rank`, on every rank. All ranks call this, each with its own `error`."""
         mine = error.encode()[:ERROR_BYTES] if rank == self._comm.rank else b""
         letters = torch.tensor(list(mine.ljust(ERROR_BYTES, b"\0")), dtype=torch.int32)
         return bytes(self._over_all_ranks(letters, "sum", "first error")).rstrip(b"\0").decode(errors="replace")
@@ -97,8 +98,8 @@ class StartVote:
     def _shared_text(self) -> str:
         """Return what must be equal on all ranks, as one line of JSON: settings, and the backend of each operation.
 
-        Two hosts with the same settings may have different kernels: one has a GPU, a compiler or a package that the
-        other lacks.
+        Two hosts with the same settings can have different kernels, for example if only one of them has a GPU, a
+        compiler or a package.
         """
         dtype = getattr(torch, self._config.engine.dtype)
         shared = self._config.shared() | {"kernels": registry.table(self._comm.device.type, dtype)}
@@ -110,7 +111,7 @@ class StartVote:
 
 
 def _stopped(message: str) -> RuntimeError:
-    """Return the error to raise for a message with which the ranks were stopped.
+    """Return the error to raise for the message with which a rank stopped the job.
 
     The error is PrepareFailed if a rank could not prepare or has another configuration. It is ScheduleMismatch if a
     rank was past this phase and its guard refused a collective.

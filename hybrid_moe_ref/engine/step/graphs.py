@@ -2,9 +2,10 @@
 
 A captured step has a fixed number of rows and fixed collectives. A step with fewer rows is padded to a captured size.
 All ranks must replay the same size, so mode and size are part of the step agreement (C1). Collectives are not captured:
-on a GPU, the graphs contain the row-wise modules between them. A CPU cannot capture, but runs the same passes with the
-same padding. On both devices, a rank records which collectives a captured step issues. A replay that departs from this
-record is refused before it issues the wrong collective, and all ranks stop.
+on a GPU, the graphs contain the row-wise modules between the collectives. A CPU cannot capture, but runs the same
+passes with the same padding. On both devices, a rank records which collectives a captured step issues. If a replay
+would issue a different collective, the schedule guard refuses it before it is issued, and all ranks stop (with
+checks="observe", only this rank stops).
 
 Shapes: N rows of a step, H hidden.
 """
@@ -38,15 +39,19 @@ class Graphs:
 
     @property
     def captured(self) -> dict[tuple[int, int], tuple[Collective, ...]]:
-        """Return (mode, size) -> the collectives that the captured step issued, in order. A replay issues the same."""
+        """Return, for each (mode, size), the collectives that the captured step issued, in order.
+
+        A replay issues the same collectives.
+        """
         return dict(self._captured)
 
     @contextlib.contextmanager
     def running(self, mode: int, size: int) -> Iterator[None]:
-        """Run the layers of a step inside this ``with``. Capture the first step of a mode and size; replay later ones.
+        """Capture or replay the step whose layers run inside this ``with`` block.
 
-        This has no effect if `mode` is EAGER. Raises ScheduleMismatch before a replay issues a collective that was not
-        captured, or at the end if a captured collective was not issued. With an active guard, every rank raises it.
+        The first step of a mode and size is captured, and later steps replay it. This has no effect if `mode` is EAGER.
+        Raises ScheduleMismatch before a replay issues a collective that was not captured, or at the end if a captured
+        collective was not issued. With an active guard, every rank raises this error.
         """
         if mode == EAGER:
             yield

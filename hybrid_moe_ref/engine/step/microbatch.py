@@ -16,7 +16,7 @@ class Half:
 
 
 def halves(num_rows: int) -> tuple[Half, Half]:
-    """Split a step in two. The first half is not smaller than the second, which may be empty."""
+    """Split a step in two. If the number of rows is odd, the first half has one row more. A half can be empty."""
     middle = (num_rows + 1) // 2
     return Half(0, middle), Half(middle, num_rows)
 

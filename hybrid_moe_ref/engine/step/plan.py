@@ -19,7 +19,7 @@ that any of them proposes."""
 
 STEP_AGREEMENT = "step"
 ANYONE_UNFINISHED = "unfinished"
-"""The names in events of the all-reduce that begins a step, and of the one that asks whether work is left."""
+"""Names of two all-reduces in events: the first begins a step, the second asks whether any rank has work left."""
 
 TUNING_VOTE = ScheduleEntry("ep", "all_reduce", "autotune.vote")
 

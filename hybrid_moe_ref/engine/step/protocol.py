@@ -1,4 +1,4 @@
-"""The integers that the ranks exchange so that all act alike, as in one of two versions of vLLM.
+"""The integers that the ranks exchange so that all act alike, in the same form as in one of two vLLM versions.
 
 The step agreement (C1) is an int32 matrix with one column for each rank, which one all-reduce (sum) fills. The question
 "is anyone unfinished?" is an all-reduce at the end of some steps of a wave. A wave is one call of `Engine.serve`; its
@@ -51,7 +51,8 @@ class Protocol:
     def last_step(self, num_steps: int) -> int:
         """Return the last step of a wave whose requests need `num_steps` steps.
 
-        A wave ends only after the question "is anyone unfinished?", so it may have more steps than its requests need.
+        A wave ends only after the question "is anyone unfinished?", so a wave can have more steps than its requests
+        need.
         """
         step = max(1, num_steps)
         while not self.asks(step):
@@ -59,7 +60,7 @@ class Protocol:
         return step
 
     def answer(self, unfinished: bool) -> list[int]:
-        """Return the numbers that this rank sends to answer whether it has unfinished work."""
+        """Return the numbers with which this rank answers the question "is anyone unfinished?"."""
         raise NotImplementedError
 
     def column(self, plan: StepPlan) -> list[int]:
@@ -72,8 +73,8 @@ class Protocol:
     def resolve(self, matrix: Sequence[Sequence[int]], tp_size: int = 1) -> AgreedStep:
         """Turn C1, int[rows][ranks that agree], into one decision for all ranks.
 
-        The mode is the lowest of all ranks. If a graph is replayed, all sizes are padded to one size; otherwise they
-        stay uneven. An eager step is split in two if all ranks would do so.
+        The mode is the lowest mode of all ranks. If a graph is replayed, all sizes are padded to one size; otherwise
+        the sizes stay uneven. An eager step is split in two if all ranks would split it.
 
         tp_size: number of ranks of a tp group. Their columns are consecutive and have the same number of tokens, so the
         result has one size for each tp group.

@@ -41,7 +41,8 @@ class ModelRunner:
     """Runs steps of a model in any layout. All ranks must execute the same steps in the same order.
 
     Each decision that the ranks must make alike is a call of one of `policies`, which a scenario can replace by a
-    faulty one. So a policy gets the agreement as a function (`_agree`, `_exchange`), and decides whether to call it.
+    faulty policy. So a policy gets the step agreement as a function (`_agree`, `_exchange`), and the policy decides
+    whether to call this function.
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class ModelRunner:
     ) -> Tensor:
         """Run one step and return hidden states [N, H]. feeds: the tokens of each request in this step
 
-        Raises ScheduleMismatch on every rank if their schedules differ, if the ranks of a tp group have different
-        feeds, or if a rank departs from its schedule; with checks="observe", nothing is compared.
+        Raises ScheduleMismatch on every rank if the ranks' schedules differ, if the ranks of a tp group have different
+        feeds, or if a rank departs from its schedule. With checks="observe", nothing is compared.
         """
         schedule = self.schedules.whole(plan.asks_unfinished)
         self._plan = dataclasses.replace(plan, schedule_hash=self.schedules.hash(plan.asks_unfinished))
@@ -125,7 +126,10 @@ class ModelRunner:
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
     def leave(self) -> None:
-        """Raise ScheduleMismatch if the guard is active, because this rank would stop while the others continue."""
+        """Raise ScheduleMismatch if the guard is active: this rank would leave while the other ranks continue.
+
+        If the guard is inactive (checks="observe"), do nothing, so that the rank leaves.
+        """
         if self._agree_on_schedules:
             self._comm.guard.leave()
 
@@ -156,8 +160,8 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run one layer of each kind, so that kernels compile, or fail to compile, before any rank communicates.
 
-        Hooks of the layers may communicate, so they are not called. The layers run with one token and with two tokens,
-        because decode and prefill are different kernels.
+        Hooks of the layers can communicate, so this method does not call them. The layers run with one token and with
+        two tokens, because decode and prefill are different kernels.
         """
         parameters = next(self._model.parameters())
         blocks = list({block.kind: block for block in self._blocks}.values()) + self._model.draft_blocks
@@ -181,7 +185,7 @@ class ModelRunner:
         return self.protocol.resolve(self._comm.all_reduce(self.agreeing, matrix, layer=layer).tolist(), self._tp_size)
 
     def anyone_unfinished(self, mine: bool) -> bool:
-        """Ask all ranks whether any of them has work left. mine: whether this rank has work left"""
+        """Return whether any rank has work left, by one all-reduce. mine: whether this rank has work left"""
         answer = torch.tensor(self.protocol.answer(mine), dtype=torch.int32)
         self._comm.all_reduce(self.agreeing, answer, self.protocol.question, layer=ANYONE_UNFINISHED)
         return bool(answer[0].item())

@@ -1,7 +1,7 @@
 """The schedule guard: refuse a collective that is not the next entry of the step's schedule, before it is issued.
 
-The comparison is local and needs no communication. A refusal is published in the store. So ranks that already wait in a
-collective stop, too, with the same message, within a second.
+The comparison is local and needs no communication. The rank that refuses a collective publishes the error in the store.
+So ranks that already wait in a collective stop, too, with the same message, within a second.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ScheduleGuard:
         self._sizes = {}
 
     def extend(self, schedule: Sequence[ScheduleEntry]) -> None:
-        """Append the rest of the step's schedule, which may be known only after the step agreement."""
+        """Append the rest of the step's schedule, which depends on the step agreement if steps can be split."""
         self._schedule = (*(self._schedule or ()), *schedule)
 
     def agree(self, group: str, sizes: Sequence[int]) -> None:
@@ -52,15 +52,15 @@ class ScheduleGuard:
     def stop_others(self, error: Exception) -> None:
         """Make the other ranks raise ScheduleMismatch with the text of `error`.
 
-        Does nothing if `error` is a `Stopped`: the rank that found its reason has published it.
+        Does nothing if `error` is a `Stopped`, because this error was published before.
         """
         if not isinstance(error, Stopped):
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
     def refuse(self, mistake: str) -> NoReturn:
-        """Raise ScheduleMismatch with this rank and its `mistake`. While the guard is active, every rank raises it.
+        """Raise ScheduleMismatch, with the number of this rank and its `mistake`.
 
-        An inactive guard (checks="observe") stops only this rank.
+        An active guard makes every rank raise this error. An inactive guard (checks="observe") stops only this rank.
         """
         if self._schedule is None:
             raise ScheduleMismatch(f"rank {self._rank} {mistake}")

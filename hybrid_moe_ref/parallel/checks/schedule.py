@@ -25,9 +25,10 @@ def schedule_hash(schedule: Sequence[ScheduleEntry]) -> int:
 
 
 def first_difference(schedules: Sequence[Sequence[str]]) -> tuple[int, dict[str, list[int]]]:
-    """Return the index of the first entry that differs between ranks, and entry -> ranks that have it at this index.
+    """Return the index of the first entry that differs between ranks, and which ranks have which entry at this index.
 
-    A rank whose schedule ends before this index has the entry "nothing". If no entry differs, the mapping is empty.
+    The second result maps each entry at this index to its ranks; it is empty if no entry differs. A rank whose schedule
+    ends before this index has the entry "nothing".
 
     schedules: the entries of each rank, as text
     """

@@ -1,9 +1,11 @@
 """The strict check: before a collective is issued, all its members compare it through the store.
 
 The schedule guard compares a rank with its own schedule. The strict check compares the ranks with each other, in
-everything that must be equal: operation, layer, agreed sizes, dtype, reduce op and root. So it also detects collectives
-that would pair wrongly without a hang, before any data is changed. The cost is four requests to the store per
-collective: publish the collective, wait for the others, read theirs, and delete the rank's own earlier publication.
+everything that must be equal (operation, layer, agreed sizes, dtype, reduce op, root). So the strict check also detects
+collectives that would pair wrongly without a hang, and it does so before any data is changed.
+
+Each rank makes four requests to the store per collective: publish the own collective, wait for the other members, read
+their collectives, and delete what the rank itself published earlier.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class StrictComparison:
     """The strict check on one rank: the members compare each collective before they issue it.
 
     patience_s  seconds to wait for a member that has not arrived
-    lost        returns why waiting is useless, for example because a peer has died; None if a member may still arrive
+    lost        returns the reason if a member can no longer arrive, for example because its process has ended; else
+    None
     """
 
     def __init__(
@@ -48,8 +51,9 @@ class StrictComparison:
     def check(self, collective: Collective, members: Sequence[int]) -> None:
         """Return as soon as every member is about to issue the same collective.
 
-        Raises ScheduleMismatch on every member if one member is about to issue another collective, or does not arrive
-        within `patience_s` seconds. Raises the error of another rank, or that of `lost`, if a member cannot arrive.
+        Raises ScheduleMismatch on every member if one member is about to issue a different collective, or does not
+        arrive within `patience_s` seconds. If a member cannot arrive, raises the error with which a rank stopped the
+        job, or the error that `lost` returns.
         """
         seq = self._seq[collective.group] = self._seq.get(collective.group, 0) + 1
         keys = [self._key(collective.group, seq, rank) for rank in members]

@@ -1,10 +1,11 @@
 """The EP backend of a layer: send tokens to the ranks that hold their experts, and bring the results back.
 
-A backend is two hooks around the experts of one layer, and the plan of their collectives. `install` registers the hooks
-and returns the plan; the plans of all layers are the schedule of a forward pass. A new backend is a subclass of
-:class:`AllGatherReduceScatter` or has the same methods. Only ``Policies.dispatch`` selects it; there is no setting for
-it. `AllGatherReduceScatter` is the only backend in use; `repro.lab.scenarios.size_vector` has a second one. This file
-does not import torch.
+A backend is two hooks around the experts of one layer, and a list of the collectives that these hooks issue. `install`
+registers the hooks and returns this list; the lists of all layers are the schedule of a forward pass.
+
+A new backend is a subclass of :class:`AllGatherReduceScatter` or has the same methods. ``Policies.dispatch`` selects
+the backend; no setting of a server does. The engine uses `AllGatherReduceScatter`. A second backend, for a scenario, is
+in `repro.lab.scenarios.size_vector`. This file does not import torch.
 
 Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
 """
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ForwardContext:
-    """What the layers know about the other ranks in the current step. The engine sets it before the model runs.
+    """What the layers know about the other ranks in the current step. The engine sets `sizes` before the model runs.
 
     sizes           agreed number of tokens of each dp rank in this step
     tp_size         number of ranks that run the same tokens; each of them dispatches its chunk of the tokens
@@ -50,7 +51,7 @@ class ForwardContext:
 
 
 def chunk_sizes(num_rows: int, num_chunks: int) -> tuple[int, ...]:
-    """Return the number of rows of each chunk, in order. Chunks differ by at most one row, and may be empty."""
+    """Return the number of rows of each chunk, in order. Chunks differ by at most one row, and can be empty."""
     each, more = divmod(num_rows, num_chunks)
     return tuple(each + (index < more) for index in range(num_chunks))
 
@@ -65,7 +66,8 @@ def _chunks_of_all(sizes: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
 class AllGatherReduceScatter:
     """The hooks before (dispatch) and after (combine) the experts of a layer, like vLLM's AgRsAll2AllManager.
 
-    Because they are hooks, the module, its parameters and their names stay those of the single-process model.
+    Because they are hooks, the experts, their parameters and the parameters' names stay those of the single-process
+    model.
     """
 
     comm: Communicator
@@ -94,7 +96,7 @@ class AllGatherReduceScatter:
 
 @dataclass(frozen=True)
 class SumOverRanks:
-    """A forward hook that sums the output of a module over the tp group, because each rank computes one summand."""
+    """A forward hook that sums a module's output over the tp group, because each rank's output is one summand."""
 
     comm: Communicator
     layer: str

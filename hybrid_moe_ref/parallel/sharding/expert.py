@@ -28,7 +28,7 @@ def apply_expert_parallel(
 ) -> ForwardContext:
     """In every layer and draft layer, replace the experts by this rank's shard. Returns the context for the layers.
 
-    The model may be on the meta device, so that no rank ever holds all experts.
+    If the model is on the meta device, no rank ever holds all experts.
 
     Raises ConfigError if the experts cannot be divided evenly over the ranks.
     """

@@ -36,9 +36,10 @@ def apply_layout(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """Reduce `model` to this rank's part, and return the context of its layers. The model should be on the meta device.
+    """Reduce `model` to this rank's part, and return the context of its layers.
 
-    The context holds the schedule of a forward pass.
+    The model should be on the meta device, so that no rank ever holds the whole model. The context holds the schedule
+    of a forward pass.
 
     backend  the EP backend
     adder    the hook that sums the output of a module over the tp group
@@ -55,7 +56,7 @@ def apply_layout(
 def sizes_of_a_rank(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> HybridMoE:
     """Return rank 0's part of the model, on the meta device.
 
-    Every rank has parameters and a cache of the same sizes.
+    It stands for every rank, because parameters and cache have the same sizes on all ranks.
     """
     model = HybridMoE(config, device="meta", dtype=dtype)
     apply_layout(model, cast(Communicator, RankGroups(0, group_members(parallel, 0))), parallel)

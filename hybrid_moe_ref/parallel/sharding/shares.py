@@ -1,8 +1,6 @@
 """Compute one tensor-parallel rank's part of the model: its sizes, and its part of each parameter.
 
-Heads are distributed in order, each with everything that belongs to it. If there are fewer KV heads, Gated DeltaNet key
-heads or Mamba-2 groups than ranks, several ranks hold the same head or group. This file only computes with the sizes of
-a configuration, and does not import torch.
+Heads are distributed in order, each head with everything that belongs to it:
 
     gated attention  query heads, with the KV heads that they read
     Gated DeltaNet   value heads, with the key heads that they read and the convolution channels of both. If there are
@@ -11,6 +9,9 @@ a configuration, and does not import torch.
     Mamba-2          heads, with the groups that they read
     MLP              intermediate features of the shared expert, of a dense MLP, and of routed experts that are not
                      distributed whole
+
+If there are fewer KV heads, Gated DeltaNet key heads or Mamba-2 groups than ranks, several ranks hold the same head or
+group. This file only computes with the sizes of a configuration, and does not import torch.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ ExpertSharing = Literal["intermediate", "expert", "sequence"]
 
 intermediate  every tp rank has a part of every expert, for all tokens of its dp rank
 expert        every tp rank has some whole experts, for all tokens of its dp rank
-sequence      every ep rank has some whole experts, and every tp rank sends them its chunk of the tokens; every rank has
-              the whole shared expert, for that chunk
+sequence      every ep rank has some whole experts, and every tp rank sends its chunk of the tokens to these experts;
+              every rank has the whole shared expert, and applies it to its chunk
 """
 
 
@@ -38,7 +39,7 @@ def expert_sharing(parallel: ParallelConfig) -> ExpertSharing:
 
 
 def experts_per_rank(num_experts: int, num_ranks: int) -> int:
-    """Return the number of whole experts that each rank holds. Raises ConfigError if it would differ between ranks."""
+    """Return the number of whole experts of each rank. Raises ConfigError if the ranks would have different numbers."""
     if num_experts % num_ranks:
         raise ConfigError(f"{num_experts} experts cannot be divided evenly over {num_ranks} ranks", "num_experts")
     return num_experts // num_ranks
@@ -52,9 +53,9 @@ class Place:
     size: int
 
     def share(self, count: int) -> Range:
-        """Return this rank's range of `count` items.
+        """Return this rank's range of `count` items, such as heads.
 
-        If there are fewer items than ranks, several ranks share an item; return the one that this rank shares.
+        If there are fewer items than ranks, several ranks hold the same item, and the range has this one item.
         """
         each = max(1, count // self.size)
         first = self.rank * count // self.size
@@ -62,7 +63,7 @@ class Place:
 
 
 def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "intermediate") -> ModelConfig:
-    """Return the configuration with the sizes of one rank's part. The rank's cache is made from this configuration.
+    """Return the configuration with the sizes of one rank's part. It also gives the sizes of the rank's cache.
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """
@@ -108,7 +109,7 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
 
 
 def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
-    """Return the part of each parameter of a mixer that the rank at `place` holds, by parameter name.
+    """Return, for the name of each parameter of a mixer, the part that the rank at `place` holds.
 
     kind: "A" (gated attention), "G" (Gated DeltaNet) or "M" (Mamba-2)
     """
@@ -116,7 +117,7 @@ def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
 
 
 def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """Return the part of each parameter of a dense MLP or shared expert that the rank at `place` holds."""
+    """Return, for each parameter name of a dense MLP or shared expert, the part that the rank at `place` holds."""
     held = place.share(intermediate_size)
     return {
         "gate_proj.weight": rows(held),
@@ -126,9 +127,9 @@ def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """Return the part of each parameter of the routed experts that the rank at `place` holds, by parameter name.
+    """Return, for each parameter name of the routed experts, the part that the rank at `place` holds.
 
-    A parameter has the weights of all experts, stacked. Each expert is split by its intermediate size.
+    A parameter has the weights of all experts, stacked. Each expert is split along its intermediate dimension.
     """
     held = place.share(intermediate_size)
     return {

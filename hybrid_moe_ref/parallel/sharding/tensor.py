@@ -1,8 +1,8 @@
 """Apply tensor parallelism to an unchanged model.
 
 Every rank of a tp group runs the same tokens through its share of each layer's heads and intermediate features (see
-`shares`). The output of the layer is the sum of what the ranks compute. So a layer issues these collectives, which
-depend for the MoE on how the ranks share the routed experts (`shares.ExpertSharing`):
+`shares`). The output of the layer is the sum of what the ranks compute. So a layer issues these collectives. For the
+MoE, they depend on how the ranks share the routed experts (`shares.ExpertSharing`):
 
     mixer                               all-reduce on tp
     MoE, "intermediate" or "expert"     all-reduce on tp
@@ -11,10 +11,11 @@ depend for the MoE on how the ranks share the routed experts (`shares.ExpertShar
 With "sequence", each tp rank sends only its chunk of the rows in C2, because all tp ranks have the same rows.
 
 There is one all-reduce per mixer and step, whatever the batch is. If a Mamba-2 group or a Gated DeltaNet head spans
-several ranks, its norm needs the mean square over all these ranks. The same all-reduce computes it, see `SplitNorm`.
+several ranks, its norm needs the mean square over all these ranks. The same all-reduce also computes this mean square,
+see `SplitNorm`.
 
 Every rank holds the whole embedding and head. So logits need no collective, and a rank with requests has the same
-schedule as an idle one. This costs 2 x vocab x hidden x (1 - 1/tp_size) parameters per rank. For the model of 397B
+schedule as an idle rank. This costs 2 x vocab x hidden x (1 - 1/tp_size) parameters per rank. For the model of 397B
 parameters in bfloat16 at tp_size 8, this is 3.6 GB of about 100 GB. Every rank also holds all norms and routers, and
 the gate of the shared expert.
 
@@ -64,13 +65,19 @@ MIXER_NAMES = {"G": "gated_delta_net", "A": "gated_attention", "M": "mamba2"}
 class SplitNorm:
     """The hooks of a mixer whose output norm has `num_groups` groups, each of which spans several ranks.
 
-    In Mamba-2, which gates before the norm, these are its groups of heads. In Gated DeltaNet, which gates after the
-    norm, they are its value heads.
+    In Mamba-2, which gates before the norm, a group of the norm is a group of heads. In Gated DeltaNet, which gates
+    after the norm, a group of the norm is a value head.
 
     The norm should divide a row by the root mean square of the whole group, but a rank knows only the root mean square
-    of its own part. The projection after the norm is linear, so this can be corrected after it. The rank multiplies its
-    projected row by the root mean square of its part. One all-reduce sums these rows and the mean squares. Then the sum
-    is divided by the root mean square of the group.
+    of its own part. The projection after the norm is linear, so the hooks can correct the result after the projection:
+
+    1. Each rank multiplies its projected row by the root mean square of its part.
+    2. One all-reduce sums these rows, and also the mean squares.
+    3. Each rank divides the sum by the root mean square of the group.
+
+    gates_first   whether the mixer gates before the norm
+    eps           the epsilon of the norm
+    mean_squares  the mean squares of this rank's part, one tensor for each run of the norm in this step
     """
 
     comm: Communicator
@@ -91,9 +98,9 @@ class SplitNorm:
         self.mean_squares.clear()
 
     def keep_mean_square(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
-        """Keep the mean square of the input of this rank's norm.
+        """Append the mean square of the input of this rank's norm to `mean_squares`, for `combine`.
 
-        The norm runs once for each part of the step's batch, for example for the decoding sequences.
+        The norm runs once for each part of the step's batch, for example once for the decoding sequences.
         """
         x, gate = (widen(z) for z in args)
         self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))
@@ -155,12 +162,12 @@ def apply_tensor_parallel(
 ) -> ForwardContext:
     """In every layer, replace the modules that the tp ranks share by this rank's part. Returns the layers' context.
 
-    The model may be on the meta device, so that no rank ever holds the whole model. If the model has weights, this
-    function cuts them. `model.config` becomes the configuration of the rank's part, so that a cache made from it has
+    If the model is on the meta device, no rank ever holds the whole model. If the model has weights, this function cuts
+    them. `model.config` becomes the configuration of the rank's part, so that a cache made from this configuration has
     only the rank's heads. `model.slices` gets the part of each parameter that the rank holds.
 
-    experts  how the ranks share the routed experts. Only with "sequence" do the layers read `context.sizes` and send
-             tokens to other ranks. With the other two values, each tp group holds all experts.
+    experts  how the ranks share the routed experts. With "sequence", the layers read `context.sizes` and send tokens to
+             other ranks. With the other two values, they do not, because each tp group holds all experts.
     backend  the EP backend, for "sequence"
     adder    the hook that sums the output of a module over the tp group
 
@@ -242,7 +249,7 @@ class _Sharding:
         return part, {name: rows((first, first + count)) for name, _ in part.named_parameters()}
 
     def _replace(self, path: str, part: nn.Module, cuts: Mapping[str, Cuts]) -> None:
-        """Replace the module at `path` by `part`, which gets this rank's share of the replaced module's parameters."""
+        """Replace the module at `path` by `part`, and give `part` this rank's share of the old module's parameters."""
         whole = self.model.get_submodule(path)
         for name, local in list(part.named_parameters()):
             full = whole.get_parameter(name)
