@@ -1,1 +1,1 @@
-"""The lab produces hangs on demand: settings, scenarios, the processes of a run, and the expected verdict."""
+"""Produce hangs on demand: the settings of a run, the scenarios, the run's processes, and the expected verdict."""

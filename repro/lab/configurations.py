@@ -1,12 +1,12 @@
 """The three start commands of the report vllm#41862, on the reference model: config1, config2 and tp8.
 
-Each command is a scenario. Its fault is what servers do by default: compile a kernel when a layer first needs it. The
-commands differ in more than expert parallelism:
+Each command is a scenario. The fault of these scenarios is what servers do by default: compile a kernel when a layer
+first needs it. Expert parallelism is not the only difference between the commands:
 
     config1  DP8 EP8, graphs     GDN prefill and experts are compiled at first use
     config2  DP8 EP8, eager      GDN prefill and experts are compiled at first use
-    tp8      TP8, graphs         nothing is compiled: the report's command names a GDN backend, and the TP8 layout
-             selects another backend for the experts
+    tp8      TP8, graphs         nothing is compiled at first use: the report's command names a GDN backend that needs
+             no such compilation (triton), and with TP8 vLLM selects a MoE backend that needs none either
 
 All three serve the same requests, so all three must produce the same tokens.
 """

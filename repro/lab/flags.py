@@ -1,7 +1,7 @@
 """The command-line flags that set up a run, in one list.
 
-`run`, `matrix`, `minimise` and the worker under plain torchrun read these flags. The commands in run.json are written
-with them.
+`run`, `matrix`, `minimise` and the worker under plain torchrun read these flags. run.json contains commands that repeat
+the run; these commands use the same flags.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Flag:
 
     option   the flag, "--ranks"
     field    the setting's name in RunSettings, "num_ranks"; for a setting of the engine, "engine.moe_backend"
-    options  the other arguments of ``add_argument``
+    options  the other arguments of argparse's ``add_argument``, such as ``type``
     """
 
     option: str
@@ -34,7 +34,7 @@ class Flag:
 
     @property
     def dest(self) -> str:
-        """Return the name of the attribute of the parsed arguments that has the flag's value."""
+        """Return the attribute name under which argparse stores the flag's value."""
         return self.field.rpartition(".")[2]
 
     def value(self, settings: RunSettings) -> Any:
@@ -42,7 +42,7 @@ class Flag:
         return getattr(settings.engine if self.field.startswith("engine.") else settings, self.dest)
 
     def words(self, value: Any) -> list[str]:
-        """Return the arguments of a command line that set this value."""
+        """Return the words of a command line that set the flag to this value: ["--ranks", "4"]."""
         return [self.option] if value is True else [self.option, str(value)]
 
 
@@ -75,14 +75,14 @@ FLAGS = (
 
 
 def add_flags(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """Add the flags of these settings to a parser. A flag that the user does not give is None."""
+    """Add the flags of the settings ``fields`` to a parser. If the user does not give a flag, its value is None."""
     for flag in FLAGS:
         if flag.field in fields:
             parser.add_argument(flag.option, dest=flag.dest, **flag.options)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of the flags that the user gave, by field."""
+    """Return a dict from field to value for the flags that the user gave."""
     values = {flag.field: getattr(args, flag.dest, None) for flag in FLAGS}
     return {field: value for field, value in values.items() if value is not None}
 
@@ -90,10 +90,15 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def settings_of(
     scenario: str, variant: str, flags: Mapping[str, Any], config: Path | None = None, **fixed: Any
 ) -> RunSettings:
-    """Return the settings of a run: the scenario's defaults, overridden by the user's file, then the flags, then
-    ``fixed``.
+    """Return the settings of a run of ``scenario``.
 
-    flags: values by field, from :func:`given`. Raises ConfigError or DamagedFile.
+    The values come from four sources: the scenario's defaults, the file ``config``, ``flags`` and ``fixed``. If two
+    sources set the same field, the later one in this list wins.
+
+    flags    a dict from field to value, from :func:`given`
+    config   the user's --config file; None if there is none
+
+    Raises ConfigError for a wrong value or an unreadable file, and DamagedFile if the file is not JSON.
     """
     document = read_config(config)
     engine = {field.removeprefix("engine."): value for field, value in flags.items() if field.startswith("engine.")}
@@ -105,7 +110,10 @@ def settings_of(
 
 
 def read_config(path: Path | None) -> Mapping[str, Any]:
-    """Read the user's --config file; {} if there is none. Raises ConfigError or DamagedFile."""
+    """Return the content of the user's --config file; {} if ``path`` is None.
+
+    Raises ConfigError if the file cannot be read or is no mapping, and DamagedFile if it is not JSON.
+    """
     if path is None:
         return {}
     try:
@@ -118,10 +126,11 @@ def read_config(path: Path | None) -> Mapping[str, Any]:
 
 
 def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Iterator[tuple[Flag, Any]]:
-    """Yield the flags, with their values, that change ``plain`` into ``settings``. Differences that no flag can set are
-    left out.
+    """Yield (flag, value) for each flag that a command needs to change ``plain`` into ``settings``.
 
-    without: fields whose flags are left out, too
+    If no flag can set a difference, the difference is left out.
+
+    without: fields whose flags are also left out
     """
     for flag in FLAGS:
         value = flag.value(settings)

@@ -1,4 +1,8 @@
-"""Build the commands that repeat a run exactly. Each setting that is not a default becomes a flag, or ``--config``."""
+"""Build the commands that repeat a run exactly.
+
+A setting that differs from its default becomes a flag. If there is no flag for it, the command reads the run's
+config.json with ``--config``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ def commands(settings: RunSettings) -> tuple[Command, ...]:
 
 
 def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
-    """Return the command that runs a variant again. The variant "all" means every variant."""
+    """Return the command that runs ``variant`` with these settings. The variant "all" means every variant."""
     plain = _plain(settings)
     flags = list(differences(settings, plain))
     words = _words(flags)
@@ -35,7 +39,7 @@ def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
 
 
 def _torchrun(settings: RunSettings) -> tuple[str, ...]:
-    """Return the torchrun command that repeats this run; () if one of its settings has no flag."""
+    """Return the torchrun command that repeats this run; () if flags alone cannot give these settings."""
     plain = _plain(settings)
     try:
         plain = dataclasses.replace(plain, num_ranks=settings.num_ranks)
@@ -49,7 +53,7 @@ def _torchrun(settings: RunSettings) -> tuple[str, ...]:
 
 
 def _plain(settings: RunSettings) -> RunSettings:
-    """Return the settings that a run of this scenario and variant has if the user gives no flags."""
+    """Return the settings that a run of the same scenario and variant has if the user gives no flags."""
     names: dict[str, Any] = {"scenario": settings.scenario, "variant": settings.variant}
     try:
         return scenarios.settings_of(names)
@@ -64,7 +68,7 @@ def _words(flags: Iterable[tuple[Flag, Any]]) -> list[str]:
 def _changed(plain: RunSettings, flags: Iterable[tuple[Flag, Any]]) -> RunSettings | None:
     """Return ``plain`` with the values of these flags.
 
-    Return None if the values are valid only together with another setting of the run, for which no flag exists.
+    Return None if the result is invalid: some values are valid only together with a setting that no flag can set.
     """
     values = {flag.field: value for flag, value in flags}
     engine = {field.removeprefix("engine."): value for field, value in values.items() if field.startswith("engine.")}

@@ -19,8 +19,8 @@ from repro.trace.witness.format import Geometry
 BACKENDS = ("gloo", "nccl")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WORK = 100_000
-"""Largest number of tokens and idle steps of a workload, over all ranks. It is limited because every command that
-judges a run generates the workload again."""
+"""Largest sum of the tokens and arrival steps of all ranks' requests. The sum is limited because every command that
+judges a run generates the requests again."""
 
 MAX_RING_RECORDS = 1 << 20  # 72 MiB for each rank
 KERNEL_CACHES = ("cold", "warm", "split")
@@ -54,9 +54,11 @@ class RunSettings(Config):
 
     kernel_cache     the state of the run's own kernel cache at the start. "cold": it is empty. "warm": it contains all
                      compiled kernels. "split": every rank has its own cache, and only the cache of rank 0 is cold
-    ring_records     how many events a rank's witness keeps; each group's last collective is kept in any case
+    ring_records     how many of the latest events a rank's witness keeps; the witness also keeps the last collective of
+                     each group, even if this collective is older
     drawn_for        the number of dp ranks for which requests are generated; 0 means as many as the run has. If the run
-                     has fewer, they share the requests, so that a small run serves the same requests as a large run
+                     has fewer dp ranks, these ranks share the requests. So a small run can serve the same requests as a
+                     large run
     group_timeout_s  seconds after which a collective gives up; 0 means that it gives up long after the deadline
     """
 
@@ -126,18 +128,21 @@ class RunSettings(Config):
         self._check_pages()
 
     def _check_work(self) -> None:
-        """Refuse a workload that takes long to generate, because every command that judges a run generates it again."""
+        """Raise ConfigError for a workload that takes long to generate: each command that judges a run generates it."""
         work, num_ranks = self.workload, self.drawn_for or self.num_ranks // self.tp_size
         of_a_rank = work.max_requests * (work.max_prompt_tokens + work.max_new_tokens) + work.max_arrival_step
         if num_ranks * of_a_rank > MAX_WORK:
             raise ConfigError(
-                f"the requests of {num_ranks} dp ranks may take {num_ranks * of_a_rank} tokens and steps, but at most "
+                f"the requests of {num_ranks} dp ranks can take {num_ranks * of_a_rank} tokens and steps, but at most "
                 f"{MAX_WORK} are allowed; choose a smaller max_requests, max_new_tokens or max_arrival_step",
                 "workload",
             )
 
     def _check_pages(self) -> None:
-        """Refuse a cache that may become full, because predicted verdicts assume that no request is preempted."""
+        """Raise ConfigError if the cache can become full.
+
+        A rank with a full cache preempts a request, but the predicted verdicts assume that no request is preempted.
+        """
         try:
             layout = self.page_layout()
         except ConfigError as error:  # the heads cannot be divided over the ranks
@@ -154,7 +159,7 @@ class RunSettings(Config):
     def page_layout(self) -> PageLayout:
         """Return the page layout of a rank's cache.
 
-        A page of a tp rank holds fewer tokens than a page of the whole model.
+        With tensor parallelism a page can hold fewer tokens than a page of the same model on a single rank.
         """
         itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
         return page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)
@@ -167,11 +172,15 @@ class RunSettings(Config):
         where: str,
         defaults: Mapping[str, Any] | None = None,
     ) -> RunSettings:
-        """Merge a scenario's defaults, a user's JSON document and the command line's flags. Each overrides those before
-        it.
+        """Merge a scenario's ``defaults``, a user's JSON ``document`` and the command line's ``flags``.
 
-        ``model`` may name a ``preset`` and override some of its fields. ``engine`` and ``workload`` override single
-        defaults. where: the document's file, for error messages. Raises ConfigError with the path of the wrong value.
+        The document overrides the defaults, and the flags override both. In the defaults and the document, `engine` and
+        `workload` need only the fields that change. `model` needs only the fields that differ from the model that its
+        key `preset` names ("tiny" without this key).
+
+        where: the path of the document's file, for error messages
+
+        Raises ConfigError with the path of the wrong value.
         """
         if document.get("scenario", flags["scenario"]) != flags["scenario"]:
             raise ConfigError(
@@ -204,9 +213,9 @@ class RunSettings(Config):
 
     @property
     def starts_unsafe(self) -> bool:
-        """Whether the engine starts although a server would refuse this configuration.
+        """Whether the engine starts even with a configuration that it otherwise refuses, because ranks could hang.
 
-        It does so if allow_unsafe is set, and in every `fault` run.
+        True if ``allow_unsafe`` is set, and in every `fault` run.
         """
         return self.allow_unsafe or self.variant == "fault"
 
@@ -234,12 +243,15 @@ class RunSettings(Config):
         return [requests for requests in shared for _ in range(self.tp_size)]
 
     def reference_key(self) -> tuple[Any, ...]:
-        """Return a key that is equal for two runs with the same requests and the same single-process reference."""
+        """Return a key for reference.json: runs with equal keys have the same single-process reference."""
         return self.model, self.engine.dtype, self.workload, self.drawn_for or self.num_ranks // self.tp_size, self.seed
 
 
 def _check_bounds(config: Config, where: str = "") -> None:
-    """Raise ConfigError for the first number, list or text in this or a nested config that exceeds :data:`LARGEST`."""
+    """Raise ConfigError for the first number that is larger, or list or text that is longer, than :data:`LARGEST` says.
+
+    where: the path of this config within the settings, such as "model."; "" for the settings themselves
+    """
     for name, value in vars(config).items():
         path = f"{where}{name}"
         if isinstance(value, Config):
@@ -256,6 +268,7 @@ def _check_bounds(config: Config, where: str = "") -> None:
 def read_settings(path: Path) -> RunSettings:
     """Read the settings of a run from its config.json.
 
-    Raises OSError, DamagedFile when the file is not JSON, or ConfigError with the path of the wrong value.
+    Raises OSError if the file cannot be read, DamagedFile if it is not JSON, and ConfigError, with the path of the
+    value, for a wrong value.
     """
     return RunSettings.from_mapping(read_json(path, MAX_CONFIG_BYTES), str(path))

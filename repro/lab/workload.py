@@ -11,11 +11,12 @@ from hybrid_moe_ref.engine.serving.scheduler import Request
 
 @dataclass(frozen=True)
 class WorkloadConfig(Config):
-    """Bounds of the drawn requests, all inclusive.
+    """The bounds of the requests that :func:`draw_requests` draws, all inclusive.
 
-    The first request of a rank arrives at step 0, so that all ranks start busy; later ones arrive up to
-    ``max_arrival_step``. Between one and ``max_idle_ranks`` ranks, drawn from the seed, get a single short request.
-    They become idle while the others still work, which is the usual state of a DP server.
+    The first request of each rank arrives at step 0, so that all ranks start busy. Later requests arrive at the latest
+    at step ``max_arrival_step``. Some ranks, at least one and at most ``max_idle_ranks``, get only one request of at
+    most ``short_new_tokens`` new tokens. These ranks become idle while the other ranks still work, as is usual in a DP
+    server.
     """
 
     max_requests: int = 3
@@ -40,7 +41,7 @@ class WorkloadConfig(Config):
 
 
 def draw_requests(config: WorkloadConfig, num_ranks: int, vocab_size: int, seed: int) -> list[list[Request]]:
-    """Draw the requests of each rank. The same arguments give the same requests on every machine."""
+    """Draw the requests of each rank at random. The same arguments give the same requests on every machine."""
     rng = random.Random(seed)
     most_idle = min(config.max_idle_ranks, num_ranks - 1)
     num_idle = rng.randint(min(1, most_idle), most_idle)

@@ -92,11 +92,11 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
         ('{"workload": {"max_arrival_step": 2000000000}}', "workload.max_arrival_step: 2000000000 is more than"),
         (
             '{"workload": {"max_requests": 1000000}}',
-            "workload: the requests of 8 dp ranks may take 168000064 tokens and steps, but at most",
+            "workload: the requests of 8 dp ranks can take 168000064 tokens and steps, but at most",
         ),
         (
             '{"workload": {"max_arrival_step": 1000000}}',
-            "workload: the requests of 8 dp ranks may take 8000504 tokens and steps",
+            "workload: the requests of 8 dp ranks can take 8000504 tokens and steps",
         ),
         ('{"engine": {"unfinished_interval": 2000000000}}', "engine.unfinished_interval: 2000000000 is more"),
         ('{"engine": {"collective_limit_s": 1e300}}', "engine.collective_limit_s: 1e+300 is more than 1,000,000"),

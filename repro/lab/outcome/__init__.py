@@ -1,1 +1,1 @@
-"""Compare a run with what it should produce: the expected verdict and the reference's tokens."""
+"""Compare a run with what it should produce: the expected verdict and the tokens of the single-process reference."""

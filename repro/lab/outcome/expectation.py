@@ -23,9 +23,9 @@ def watch_options(settings: RunSettings) -> WatchOptions:
 
 
 def document_of(settings: RunSettings, verdict: Verdict, **more: Any) -> Document:
-    """Make the verdict.json of a lab run.
+    """Return the content of verdict.json for a lab run.
 
-    more: other fields of the document, which the settings and the verdict do not determine
+    more: the fields that follow neither from the settings nor from the verdict
     """
     expected = scenarios.load(settings.scenario).expected(settings)
     return describe(
@@ -41,7 +41,7 @@ def document_of(settings: RunSettings, verdict: Verdict, **more: Any) -> Documen
 
 
 def matches(verdict: Verdict, expected: Expected) -> bool:
-    """Whether the verdict matches the expectation, or its alternative ``or_else``, in every field that is not None."""
+    """Whether the verdict matches ``expected`` or one of its alternatives (``or_else``)."""
     return _matches(verdict, expected) or (expected.or_else is not None and matches(verdict, expected.or_else))
 
 

@@ -1,7 +1,7 @@
-"""Compute the single-process reference: the tokens of a run's requests on the whole model, for comparison.
+"""Compute the single-process reference: the tokens that one process with the whole model generates for all requests.
 
-``python -m repro.lab.outcome.reference RUN_DIR`` reads config.json and writes reference.json. It runs at the same time
-as the ranks and ends with the process that started it.
+``python -m repro.lab.outcome.reference RUN_DIR`` reads config.json in the run directory and writes reference.json
+there. The program runs at the same time as the ranks. It is killed when the process that started it ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from repro.store.run_dir import RunDir, write_json
 
 
 def compute(settings: RunSettings) -> dict[str, list[int]]:
-    """Return the greedily decoded tokens of every request, by request id. Each prompt runs alone."""
+    """Return a dict from request id to the greedily decoded tokens. Each prompt runs in a batch of its own."""
     import torch
 
     from hybrid_moe_ref.model import HybridMoE

@@ -16,7 +16,7 @@ from repro.watch.offline import judge_files
 def compare_again(run_dir: RunDir) -> Comparison:
     """Compare the tokens in a run's files with the reference.
 
-    If a file is damaged, the field ``missing`` of the result names the file.
+    If a file is missing or damaged, the field ``missing`` of the result names the file.
     """
     try:
         comparison, damaged = _compare(run_dir, read_settings(run_dir.config))
@@ -26,7 +26,7 @@ def compare_again(run_dir: RunDir) -> Comparison:
 
 
 def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[str]]:
-    """Return the comparison, and a list with the error of a damaged file; [] if none is damaged."""
+    """Return (comparison, list with the error of the damaged file). The list is [] if no file is damaged."""
     try:
         wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
         return Comparison(tuple(wrong), evidence=name_equal(run_dir)), []
@@ -37,7 +37,7 @@ def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[s
 
 
 def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Document, bool]:
-    """Return the verdict, as the content of verdict.json, and whether every file of the run could be read in full."""
+    """Return (the content of verdict.json, whether every file of the run could be read in full)."""
     comparison, damaged = _compare(run_dir, settings)
     again = judge_files(run_dir, watch_options(settings), comparison)
     decided = again.decided

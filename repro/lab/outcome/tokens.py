@@ -16,10 +16,10 @@ MAX_LINES, MAX_NAME = 1000, 120
 def compare_tokens(
     run_dir: RunDir, num_ranks: int, tp_size: int, reference_alive: Callable[[], bool], final: bool
 ) -> Comparison | None:
-    """Compare all ranks' outputs with reference.json. Returns None if that file does not exist yet.
+    """Compare the outputs of all ranks with reference.json. Returns None if that file does not exist yet.
 
-    reference_alive  whether the process that writes reference.json still runs
-    final            whether to return a result even if reference.json does not exist; the result then says why
+    reference_alive  returns whether the process that writes reference.json still runs
+    final            whether to return a result in any case: if reference.json does not exist, the result says why
     """
     if not run_dir.reference.exists():
         if reference_alive() and not final:
@@ -34,9 +34,10 @@ def compare_tokens(
 
 
 def name_equal(run_dir: RunDir) -> str:
-    """Return the sentence for a run whose served tokens equal the reference, with the number of tokens and requests.
+    """Return the sentence that says how many tokens and requests equal the reference.
 
-    Does not compare the tokens. Raises OSError or DamagedFile if reference.json cannot be read.
+    Call this only if all tokens are equal: this function counts the tokens, and does not compare them. Raises OSError
+    or DamagedFile if reference.json cannot be read.
     """
     reference = read_tokens(run_dir.reference)
     num_tokens = sum(map(len, reference.values()))
@@ -46,8 +47,8 @@ def name_equal(run_dir: RunDir) -> str:
 def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
     """Return a line for each request whose tokens differ from the reference, or that the wrong number of ranks served.
 
-    Returns at most MAX_LINES lines, and holds the tokens of only one rank at a time, because files from outside may be
-    large. Raises FileNotFoundError with the missing files, or ValueError with the damaged one.
+    Returns at most MAX_LINES lines, and keeps the tokens of only one rank in memory, because the files of a bundle can
+    be large. Raises FileNotFoundError, which names all missing files, or ValueError, which names a damaged file.
     """
     has_reference = run_dir.reference.exists()
     absent = [rank for rank in range(num_ranks) if not run_dir.output(rank).exists()]
@@ -73,7 +74,7 @@ def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
 
 
 def _difference(name: str, served: list[int], reference: list[int] | None) -> str:
-    """Return the first difference between the tokens of a request and the reference; "" if they are equal."""
+    """Return a sentence about the first token of a request that differs from the reference; "" if none differs."""
     if reference is None:
         return f"{_request(name)} is not in the single-process reference"
     for index, (ours, theirs) in enumerate(zip(served, reference, strict=False)):

@@ -1,4 +1,4 @@
-"""Check the environment variables that the program reads, and name the first wrong one."""
+"""Read and check the environment variables of a rank, and name the first wrong one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _FOLDERS = ("HMR_KERNEL_CACHE", "HMR_NATIVE_DIR")
 
 
 def refuse_bad_variables() -> None:
-    """Raise ConfigError for the first variable that would make every rank fail. An empty variable counts as unset."""
+    """Raise ConfigError for the first HMR_* variable whose value would make every rank fail.
+
+    A variable with an empty value counts as unset.
+    """
     for name, choices in _ONE_OF.items():
         value = os.environ.get(name, "")
         if value not in ("", *choices):
@@ -36,7 +39,7 @@ class RankEnvironment:
     """The environment variables that torchrun (RANK and so on) and this project's launcher (HMR_*) set for a rank.
 
     run_dir    the run directory that the launcher created; None under plain torchrun
-    launcher   "pid:start ticks" of the launcher; "" under plain torchrun
+    launcher   the launcher's pid and start time as "PID:TICKS"; "" under plain torchrun
     """
 
     rank: int
@@ -48,7 +51,7 @@ class RankEnvironment:
 
     @classmethod
     def read(cls) -> RankEnvironment:
-        """Read the environment. Raises ConfigError with the name of the variable that is wrong."""
+        """Read the variables from ``os.environ``. Raises ConfigError with the name of the variable that is wrong."""
         num_ranks = _number("WORLD_SIZE", 1, 1)
         num_local_ranks = _number("LOCAL_WORLD_SIZE", 1, 1)
         rank, local_rank = _number("RANK", 0, 0), _number("LOCAL_RANK", 0, 0)

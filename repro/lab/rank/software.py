@@ -1,7 +1,7 @@
-"""List the software that a rank has loaded, for env/rank000.txt: versions, libraries, and their environment variables.
+"""List the software that a rank has loaded (versions and libraries), and the environment variables that change it.
 
-The rank itself writes this list, because three things may differ: the installed versions, the versions that torch was
-built with, and the libraries that the process has mapped.
+The rank itself writes this list into the run's folder env/, because three things can differ: the installed versions,
+the versions that torch was built with, and the libraries that the process has mapped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _VARIABLES = (
 
 
 def describe() -> str:
-    """Return lines of the form "what: value". Ranks that loaded the same software have the same lines. Needs torch."""
+    """Return lines "what: value" and "VARIABLE=value". Ranks with the same software have the same lines."""
     import torch
 
     lines = [
@@ -49,7 +49,7 @@ def describe() -> str:
 
 
 def _modules() -> list[tuple[str, str]]:
-    """Return name and ``__version__`` of each imported third-party package."""
+    """Return (name, ``__version__``) of each imported third-party package except torch."""
     versions = {}
     for name, module in list(sys.modules.items()):
         version = getattr(module, "__version__", None) if "." not in name and name != "torch" else None

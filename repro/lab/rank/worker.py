@@ -3,8 +3,8 @@
 Under ``python -m repro run`` the launcher creates the run directory and watches the run. Under plain torchrun, rank 0
 creates the run directory and starts the watcher, so that the run leaves the same files.
 
-A rank does not exit by itself, because the watcher may still need evidence from other ranks. The rank records that it
-is done or failed, and waits until the watcher releases it.
+A rank that is done or failed does not exit by itself, because the watcher may still need evidence from other ranks. The
+rank records in its witness that it is done or failed, and waits until the watcher lets it exit.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ PARK_INTERVAL_S = 0.05
 
 
 LAST_RESORT_S = 25.0
-"""If the watcher has ended, a rank ends itself this many seconds after the deadline. The documents promise 30 s."""
+"""If the watcher has ended, a rank ends itself this many seconds after the deadline."""
 
 
 def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[], dist.Store | None]) -> None:
-    """Run one rank, from opening its witness to waiting for its release.
+    """Run one rank: open its witness, serve its requests, and wait until the watcher lets the rank exit.
 
-    join: called as soon as the witness is open; imports torch and returns the store through which the ranks meet, or
-    None to use torchrun's environment variables.
+    join: called as soon as the witness is open. It imports torch and returns the store through which the ranks meet, or
+    None if the ranks meet by torchrun's environment variables.
     """
     dump_on_signals(run_dir, rank, interrupts=True)
     faulthandler.dump_traceback_later(settings.deadline_s + LAST_RESORT_S, exit=True)
@@ -78,9 +78,11 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
 def serve(
     settings: RunSettings, rank: int, store: dist.Store | None, recorder: Recorder, cache_dir: Path
 ) -> dict[str, list[int]]:
-    """Start the engine with the scenario's policies and serve this rank's requests. Returns the new tokens by request.
+    """Start the engine with the scenario's policies and serve the rank's requests.
 
-    cache_dir: the folder in which an engine keeps tuning results and compiled kernels, unless the settings name one
+    Returns a dict from request id to new tokens.
+
+    cache_dir: where the engine keeps tuning results and compiled kernels, unless the settings name another folder
     """
     import torch
 
@@ -114,7 +116,7 @@ def serve(
 
 
 def park(run_dir: RunDir) -> None:
-    """Wait until the watcher releases the rank. An exit would make other ranks fail, and so change the evidence."""
+    """Wait until the watcher lets the rank exit. An earlier exit makes other ranks fail and changes the evidence."""
     while not run_dir.release.exists():
         time.sleep(PARK_INTERVAL_S)
 
@@ -122,7 +124,8 @@ def park(run_dir: RunDir) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the rank of this process. Returns the exit code.
 
-    The code is 2 after a usage error, 125 if this machine cannot do the run, and 0 in all other cases.
+    The code is 2 after a usage error, 125 if this machine cannot do the run, and 0 in all other cases, even if the rank
+    fails: the verdict then says so.
     """
     try:
         environment = RankEnvironment.read()
@@ -147,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_launched(run_dir: RunDir, rank: int) -> None:
-    """Run a rank in a run directory that the launcher created. The rank's output goes to its log."""
+    """Run a rank in a run directory that the launcher created. What the rank prints goes to the rank's log."""
     log = os.open(run_dir.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -162,7 +165,7 @@ def _file_store(run_dir: RunDir, num_ranks: int) -> dist.Store:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises its errors, so that only one rank prints them, in one line."""
+    """An argument parser that raises ConfigError for an error, so that only rank 0 prints it, in one line."""
 
     def error(self, message: str) -> Any:
         raise ConfigError(message)
@@ -182,7 +185,7 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
 
 
 def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
-    """Raise CannotRunHere if this machine lacks something that the scenario needs, or has fewer GPUs than ranks."""
+    """Raise CannotRunHere if this host lacks what the scenario needs, or under NCCL a GPU for each of its ranks."""
     require_model()
     if missing := scenarios.load(settings.scenario).missing(settings):
         raise CannotRunHere(f"{settings.scenario}: {missing}")
@@ -197,10 +200,12 @@ def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
 
 
 def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> RunDir:
-    """Return the run directory, whose path rank 0 gives to the other ranks through torchrun's store.
+    """Return the run directory. All ranks call this.
 
-    Rank 0 creates the directory and starts the watcher. The first rank of each other host starts that host's agent. If
-    rank 0 cannot create the directory, it raises OutputError or CannotFill, and the other ranks exit.
+    Rank 0 creates the directory, starts the watcher, and publishes the path of the directory in torchrun's store. The
+    other ranks read the path there. On each host without rank 0, the first rank starts the agent of this host.
+
+    If rank 0 cannot create the directory, rank 0 raises OutputError or CannotFill, and the other ranks exit.
     """
     import torch.distributed as dist
 

@@ -1,1 +1,1 @@
-"""Commands with many runs: the matrix of starts, and the search for the smallest run that still hangs."""
+"""The commands that do many runs: `matrix` (which starts are slow) and `minimise` (the smallest run that hangs)."""

@@ -1,4 +1,4 @@
-"""Run the file that `minimise` wrote, in the way a maintainer would."""
+"""Run the file that `minimise` wrote by torchrun, as somebody who gets this file in a bug report does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHECK_DEADLINE_S = 90.0
 
 
 def confirm(path: Path, num_ranks: int) -> str:
-    """Run the file under torchrun. Returns what the file prints about its hang, or why there was no such output."""
+    """Run the file by torchrun. Returns the lines that the file prints about its hang, or why it printed none."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     code, output = run_within([*torchrun, str(path)], CHECK_DEADLINE_S)
     if code is None:
@@ -22,9 +22,9 @@ def confirm(path: Path, num_ranks: int) -> str:
 
 
 def run_within(command: list[str], limit_s: float) -> tuple[int | None, str]:
-    """Run a program. Returns its exit code (None if it did not end in time) and its standard output.
+    """Run a program. Returns its exit code (None if it did not end within ``limit_s``) and its standard output.
 
-    Its descendants are killed when the program ends, and when the user interrupts.
+    If the program does not end in time, or the user interrupts, the program and its descendants are killed.
     """
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     with job:

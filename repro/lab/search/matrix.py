@@ -3,9 +3,10 @@
 `python -m repro matrix` runs the combinations, and prints one table and the phases of every rank. `python -m repro
 cells` does the same with vLLM.
 
-Kernels are compiled when a layer first needs them, as in servers. In two more rows of the table every rank has its own
-kernel cache, and only the cache of rank 0 is cold. So the others wait for rank 0 in a collective and not for a lock.
-With a long group timeout they wait until the build is done; with a short timeout they give up.
+Kernels are compiled when a layer first needs them, as in servers. In the last two rows of the table every rank has its
+own kernel cache, and only the cache of rank 0 is cold. So all other ranks wait for rank 0 in a collective, not for a
+lock. In one of these two rows the group timeout is long, and the ranks wait until the build is done. In the other row
+the group timeout is short, and the ranks give up.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ PHASES = ("load", "prepare", "profile", "capture", "serve")
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of layout, backends and cache. ``configuration``: config2 (DP8 + EP8) or tp8, without graphs."""
+    """One start of the server, with one combination of layout, kernel backends, kernel cache and group timeout.
+
+    configuration    the scenario with this layout: "config2" (DP8 + EP8) or "tp8"; both run without graphs here
+    gdn, moe         the kernel backends: "jit" is compiled at first use, the other values are not
+    group_timeout_s  seconds after which a collective gives up; 0 means long after the deadline of the run
+    """
 
     configuration: str
     gdn: str
@@ -48,7 +54,7 @@ class Cell:
         return "TP8" if self.configuration == "tp8" else "DP8+EP8"
 
     def values(self) -> tuple[str, ...]:
-        """Return layout, backends, cache and group timeout, as a table shows them."""
+        """Return layout, backends, cache and group timeout as text, for a row of the table."""
         timeout = f"{self.group_timeout_s:g} s" if self.group_timeout_s else "-"
         return self.layout, self.gdn, self.moe, self.cache, timeout
 
@@ -59,7 +65,9 @@ class Cell:
     def settings(self, document: Mapping[str, Any], flags: Mapping[str, Any]) -> RunSettings:
         """Return the settings of this cell's run.
 
-        The variant is always "fault": kernels are compiled at their first use, as servers do it.
+        The variant is always "fault", in which kernels are compiled at their first use, as in servers.
+
+        document: the content of the user's --config file; flags: a dict from field to value
         """
         engine = {**document.get("engine", {}), "gdn_prefill_backend": self.gdn, "moe_backend": self.moe}
         mine = {"scenario": self.configuration, "variant": "fault", "kernel_cache": self.cache}
@@ -68,7 +76,7 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """Return all combinations that the matrix runs. They run on a CPU, because the compiled experts are C++."""
+    """Return all cells that the matrix runs. They run on the CPU, because the compiled experts are C++ code."""
     layouts, caches = ("tp8", "config2"), ("cold", "warm")
     combined = [Cell(*parts) for parts in itertools.product(layouts, ("torch", "jit"), ("auto", "jit"), caches)]
     return [*combined, Cell("config2", "jit", "jit", "split"), Cell("config2", "jit", "jit", "split", SHORT_TIMEOUT_S)]
@@ -76,9 +84,9 @@ def cells() -> list[Cell]:
 
 @dataclass(frozen=True)
 class Result:
-    """The verdict on the run of a cell.
+    """The result of a cell: the verdict on its run, and how long the phases took.
 
-    phases      for each rank, the seconds that it spent in each phase; empty if the cell could not run here
+    phases    for each rank, a dict from phase to seconds; () if this machine cannot run the cell
     """
 
     cell: Cell
@@ -87,7 +95,7 @@ class Result:
 
     @property
     def stalled_s(self) -> float:
-        """Return how many seconds no rank recorded an event; 0 if the verdict is not `slow`."""
+        """Return for how many seconds no rank recorded an event; 0 if the verdict is not `slow`."""
         return self.verdict.quiet_s if self.verdict.verdict == "slow" else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -106,10 +114,10 @@ def run(
     say: Callable[[str], None],
     done: Callable[[Path], None] = lambda root: None,
 ) -> list[Result]:
-    """Run the cells (combinations of settings) one after another.
+    """Run the cells one after another, each with its settings.
 
-    say: called with a line for each cell
-    done: called with each run directory when its run is over
+    say     called after each cell, with a line that has its verdict
+    done    called after each run, with the run directory
     """
     results: list[Result] = []
     for number, (cell, settings) in enumerate(chosen, start=1):
@@ -125,7 +133,11 @@ def run(
 
 
 def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
-    """Return the seconds that a rank spent in each phase, from its witness. The last phase ends with the last event."""
+    """Return a dict from phase to the seconds that a rank spent in it, from the rank's witness.
+
+    A phase ends when the next phase begins, or the rank is done or fails. If the rank hangs in a phase, this phase ends
+    with the rank's last event.
+    """
     witness = read(run_dir.witness(rank))
     seconds: dict[str, float] = {}
     begun: tuple[str, int] | None = None
@@ -141,7 +153,10 @@ def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
 
 
 def tables(results: Sequence[Result]) -> Iterator[tuple[str, Table]]:
-    """Yield (title, table): the longest time of any rank in each phase for each cell, then the times by rank."""
+    """Yield (title, table) pairs: first a table with a row for each cell, then for each cell a table of phases by rank.
+
+    In the first table, the time of a phase is the longest time that any rank spent in this phase.
+    """
     yield f"{len(results)} cells, seconds", _table_of_cells(results)
     for result in results:
         if result.phases:

@@ -1,8 +1,8 @@
 """Shrink a scenario while its verdict stays the same, and write the result as one file to paste into an issue.
 
-A scenario can predict its verdict without running. Search the predictions for the smallest settings, then confirm them
-by one run. If that run has another verdict, bisect for the smallest settings that keep the verdict. At the end, run the
-written file itself.
+A scenario can predict its verdict without a run. First reduce the settings as long as the predicted verdict stays the
+same, then run the smallest settings. If that run has a different verdict than predicted, bisect the list of reduced
+settings by more runs. At the end, run the written file itself.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class Result:
 
     before      the settings from which the search began
     after       the smallest settings with the same verdict
-    steps       how many steps a rank begins before it is stuck
+    steps       how many steps the ranks began in the smallest run; the largest number of any rank
     runs        how many runs the search made
     seconds     how long the search took
-    source      the text of the Python file that repeats the smallest run; "" before it is made, or if it cannot be
-    confirmed   what the written file printed when it was run
+    source      the text of the Python file that repeats the smallest run; "" until `Runner.write_replay` sets it, or if
+                there can be no such file
+    confirmed   what the written file printed about its hang, or why it printed nothing; "" if it was not run
     notes       what the user must know about the file
     """
 
@@ -69,6 +70,9 @@ Trial = Callable[[RunSettings], Document]
 def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: float = BUDGET_S) -> Result:
     """Find the smallest settings whose run has the same verdict and cause as the run of ``start``.
 
+    trial     runs these settings and returns the content of verdict.json
+    budget_s  seconds after which no further run starts
+
     Raises AnotherVerdict if the run of ``start`` itself does not have the verdict that the scenario predicts.
     """
     began = time.monotonic()
@@ -86,7 +90,7 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
     if (verdict, cause) != (predicted.verdict, predicted.cause):
         why = (
             f"the verdict on the run is {verdict} {cause or ''}, but the scenario predicts {predicted.verdict} "
-            f"{predicted.cause or ''}: not shrunk"
+            f"{predicted.cause or ''}; the scenario was not shrunk"
         )
         raise AnotherVerdict(why, verdict)
     low, high = 0, len(path)  # path[low] has the verdict, path[high] (or the end of the path) does not
@@ -105,7 +109,9 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
 
 @dataclass
 class Runner:
-    """Runs trials without a single-process reference, because a hang serves no tokens to compare.
+    """The trial of :func:`minimise`: a call runs the settings and returns the content of verdict.json.
+
+    The run has no single-process reference, because a run that hangs serves no tokens that could be compared.
 
     last       the directory of the last run
     settings   the settings of the last run
@@ -122,7 +128,9 @@ class Runner:
         return self.run(settings, no_reference)
 
     def run(self, settings: RunSettings, reference: Path | None = None) -> Document:
-        """Run one variant. Returns its verdict.
+        """Run one variant. Returns the content of verdict.json.
+
+        reference: a file with reference tokens; by default a single process generates the tokens
 
         Raises CannotRunHere if this machine lacks what the run needs, and KeyboardInterrupt if the user interrupts.
         """
@@ -138,7 +146,8 @@ class Runner:
     def write_replay(self, result: Result) -> None:
         """Set ``result.source`` to the text of a Python file that repeats the smallest run.
 
-        The file also contains the fix if the run with the fix has the expected verdict.
+        To decide whether the file can also contain the fix, run the fix with the same settings. The file contains the
+        fix if this run has the expected verdict.
         """
         if self.settings != result.after:  # the last trial had other settings and another verdict
             self(result.after)
@@ -149,15 +158,15 @@ class Runner:
         expected = scenarios.load(cured.scenario).expected(cured)
         good = (document.verdict, document.cause) == (expected.verdict, expected.cause)
         if not good:
-            result.notes.append(f"the verdict on the fix at this size is {document.verdict}, so the file has no --fix")
+            result.notes.append(f"at this size the run with the fix is {document.verdict}, so the file has no --fix")
         try:
             result.source = replay.of_runs(gather(fault), self.last if good else None)
         except replay.ReplayError as error:
-            result.notes.append(f"no file: {str(error).replace(f'{self.series.out}/', '')}")
+            result.notes.append(f"no file was written: {str(error).replace(f'{self.series.out}/', '')}")
 
 
 def describe(settings: RunSettings) -> str:
-    """Return the sizes that the search shrinks, as a phrase."""
+    """Return the sizes that `minimise` reduces, as text: "2 ranks, 1 layer (G), …"."""
     work, model = settings.workload, settings.model
     return (
         f"{settings.num_ranks} ranks, {counted(len(model.layer_pattern), 'layer')} ({model.layer_pattern}), "

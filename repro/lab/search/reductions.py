@@ -1,4 +1,4 @@
-"""Generate smaller and smaller settings of a run for which its scenario predicts the same verdict."""
+"""Reduce the settings of a run step by step, as long as its scenario predicts the same verdict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from repro.lab.settings import RunSettings
 
 
 def reductions(scenario: Scenario, start: RunSettings, target: Expected) -> Iterator[RunSettings]:
-    """Yield smaller and smaller settings with the predicted verdict ``target``; each step shrinks one setting."""
+    """Yield smaller and smaller settings for which the scenario predicts the verdict and cause of ``target``.
+
+    Each has one reduction more than the one before: fewer ranks, layers, experts, tokens or requests.
+    """
     current, moved = start, True
     while moved:
         moved = False
@@ -36,9 +39,9 @@ def _predicts(scenario: Scenario, settings: RunSettings, target: Expected) -> bo
 
 
 def _change(settings: RunSettings, part: str = "", **changes: Any) -> Iterator[RunSettings]:
-    """Yield the settings with these changes. Yield nothing if the result is invalid or equal to the settings.
+    """Yield the settings with these changes. Yield nothing if the result is invalid or equal to ``settings``.
 
-    part: the nested config that the changes are for, such as "model"; "" for the settings themselves
+    part: the config that contains the changed fields, such as "model"; "" for the settings themselves
     """
     try:
         inside: Any = dataclasses.replace(getattr(settings, part), **changes) if part else None
@@ -57,9 +60,10 @@ def _ranks(settings: RunSettings) -> Iterator[RunSettings]:
 
 
 def _layers(settings: RunSettings) -> Iterator[RunSettings]:
-    """Yield settings with other layer patterns, shorter ones first.
+    """Yield settings with fewer layers, the fewest first.
 
-    These are all subsequences of up to 3 layers, and one pattern of each greater length: the model's first layers.
+    Up to 3 layers, try every subsequence of the model's layers. For each greater number, try only the model's first
+    layers.
     """
     pattern = settings.model.layer_pattern
     tried: set[str] = set()
@@ -80,7 +84,7 @@ def _experts(settings: RunSettings) -> Iterator[RunSettings]:
 
 
 def _tokens(settings: RunSettings) -> Iterator[RunSettings]:
-    """Yield settings with fewer prompt tokens or new tokens, because fewer tokens make fewer steps."""
+    """Yield settings with fewer prompt tokens or new tokens per request. Fewer tokens take fewer steps."""
     work = settings.workload
     for prompt in sorted({1, 2, 4, work.max_prompt_tokens}):
         for short in sorted({1, 2, work.short_new_tokens}):

@@ -1,1 +1,1 @@
-"""Start a run: check the machine, fill the kernel cache, start ranks and reference, watch them and end them."""
+"""Start a run: check the machine, fill the kernel cache, start the ranks, watch them, and end all processes."""

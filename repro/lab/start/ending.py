@@ -17,16 +17,19 @@ PERSIST_PATIENCE_S = 5.0
 """Seconds to wait for the evidence to be written to the disk."""
 
 SYNCS = 8
-"""Number of files that are synced at a time. One after another would take ten times as long."""
+"""Number of files that are written to the disk at the same time. One after another would take ten times as long."""
 
 RELEASE_PATIENCE_S = 8.0
 """Seconds to wait for ranks that are done to exit by themselves."""
 
 
 def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = PERSIST_PATIENCE_S) -> None:
-    """Write the evidence to the disk before the ranks are ended, because a machine with a hang is often reset next.
+    """Write the evidence from the page cache to the disk (fsync), because people often reset a machine that hangs.
 
-    Daemon threads do this work: a file server that does not answer must not keep the ranks of the run alive.
+    Daemon threads do this work, and this function returns after ``patience_s`` at the latest. So a file server that
+    does not answer cannot keep the ranks alive.
+
+    notice: called with a text if a file could not be written
     """
     paths, failures = run_dir.contents(), []
 
@@ -51,7 +54,7 @@ def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = 
 
 
 def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> list[str]:
-    """Kill the started jobs with their descendants and the running ranks, and remove the files that only they needed.
+    """Kill the jobs ``started`` with their descendants, and the ``ranks``. Then remove the run's temporary files.
 
     Returns a sentence for each process that did not end within processes.REAP_PATIENCE_S.
     """
@@ -67,9 +70,9 @@ def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> 
 
 
 def release(run_dir: RunDir, job_alive: Callable[[], bool]) -> None:
-    """Let the ranks exit by themselves: they have ended their work and wait for this permission.
+    """Let the ranks exit by themselves. They have done their work and wait in `repro.lab.rank.worker.park`.
 
-    Returns when they have exited, or after RELEASE_PATIENCE_S.
+    Returns when ``job_alive`` returns False, or after RELEASE_PATIENCE_S.
     """
     run_dir.release.touch()
     deadline = time.monotonic() + RELEASE_PATIENCE_S

@@ -1,9 +1,10 @@
 """Fork the ranks of a run from one process that has imported torch. Eight ranks start in half a second.
 
-The launcher starts ``python -m repro.lab.start.fork_server`` in place of torchrun, once for all runs of a command. The
-server reads one JSON line for each run, forks a job, and prints the job's pid. The job forks the ranks. Each rank is
-the same worker that torchrun would start, and writes the same files. A process forks only while it has a single thread.
-The ranks end with their job, the job ends with this process, and this process ends with the launcher.
+The launcher starts ``python -m repro.lab.start.fork_server`` instead of torchrun, once for all runs of a command. For
+each run this fork server reads one JSON line, forks a process (the "job") and prints the job's pid. The job forks the
+ranks. Each rank runs the same code and writes the same files as under torchrun. The server and the job fork only while
+they have a single thread. If the job ends, its ranks are killed; if the server ends, its jobs are killed; if the
+launcher ends, the server is killed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Start the processes of a run: the ranks, by torchrun or by a fork server, and the helper programs."""
+"""Start the processes of a run: the ranks, by torchrun or by a fork server, and the single-process reference."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
 
 @contextlib.contextmanager
 def launcher(name: str) -> Iterator[Start]:
-    """Yield the function that starts the ranks of a run. The end of the ``with`` block ends the fork server, if any.
+    """Yield the function that starts the ranks of a run by the launcher ``name``, one of LAUNCHERS.
 
-    name: one of LAUNCHERS
+    The fork server, if it is the launcher, ends with the ``with`` block.
     """
     if name == "torchrun":
         yield _start_torchrun
@@ -52,7 +52,7 @@ def launcher(name: str) -> Iterator[Start]:
 
 
 LAUNCHERS = ("torchrun", "fork")
-"""torchrun starts the ranks as a server's ranks are started. fork forks them from one process, which is faster."""
+""""torchrun" starts the ranks in the way of a real server. "fork" is faster: it forks them from one process."""
 
 
 def _start_torchrun(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> Job:
@@ -74,7 +74,7 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> Job:
-        """Start the ranks of a run. If that fails or is interrupted, the returned job has already ended."""
+        """Start the ranks of a run. If this fails or the user interrupts, the returned job has already ended."""
         if self._process is None or self._process.poll() is not None:
             self._process = start_process([sys.executable, "-m", "repro.lab.start.fork_server"], run_dir, talks=True)
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -93,7 +93,7 @@ class ForkServer:
         return ended
 
     def close(self) -> None:
-        """End the process and its children, and close the pipes to it."""
+        """Kill the fork server and its descendants, and close the pipes to the server."""
         if self._process is None:
             return
         processes.kill(processes.with_descendants(self._process.pid))
@@ -120,7 +120,7 @@ class ForkedJob:
 def start_process(
     command: list[str], run_dir: RunDir, log: Path | None = None, *, talks: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Start a program of a run. It is killed when the calling thread ends, so call this in the main thread.
+    """Start a program of a run. Call this in the main thread: if the calling thread ends, the program is killed.
 
     log     the file that the program prints to; the launcher's log by default
     talks   whether this process exchanges messages with the program through pipes; then only the program's standard

@@ -1,7 +1,7 @@
-"""Prepare the kernel cache of a run before it starts: empty (cold), full (warm), or empty for rank 0 alone (split).
+"""Prepare the kernel cache of a run before ranks start: empty (cold), full (warm), or empty only for rank 0 (split).
 
-Each run has its own cache in its run directory. A warm cache is a copy of the user's cache, in which
-`kernel_builder.py` first builds the kernels that are missing.
+Each run has its own cache in its run directory. To fill it, `kernel_builder.py` first builds the kernels that are
+missing in the user's cache, and then copies the user's cache.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ class CannotFill(RuntimeError):
 
 
 def folder(run_dir: RunDir, settings: RunSettings) -> Path:
-    """Return the cache folder of the run's server."""
+    """Return the folder of the server's caches: ``engine.cache_dir``, or if this is empty, a folder of the run."""
     return Path(settings.engine.cache_dir or run_dir.cache)
 
 
 def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> None:
     """Bring the run's kernel cache into the state that the settings ask for, within the run's deadline.
 
-    Raises CannotFill in three cases: the build failed (without a compiler, for example), a cold start was requested but
-    the user's folder contains compiled kernels, or torch.compile cannot use the folder, because it passes file names to
-    the compiler unquoted. Raises KeyboardInterrupt if the user interrupts.
+    Raises CannotFill in three cases:
+
+    - The kernels cannot be built, for example without a compiler, or not within the deadline.
+    - The settings ask for a cold start, but the folder ``engine.cache_dir`` contains compiled kernels.
+    - torch.compile cannot use the folder, because its path contains a space, quote or backslash.
+
+    Raises KeyboardInterrupt if the user interrupts.
     """
     for place in (run_dir.root, folder(run_dir, settings)) if settings.engine.compile else ():
         if re.search(r"[\s'\"\\]", str(place)):
@@ -78,5 +82,5 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
 
 
 def of_rank(cache: Path, settings: RunSettings, rank: int) -> Path:
-    """Return where a rank looks for compiled kernels: ``cache``, or a folder of its own in it if the cache is split."""
+    """Return where a rank finds compiled kernels: in ``cache``, or in its own folder there if the cache is split."""
     return cache / f"rank{rank:03d}" if settings.effective_kernel_cache == "split" else cache

@@ -1,4 +1,4 @@
-"""Run one variant: create the run directory, start the ranks and the reference, watch them, and end every process.
+"""Run one variant: create the run directory, start the ranks and the reference, watch the ranks, end every process.
 
 When this process ends, for whatever reason, the operating system kills every process that was started here. Only the
 run directory with its verdict stays.
@@ -41,12 +41,13 @@ def run(
     start: Start,
     known_reference: Path | None = None,
 ) -> tuple[RunDir, Document]:
-    """Run one variant to its verdict. Returns its directory and the content of verdict.json.
+    """Run one variant to its verdict. Returns the run directory and the content of verdict.json.
 
     start: starts the ranks; from :func:`repro.lab.start.job.launcher`
     known_reference: reference.json of an earlier run with the same ``reference_key``
 
-    Raises KeyboardInterrupt if the user interrupts before the ranks start. A later interrupt is noted in the verdict.
+    Raises KeyboardInterrupt if the user interrupts before the ranks start. After a later interrupt, the verdict says
+    that the user interrupted.
     """
     run_dir = prepare_run_dir(out, settings, interrupt)
     with interrupt.deferred():
@@ -66,7 +67,10 @@ def run(
 
 
 def skipped(settings: RunSettings, why: str) -> Document:
-    """Return a document for a run that is not possible on this machine, for a list of verdicts. why: what is missing"""
+    """Return the content of verdict.json for a run that is not possible on this machine. ``why`` gives the reason.
+
+    With it, a list or table of verdicts also has an entry for this run.
+    """
     verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
     return document_of(settings, verdict, matches_expected=False, skipped=why)
 
@@ -79,15 +83,16 @@ def attend(
     job_alive: Callable[[], bool],
     started: Sequence[Job] = (),
 ) -> Document:
-    """Watch a started run until its verdict, then end it. Returns the content of verdict.json.
+    """Watch a started run until its verdict, then end the run. Returns the content of verdict.json.
 
-    If reference.json does not exist, start the process that writes it.
+    If reference.json does not exist, start the process that writes this file.
 
     job_alive   returns whether a process of the job still runs: the launcher of the ranks, or a rank
-    started     the processes of this run that this process has started, and must end
+    started     the processes of this run that the calling process has started; they are ended with the run
 
     If this program itself fails, the verdict is `inconclusive`. Raises OutputError if another process already watches
-    the run, because only one may end it. Raises OSError, with the run's path, if no verdict can be written.
+    the run: only one process is allowed to end the run. Raises OSError, with the path of the run directory, if no
+    verdict can be written.
     """
     with _only_one(run_dir):
         try:
@@ -103,7 +108,7 @@ def attend(
 
 
 def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> Document:
-    """Write an inconclusive verdict for a run that could not be started or watched; the traceback goes into a log."""
+    """Write an inconclusive verdict for a run that could not be started or watched, and the traceback into a log."""
     verdict = failed(run_dir, "repro itself", [error])
     total_s = round(max(0.0, time.time() - run_dir.config.stat().st_mtime), 3)
     document = document_of(settings, verdict, seconds=Durations(total=total_s))
@@ -113,9 +118,9 @@ def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> Docu
 
 @contextlib.contextmanager
 def _only_one(run_dir: RunDir) -> Iterator[None]:
-    """Hold a lock on config.json during the ``with`` block, so that only one process ends the run.
+    """Hold a lock on config.json during the ``with`` block, so that only one process watches and ends the run.
 
-    Raises OutputError if another process holds the lock. If the holder crashes, the lock is released.
+    Raises OutputError if another process holds the lock. The operating system releases the lock if its holder crashes.
     """
     with open_regular(run_dir.config) as file:
         try:
@@ -174,9 +179,9 @@ def _attend(
 
 
 def _living(ranks: Callable[[], list[processes.Process]], notice: Callable[[str], None]) -> list[processes.Process]:
-    """Return the ranks that still run.
+    """Return the ranks that still run. If they cannot be listed, print a notice and return [].
 
-    If they cannot be listed, print a notice and return []. This process still ends the ranks that it started.
+    Ranks that this process started itself are ended in both cases, as descendants of its jobs.
     """
     try:
         return ranks()

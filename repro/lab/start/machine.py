@@ -21,6 +21,6 @@ def require_model() -> None:
 
 
 def require_gpus(num_ranks: int) -> None:
-    """Raise CannotRunHere if there is not a GPU for each rank."""
+    """Raise CannotRunHere if this machine has fewer than ``num_ranks`` GPUs."""
     if (count := count_gpus()) < num_ranks:
         raise CannotRunHere(f"--backend nccl needs a GPU for each of {num_ranks} ranks; {count} found")

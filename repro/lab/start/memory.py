@@ -1,7 +1,8 @@
 """Check before any rank starts whether the ranks of a run fit into this machine's memory.
 
-``python -m repro.lab.start.memory`` reads a list of settings from standard input and prints the first shortage. This is
-a separate process because it needs torch, which the launcher never loads.
+``python -m repro.lab.start.memory`` reads a list of settings from standard input. It prints how much memory the first
+run that does not fit needs, and how much there is. This is a separate process because it needs torch, which the
+launcher never loads.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from hybrid_moe_ref.config import ConfigError
 from repro.lab.settings import RunSettings
 
 RANK_BYTES = 48 << 20
-"""Memory in bytes of one rank of the smallest model, without the pages that forked ranks share."""
+"""Memory in bytes that one rank of the smallest model needs, without the memory pages that forked ranks share."""
 
 
 def refuse_too_large(runs: Iterable[RunSettings]) -> None:
-    """Raise ConfigError, with the memory needed and the memory available, for a run whose ranks do not fit.
+    """Raise ConfigError for the first run whose ranks do not fit into this machine's memory.
 
-    Raises RuntimeError if the check itself fails.
+    The error says how much memory the ranks need and how much there is. Raises RuntimeError if the check itself fails.
     """
     documents = json.dumps([settings.to_mapping() for settings in runs])
     command = [sys.executable, "-m", "repro.lab.start.memory"]
@@ -35,7 +36,7 @@ def refuse_too_large(runs: Iterable[RunSettings]) -> None:
 
 
 def refuse_too_many(runs: Iterable[RunSettings]) -> None:
-    """Raise ConfigError for a run with more ranks than this machine has memory for, even with the smallest model."""
+    """Raise ConfigError for a run with so many ranks that not even the smallest model fits into the memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for settings in runs:
         if (needed := settings.num_ranks * RANK_BYTES) > total:
@@ -47,7 +48,10 @@ def refuse_too_many(runs: Iterable[RunSettings]) -> None:
 
 
 def shortage_of(settings: RunSettings) -> str:
-    """Return a text with the memory needed and the memory available; "" if the run fits. GPU memory is not checked."""
+    """Return a text that says how much memory the ranks need and how much there is; "" if the ranks fit.
+
+    Under NCCL, return "": GPU memory is not checked.
+    """
     import torch
 
     from hybrid_moe_ref import memory
@@ -65,7 +69,7 @@ def shortage_of(settings: RunSettings) -> str:
 
 
 def main() -> None:
-    """Print the first shortage of the runs on standard input, or an empty line."""
+    """Print :func:`shortage_of` of the first run on standard input that does not fit; an empty line if all runs fit."""
     shortages = (shortage_of(RunSettings.from_mapping(document)) for document in json.load(sys.stdin))
     print(next(filter(None, shortages), ""), flush=True)
     os._exit(0)  # an interpreter that has imported torch takes most of a second to end

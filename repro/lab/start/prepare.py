@@ -1,4 +1,4 @@
-"""Create the directory of a run with everything that must be there before a rank starts."""
+"""Create the directory of a run, with all files that the ranks need at their start."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ FREE_BYTES = 32 << 20
 
 
 def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
-    """Create the run directory with run.json, config.json and every rank's witness, with all disk blocks allocated.
+    """Create the run directory with run.json, config.json, the kernel cache, and a witness for each rank.
 
-    Raises OutputError if the folder cannot be written or the disk lacks space; then the run directory is removed.
+    The disk blocks of the witnesses are allocated now. So a rank does not end if the disk becomes full later.
+
+    Raises OutputError if ``out`` cannot be written or the disk lacks space, CannotFill from :func:`kernel_cache.fill`,
+    and KeyboardInterrupt if the user interrupts. After an error the run directory is removed.
     """
     run_dir = RunDir.create(out, settings.scenario, settings.variant, settings.seed)
     try:

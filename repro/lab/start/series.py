@@ -1,6 +1,6 @@
-"""Run several variants one after another. All runs share a launcher.
+"""Run several variants one after another, all with the same launcher.
 
-Runs with the same requests also share one file of reference tokens, which a single process generates.
+Runs with the same requests and model also share the single-process reference, so that it is computed only once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from repro.watch.document import Document
 class Series:
     """Runs the variants of one command, one after another.
 
-    out      the folder for their run directories
+    out      the folder for the run directories
     start    starts the ranks; from :func:`repro.lab.start.job.launcher`
     """
 
@@ -41,14 +41,16 @@ class Series:
         shown: AbstractContextManager[Display] | None = None,
         reference: Path | None = None,
     ) -> tuple[RunDir | None, Document]:
-        """Run one variant; return its directory and the content of verdict.json.
+        """Run one variant. Returns (run directory, content of verdict.json).
 
         shown      a context manager that shows the run's progress; it is entered only if the run is possible
         reference  a file with reference tokens; by default a single process generates the tokens
 
-        Returns None and a document whose ``skipped`` gives the reason in two cases: this machine cannot run the
-        variant; or the run cannot write its files, and an earlier run of the series has ended. If the first run cannot
-        write its files, raises OutputError or OSError.
+        If this machine cannot run the variant, returns (None, document); ``document.skipped`` gives the reason.
+
+        If the run cannot write its files, the result depends on the earlier runs of the series. If one of them has
+        ended, returns (None, document) as above, so that the verdicts of the earlier runs are not lost. Otherwise
+        raises OutputError or OSError.
         """
         missing = scenarios.load(settings.scenario).missing(settings)
         if not missing:
