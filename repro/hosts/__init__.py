@@ -1,1 +1,1 @@
-"""Ask the operating system of a host about the ranks' processes and locks, and request evidence from the processes."""
+"""Ask the operating system of a host about the processes and locks of ranks, and ask these ranks for evidence."""

@@ -54,7 +54,7 @@ class AgentStatus:
     ranks            ranks of this host that have opened their witnesses
     facts            facts about these ranks; the times in `Facts.died` are on the monotonic clock of this host
     answered         number of the latest evidence request that the agent has answered
-    unanswered       rank -> the evidence that the rank did not write for that request
+    unanswered       a dict from rank to the evidence that is missing, for each rank that did not write all of it
     """
 
     beat: int
@@ -81,9 +81,10 @@ class HostAgent:
         self._reported_ns = 0
 
     def run(self) -> None:
-        """Observe the ranks until the watcher has given the verdict or does not answer any more, then end them.
+        """Observe the ranks of this host until the watcher has given the verdict, then kill the ranks that still run.
 
-        Ranks that are done may exit by themselves first. A watcher is given up OVERTIME_S after the run's deadline.
+        If all ranks of the run are done, they first have some seconds to exit by themselves. Without a verdict, the
+        agent kills its ranks OVERTIME_S seconds after the run's deadline.
         """
         self._path.parent.mkdir(exist_ok=True)
         deadline_ns = self._host.now_ns() + int((self._options.deadline_s + OVERTIME_S) * 1e9)
@@ -106,7 +107,7 @@ class HostAgent:
     def poll(self) -> None:
         """Collect the evidence that the watcher has newly requested, and write the status.
 
-        Without a new request, write the status only if the last one is at least LOOK_S old.
+        Without a new request, write the status only if the last status is at least LOOK_S seconds old.
         """
         self._tails.open()
         request = latest_request(self._run_dir)
@@ -144,7 +145,7 @@ class HostAgent:
     def _end_ranks(self) -> None:
         """Kill the ranks of this host that still run.
 
-        If every rank of the run is done, they first have EXIT_PATIENCE_S seconds to exit by themselves.
+        If every rank of the run is done, the ranks first have EXIT_PATIENCE_S seconds to exit by themselves.
         """
         deadline_ns = self._host.now_ns() + int(EXIT_PATIENCE_S * 1e9)
         while self._host.now_ns() < deadline_ns:
@@ -159,7 +160,7 @@ class HostAgent:
 
 @dataclass
 class RemoteHosts:
-    """The agents on other hosts, as the watcher sees them: reads their statuses, and requests evidence from them."""
+    """The watcher's access to the agents on other hosts: reads their statuses, and requests evidence from them."""
 
     run_dir: RunDir
     host: Host
@@ -169,13 +170,13 @@ class RemoteHosts:
     _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def statuses(self) -> list[AgentStatus]:
-        """Return the last status of each agent, if it arrived less than STATUS_EXPIRY_S ago."""
+        """Return the last status of each agent. Statuses that are STATUS_EXPIRY_S seconds old are left out."""
         self._read_new()
         now_ns = self.host.now_ns()
         return [status for status, read_ns in self._latest.values() if now_ns - read_ns < STATUS_EXPIRY_S * 1e9]
 
     def silent(self) -> list[str]:
-        """Return a sentence for each agent whose last status arrived STATUS_EXPIRY_S ago or earlier."""
+        """Return a sentence for each agent whose last status arrived at least STATUS_EXPIRY_S seconds ago."""
         self._read_new()
         now_ns = self.host.now_ns()
         return [
@@ -186,7 +187,7 @@ class RemoteHosts:
         ]
 
     def merged(self, facts: Facts) -> Facts:
-        """Return the facts of this host and of all agents, with times on the clock of this host."""
+        """Join ``facts``, those of this host, with the facts of all agents. All times are then on this host's clock."""
         for status in self.statuses():
             remote = Identity(0, 1, boot_id=status.boot_id, wall_offset_ns=status.wall_offset_ns)
             facts = facts.joined(status.facts, self.host.here.clock_ahead_ns(remote) / 1e9)
@@ -212,8 +213,8 @@ class RemoteHosts:
     def answers(self, request: int, patience_s: float) -> dict[int, str]:
         """Wait at most ``patience_s`` seconds until the agents have answered the request with this number.
 
-        Returns rank -> the evidence that the rank did not write. For a rank whose agent has not answered, this is all
-        of the evidence.
+        Returns a dict from rank to the missing evidence, for each rank that did not write all of it. If the agent of a
+        rank has not answered, all evidence of this rank counts as missing.
         """
         deadline_ns = self.host.now_ns() + int(patience_s * 1e9)
         while any(status.answered < request for status in self.statuses()) and self.host.now_ns() < deadline_ns:
@@ -236,7 +237,7 @@ class RemoteHosts:
 
 
 def latest_request(run_dir: RunDir) -> int:
-    """Return the number of the watcher's latest request for evidence; 0 before the first."""
+    """Return the number of the watcher's latest request for evidence; 0 before the first request."""
     try:
         return int(read_json(run_dir.evidence_request))
     except (OSError, ValueError, TypeError):

@@ -19,12 +19,14 @@ PATIENCE_S = 0.7
 
 
 def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> dict[int, str]:
-    """Signal every live rank, and wait at most ``patience_s`` seconds until all files are written.
+    """Signal ranks to write their stacks and Flight Recorder dumps, and wait until all files are written.
 
-    pids: rank -> pid. Each process must have called `signals.dump_on_signals`, or the signal would end it.
+    pids         the pid of each rank that runs. Each process must have called `signals.dump_on_signals`; otherwise the
+                 signal would end the process
+    patience_s   how many seconds to wait at most
 
-    Returns rank -> what it did not write, as the end of a sentence "rank 1 left no …": "stack", or
-    "stack and no Flight Recorder dump". A suspended process (SIGSTOP) writes neither.
+    Returns, for each rank that did not write both files, the end of a sentence "rank 1 left no …": "stack", or
+    "stack and no Flight Recorder dump". A suspended process (SIGSTOP) writes neither file.
     """
     requests: list[tuple[int, str, Path, int]] = []
     for rank, pid in pids.items():
@@ -46,7 +48,7 @@ def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> dict
 
 
 def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
-    """Name the missing evidence, one sentence for ranks that lack the same: "ranks 1,2 left no stack within 0.7 s"."""
+    """Return a sentence for each set of ranks that lack the same evidence: "ranks 1,2 left no stack within 0.7 s"."""
     ranks: dict[str, list[int]] = {}
     for rank, what in sorted(unanswered.items()):
         ranks.setdefault(what, []).append(rank)
@@ -54,8 +56,10 @@ def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
 
 
 def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
-    """Return a sentence about ranks that never began. It quotes the last error in the launcher's log, or the log's last
-    line if there is no error."""
+    """Return a sentence about ranks that never began. The sentence quotes the launcher's log.
+
+    The quotation is the last error in the log, or the last line if the log has no error.
+    """
     lines = [line.strip() for line in read_text(run_dir.launcher_log).splitlines() if re.search(r"\w", line)]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     last = (errors or lines or ["nothing"])[-1]

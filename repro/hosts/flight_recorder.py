@@ -1,4 +1,4 @@
-"""Dump this process's Flight Recorder (torch's record of the last collectives). Does not import torch itself."""
+"""Dump the Flight Recorder of this process, torch's record of the last collectives. Do not import torch for this."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _HAS_ENTRIES = re.compile(rb'"entries":\s*\[\s*\{')
 
 
 def dump() -> bytes | None:
-    """Return the record of this process's collectives as JSON; None if torch is not imported or records nothing.
+    """Return the dump of this process's Flight Recorder as JSON; None if torch is not imported or has no recorder.
 
-    A CUDA build of torch has two recorders, one for NCCL and one for gloo. If the recorder for NCCL has entries, its
-    dump is returned; if not, that of the recorder for gloo. Raises RuntimeError if torch cannot dump.
+    A CUDA build of torch has two recorders, one for NCCL and one for gloo. If the recorder for NCCL has entries, return
+    its dump; if not, return the dump of the recorder for gloo. Raises RuntimeError if torch cannot dump.
     """
     c10d = sys.modules.get("torch._C._distributed_c10d")
     dumped = None

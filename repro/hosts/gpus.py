@@ -7,10 +7,10 @@ import sys
 
 
 def count_gpus() -> int:
-    """Return the number of CUDA devices; 0 if torch is not installed.
+    """Return the number of CUDA devices; 0 if torch is not installed or cannot count them.
 
-    A child process counts them, because a process that has used CUDA cannot fork ranks any more, and because this
-    process should not have to import torch.
+    A child process counts the devices, so that this process need not import torch, and does not use CUDA: a process
+    that has used CUDA cannot fork ranks.
     """
     ask = "import torch; print(torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)

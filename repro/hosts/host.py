@@ -40,7 +40,10 @@ class Host:
         time.sleep(duration_s)
 
     def find(self, writer: Identity) -> psutil.Process | None:
-        """Find the process that wrote a witness; None if it has ended. Raises psutil.AccessDenied if it is hidden."""
+        """Find the process that writes a witness; None if the process has ended, or has not opened the witness.
+
+        Raises psutil.AccessDenied if this user is not allowed to see the process.
+        """
         return processes.find(writer)
 
     def is_stopped(self, process: psutil.Process) -> bool:
@@ -60,7 +63,10 @@ class Host:
         return float(getattr(psutil.cpu_times(), "steal", 0.0)) / (psutil.cpu_count() or 1)
 
     def lock_holder(self, name: str, waiting: Collection[int]) -> int:
-        """Return the pid of a lock file's holder, locks.NOBODY or locks.UNKNOWN. ``waiting``: pids that wait for it."""
+        """Return the pid of the process that holds a lock file, or locks.NOBODY or locks.UNKNOWN.
+
+        waiting: pids of processes that wait for the lock
+        """
         return locks.holder(name, [*waiting, os.getpid()])
 
     def with_ancestors(self, pid: int) -> list[int]:
@@ -68,12 +74,12 @@ class Host:
         return processes.with_ancestors(pid)
 
     def describe(self, pid: int) -> str:
-        """Describe the command and the age of a process in a sentence."""
+        """Return a sentence about a process, with its command and its age; "process 77 has ended" if it has ended."""
         return processes.describe(pid)
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
-        """Make ranks write their stacks and Flight Recorder dumps. pids: rank -> pid.
+        """Make ranks write their stacks and Flight Recorder dumps. pids: the pid of each rank that runs.
 
-        Returns rank -> the evidence that this rank did not write.
+        Returns a dict from rank to the missing evidence, for each rank that did not write all of it.
         """
         return collect.collect(run_dir, pids, collect.PATIENCE_S)

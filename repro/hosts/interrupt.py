@@ -1,4 +1,7 @@
-"""Handle SIGINT, SIGTERM and SIGHUP in a command: raise KeyboardInterrupt, or set a flag if work must be finished."""
+"""Handle SIGINT, SIGTERM and SIGHUP in a command: raise KeyboardInterrupt, or only note the signal.
+
+The signal is only noted if it arrives while the command does work that must be finished.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from collections.abc import Iterator
 from types import FrameType
 
 PATIENCE = 3
-"""After this many signals the process exits at once, and its child processes end with it."""
+"""One more signal than this ends the process at once, and its child processes end with it."""
 
 
 class Interrupt:
     """The user's request to stop a command. A call of this object returns whether a signal has arrived.
 
-    The first signal raises KeyboardInterrupt in the main thread, unless it arrives inside :meth:`deferred`. A signal
-    after the first PATIENCE signals ends the process at once.
+    The first signal raises KeyboardInterrupt in the main thread, unless the signal arrives inside :meth:`deferred`. A
+    signal after the first PATIENCE signals ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Interrupt]:
-        """Handle the signals inside a ``with`` block. Outside the main thread no signal is handled."""
+        """Handle the signals inside a ``with`` block. Outside the main thread, handle none of them."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -54,7 +57,8 @@ class Interrupt:
     def deferred(self) -> Iterator[None]:
         """Raise no KeyboardInterrupt inside the ``with`` block.
 
-        The code in the block calls this object to learn of a signal, so it can collect evidence before it ends.
+        The code in the block calls this object to learn whether a signal has arrived. So the command can finish its
+        work, for example collect evidence, before it ends.
         """
         self._deferred += 1
         try:

@@ -1,13 +1,13 @@
 """Find the process that holds a lock file, from /proc/locks and /proc/*/fd.
 
-A lock of the operating system (flock, fcntl) ends with the process that holds it. Other locks are only a file created
-with O_EXCL, such as torch's FileBaton, and remain when the holder ends. Their creator keeps the file open, so an open
-file shows that the holder lives.
+A lock of the operating system (flock, fcntl) ends with the process that holds it. Another kind of lock, such as torch's
+FileBaton, is only a file created with O_EXCL. This file remains when the holder ends. The holder keeps the file open,
+so an open file shows that the holder lives.
 
-/proc does not show processes of other pid namespaces, nor the open files that this user may not read. But the attempt
-to take a lease (fcntl F_SETLEASE) shows whether any process of this host has the file open. A lease does not show
-processes of other hosts. So the answer is UNKNOWN instead of NOBODY in two cases: several hosts share the file system,
-or no lease is possible on it.
+/proc does not show processes of other pid namespaces, nor open files that this user is not allowed to see. But the
+attempt to take a lease (fcntl F_SETLEASE) shows whether any process of this host has the file open. A lease does not
+show processes of other hosts. So the result is UNKNOWN instead of NOBODY in two cases: several hosts share the file
+system, or the file system has no leases.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ LOOKS = 3
 def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
     """Return the pid of the process of this host that holds the lock file.
 
-    Return NOBODY if no process holds it, and UNKNOWN if this cannot be found out.
+    Return NOBODY if no process holds the lock, and UNKNOWN if this cannot be found out.
 
-    waiting: pids of processes that wait for the lock, and may have opened the file for this purpose
+    waiting: pids of processes that wait for the lock. They do not count as holders, even if they have the file open
     """
     if not os.path.isabs(path):
         return UNKNOWN  # the name is not the name of a file
@@ -56,7 +56,7 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
 def _holders_in_table(status: os.stat_result) -> Iterator[int]:
     """Yield the pid of each process that holds a lock on the file, from /proc/locks.
 
-    Yield UNKNOWN for a process of another pid namespace. status: the result of os.stat for the file
+    Yield UNKNOWN for a process of another pid namespace. status: the result of os.stat for the lock file
     """
     try:
         lines = Path("/proc/locks").read_text().splitlines()
@@ -72,11 +72,11 @@ def _holders_in_table(status: os.stat_result) -> Iterator[int]:
 
 
 def _has_open(pid: int, status: os.stat_result, name: str) -> bool:
-    """Whether a process has opened the file with this status (device and inode), and not closed it.
+    """Whether a process has the file with this status (device and inode) open.
 
     Raises OSError if the process has ended or belongs to another user.
 
-    name: the file's name without its folder, because the folder may differ in the process's mount namespace
+    name: the file's name without its folder, because the folder can differ in the process's mount namespace
     """
     folder = f"/proc/{pid}/fd"
     for descriptor in os.listdir(folder):

@@ -1,4 +1,4 @@
-"""The options of a watch, for the watcher and for the agent of each other host."""
+"""The settings of a run that the watcher and the agents on other hosts need."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class WatchOptions:
 
     quiet_window_s  as soon as no rank has recorded an event for this many seconds, the ranks are judged
     deadline_s      after this many seconds the watch ends, with a verdict or without one
-    queued_groups   the groups that use a device, such as NCCL's. A collective of such a group is recorded when the rank
-                    queues it, not when the device runs it
+    queued_groups   the groups that use a device, such as NCCL's. A rank records a collective of such a group when the
+                    rank queues the collective, not when the device runs it
     """
 
     num_ranks: int

@@ -1,6 +1,7 @@
 """End a process when its parent ends, and identify a process by pid and start time.
 
-This module imports almost nothing. A rank calls it before its long imports, because the launcher may die during these.
+This module imports almost nothing, so that a rank can call it before the rank's long imports: the launcher can die
+during these imports.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ _LIBC = ctypes.CDLL(None)  # loaded at import, because little is safe between fo
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Ask the operating system to kill this process when its parent ends. If the parent has ended, exit at once.
+    """Ask the operating system to kill this process when its parent ends.
 
-    Linux kills the process as soon as the *thread* that started it ends. So start children from the main thread.
+    Linux kills this process as soon as the *thread* that started it ends. So start child processes from the main
+    thread.
 
-    parent: pid of the process that started this one, if known
+    parent: pid of the parent, if known. If this parent has already ended, exit at once
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
@@ -36,7 +38,7 @@ def start_ticks(pid: int) -> int:
 
 
 def name_myself() -> str:
-    """Return "pid:start ticks" of this process, by which a child can check whether this process still runs."""
+    """Return "pid:start ticks" of this process. With this text, a child can check whether this process still runs."""
     return f"{os.getpid()}:{start_ticks(os.getpid())}"
 
 

@@ -1,7 +1,7 @@
 """Find the processes of a run, check whether they run, and end them.
 
 Only processes that the run started are ended: descendants of its launcher, and processes whose pid and start time are
-in the run's own witnesses. Another process that reuses such a pid has another start time, and is never ended.
+in the run's own witnesses. A later process with such a pid has a different start time, and is never ended.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def running(pid: int, ticks: int) -> psutil.Process | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether the pid is in use although /proc does not show it, for example because of the mount option hidepid."""
+    """Whether a process has this pid although /proc does not show the process, as with the mount option hidepid."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -60,8 +60,7 @@ def _has_ended(process: psutil.Process) -> bool:
 
 
 def find(writer: Identity) -> psutil.Process | None:
-    """Find the running process that writes a witness; None if no process has opened it, or if that process has
-    ended."""
+    """Find the running process that writes a witness; None if it has ended, or if no process has opened the witness."""
     return running(writer.pid, writer.pid_start_ticks) if writer.pid else None
 
 
@@ -83,13 +82,11 @@ def with_descendants(pid: int) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> list[int]:
-    """Kill processes. Returns the pids that have not ended after REAP_PATIENCE_S seconds.
+    """Kill processes. Returns the pids of the processes that have not ended after REAP_PATIENCE_S seconds.
 
-    All processes are suspended (SIGSTOP) before the first is killed. Otherwise a rank that sees a peer's connection
-    close could write to its witness after the verdict, and the files would differ from what was judged.
-
-    A process that has ended remains in the process table until its parent reaps it. The init process reaps a process
-    without a parent, which may take seconds.
+    All processes are suspended (SIGSTOP) before the first process is killed. Otherwise a rank whose peer was killed
+    could write to its witness after the verdict, and the files would differ from what was judged. A zombie counts as
+    ended.
     """
     left = list(processes)
     for process in left:
@@ -121,7 +118,7 @@ def with_ancestors(pid: int) -> list[int]:
 
 
 def describe(pid: int) -> str:
-    """Describe the command and the age of a process in a sentence."""
+    """Return a sentence about a process, with its command and its age; "process 77 has ended" if it has ended."""
     try:
         process = psutil.Process(pid)
         command = " ".join(process.cmdline()) or process.name()
@@ -131,7 +128,7 @@ def describe(pid: int) -> str:
 
 
 def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
-    """Return the processor seconds of each process and its descendants, including descendants that were reaped."""
+    """Return, for each pid, the processor seconds of the process and its descendants, also of reaped descendants."""
     own: dict[int, float] = {}
     children: dict[int, list[int]] = {}
     for process in psutil.process_iter(["ppid", "cpu_times"]):

@@ -28,8 +28,8 @@ def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> 
 
     SIGUSR1 writes the Python stacks to the stack file, SIGUSR2 the Flight Recorder dump to the fr file. SIGTERM ends
     the process TERM_PATIENCE_S seconds later; until then its stacks can be taken. With ``interrupts``, SIGINT ends the
-    process INT_PATIENCE_S seconds later, and at once creates a file from which the watcher learns that the user has
-    requested the end of the run.
+    process INT_PATIENCE_S seconds later. SIGINT also creates a file at once, from which the watcher learns that the
+    user has requested the end of the run.
 
     A Python signal handler does not run while the main thread is blocked inside a collective. So the stacks are written
     by faulthandler, which runs in C. The rest is done by a thread, which signal.set_wakeup_fd wakes.

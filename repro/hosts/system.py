@@ -24,8 +24,8 @@ SHORTEST_MEASURE_S = 0.1
 class System:
     """Collects the facts about the ranks of this host. Some facts need several calls: deaths, abandoned locks, CPU use.
 
-    patience_s   A lock is reported to have no holder only after it had none for this many seconds. For a shorter time,
-                 a free lock is normal: a waiting process may test it only now and then.
+    patience_s   A lock is reported to have no holder only after it had no holder for this many seconds. For a shorter
+                 time, a lock without a holder is normal: a waiting process tests the lock only now and then.
     """
 
     def __init__(self, patience_s: float, host: Host | None = None) -> None:
@@ -43,8 +43,8 @@ class System:
     def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
         """Collect the facts, with the CPU use of the last measurement.
 
-        running: the result of :meth:`running`. Call it before you read the witnesses. Otherwise a rank that ends
-        normally in between would count as dead, because the witness was read before the rank was done.
+        running: the result of :meth:`running`. Call :meth:`running` before you read the witnesses. Otherwise a rank
+        that ends normally between the two would count as dead: its witness was read before the rank was done.
         """
         return Facts(
             {rank: process is not None for rank, process in running.items()},
@@ -75,16 +75,18 @@ class System:
         return processes
 
     def begin_measuring(self, pids: Mapping[int, int]) -> None:
-        """Start to measure the CPU use of the ranks. pids: rank -> pid."""
+        """Start to measure the CPU use of the ranks. pids: the pid of each rank."""
         self._used = self._read_use(pids)
         self._stolen_s = self._host.stolen_seconds()
         self._late_s = 0.0
         self._measured_at = self._now_s()
 
     def measure(self, pids: Mapping[int, int]) -> None:
-        """Measure CPU use since the last measurement or :meth:`begin_measuring`.
+        """Measure the CPU use since the last call of this method or of :meth:`begin_measuring`.
 
-        If that was less than SHORTEST_MEASURE_S ago, the CPU use is unknown until the next measurement.
+        If less than SHORTEST_MEASURE_S seconds have passed since then, the CPU use is unknown until the next call.
+
+        pids: the pid of each rank
         """
         before, measured_at, stolen_s, late_s = self._used, self._measured_at, self._stolen_s, self._late_s
         self.begin_measuring(pids)

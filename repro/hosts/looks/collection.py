@@ -1,5 +1,7 @@
-"""Collect evidence from a running job, as files for `diagnose`. The processes are examined twice, some seconds apart;
-each time is called a look."""
+"""Collect evidence from a running job, as files for `diagnose`.
+
+The processes are examined twice, some seconds apart. Each examination is called a look.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,13 @@ NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install p
 
 @dataclass
 class Collection:
-    """One run of `hmr collect`: the job, and what was found so far.
+    """One run of `hmr collect`: the job, and what `collect` has found so far.
 
     job       the job, with the ranks that are known from environment variables or from local variables on the stacks
     signal    number of a signal at which the job's handler writes stacks; 0 if the user allowed none
     logs      log files that the user named
     numbered  whether no real rank is known; the workers are then numbered from 0, in the order of their pids
-    hidden    for each thing that this user was not allowed to see: a sentence that names it and says how to get access
+    hidden    a sentence for each piece of evidence that could not be taken, with the reason
     """
 
     run_dir: RunDir
@@ -56,9 +58,11 @@ class Collection:
         return {member.rank: member for member in self.job.members if member.rank is not None}
 
     def collect(self, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Examine the processes twice. In between, ask the interfaces that the job offers, and read the kernel log.
+        """Examine the processes twice, with ``interval_s`` seconds from the first look to the second.
 
-        Raises OSError if a file cannot be written.
+        Between the two looks, ask the interfaces that the job offers, read the kernel log, and copy the job's logs.
+        Also take more stacks of the processes whose first stack does not show whether they wait. Raises OSError if a
+        file cannot be written.
         """
         for number in range(1, LOOKS + 1):
             began_s = time.monotonic()
@@ -73,9 +77,9 @@ class Collection:
             self._look(number)
 
     def _sample_moving(self, sample: str) -> None:
-        """Take another stack of each rank that may be making progress, although its first stack shows a wait.
+        """Take another stack of each process that possibly makes progress, although its first stack looks like a wait.
 
-        sample: one of SAMPLES, which becomes part of the names of the files
+        sample: one of SAMPLES, which becomes part of the name of each stack file
         """
         program = find_py_spy()
         for pid, answer in (take_stacks(program, self._moving) if program else {}).items():
@@ -90,10 +94,12 @@ class Collection:
         write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
 
     def _take_stacks(self, number: int) -> dict[int, Threads]:
-        """Take and save stacks. Returns pid -> the process's threads, for the processes that py-spy could read.
+        """Take and save stacks. Returns the threads of each process that py-spy could read, by pid.
 
-        The other ranks are asked through torch's worker server. If a rank does not answer, and the user named a signal,
-        the rank's handler for this signal writes the stacks. number: 1 for the first look, 2 for the second
+        If py-spy could not read a process of the job, ask torch's worker server in this process for the stacks. If the
+        server does not answer, and the user named a signal, send this signal: the job's handler then writes the stacks.
+
+        number: 1 for the first look, 2 for the second look
         """
         pids = list(_pids_with_stacks(self.job))
         program = find_py_spy()
@@ -141,7 +147,7 @@ class Collection:
                 write_atomically(self.run_dir.root / "logs" / f"ras_{self.host}_{number}.txt", answer)
 
     def _copy_logs(self) -> None:
-        """Copy the log files that the user named, and those that the job's processes write to."""
+        """Copy the log files that the user named, and the log files that the job's processes write to."""
         files = outputs_of(self.job, read_all())
         given = {(status.st_dev, status.st_ino) for log in self.logs if (status := log.path.stat())}
         found = [log for file, log in files.items() if file not in given]
@@ -170,7 +176,7 @@ class Collection:
             write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
 
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
-        """Set the unknown ranks from local variables on the stacks. If no rank is known then, number workers by pid."""
+        """Set unknown ranks from local variables on the stacks. If still no rank is known, number workers by pid."""
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
             return
@@ -188,9 +194,9 @@ class Collection:
         write_atomically(folder / f"{name}.{look}.{form}", content)
 
     def _title(self, pid: int) -> str:
-        """Return the title of a process, to be written into its stack file.
+        """Return the title of a process for its stack file.
 
-        Return "" if the name of the stack file already shows the rank and the process has set no title.
+        Return "" if the name of the stack file shows the rank, and the process has set no title.
         """
         member = next((member for member in self.job.members if member.pid == pid), None)
         if member is None:
@@ -202,7 +208,7 @@ class Collection:
 
 
 def _pids_with_stacks(job: Job) -> Iterator[int]:
-    """Yield the pids of the job's processes, and of Python processes below them, such as data loaders."""
+    """Yield the pids of the job's processes, then those of their Python descendants, such as data loaders."""
     table = read_all()
     yield from (pid for pid in job.pids if pid in table)
     rows = [row for pid in job.pids for row in descendants(table, pid)]

@@ -44,7 +44,7 @@ class Connection:
 
 
 def parse_table(text: str) -> list[Row]:
-    """Parse /proc/net/tcp or tcp6."""
+    """Parse the text of /proc/net/tcp or /proc/net/tcp6. Malformed lines are left out."""
     rows = []
     for line in text.splitlines()[1:]:
         words = line.split()
@@ -59,9 +59,9 @@ def parse_table(text: str) -> list[Row]:
 
 
 def look_at_connections(pids: Collection[int], proc: Path = PROC) -> list[Connection]:
-    """Return the ends of the connections between these processes, and the ends that the other side has closed.
+    """Return both ends of each connection between these processes, and each end whose other end is closed.
 
-    A process whose file descriptors this user may not read is left out.
+    A process whose file descriptors this user is not allowed to read is left out.
     """
     owners: dict[str, int] = {}  # "socket:[inode]" -> pid
     namespaces: dict[str, int] = {}  # network namespace -> a pid in it

@@ -1,5 +1,8 @@
-"""Find the torch.distributed jobs of this host: by rank variables such as RANK, by process titles such as
-VLLM::Worker_TP0, and by a common parent process."""
+"""Find the torch.distributed jobs of this host.
+
+Processes form a job if they have rank variables such as RANK, or process titles such as VLLM::Worker_TP0, or a common
+parent process.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _FORKED = "--multiprocessing-fork"
 class Member:
     """A process of a job.
 
-    rank  None if it is not known; local variables on the stacks may give it later
+    rank  None if it is not known; `collect` then looks for the rank in local variables on the stacks
     role  worker, engine or front end
     """
 
@@ -65,14 +68,17 @@ class Job:
         return tuple(member.pid for member in self.members)
 
     def with_ranks(self, ranks: Mapping[int, int], world_size: int | None) -> Job:
-        """Return the job with unknown ranks set from `ranks` (pid -> rank), and with `world_size` if it has none."""
+        """Return the job with more ranks, and with ``world_size`` if the job's own is unknown.
+
+        ranks: the rank of each pid, used for members whose rank is unknown
+        """
         members = tuple(
             replace(member, rank=ranks.get(member.pid)) if member.rank is None else member for member in self.members
         )
         return replace(self, members=members, world_size=self.world_size or world_size)
 
     def missing_ranks(self, num_unreaped: int) -> list[int]:
-        """Return ranks of this host that certainly have no process. Other hosts may run the rest of the job.
+        """Return the ranks that certainly belong to this host and have no process. Leave out ranks of other hosts.
 
         num_unreaped: number of the launcher's children that have ended and were not reaped
         """
@@ -116,9 +122,9 @@ def find_jobs(table: Mapping[int, Status]) -> list[Job]:
 
 
 def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]) -> list[Job]:
-    """Return the jobs to which these pids belong: as a member, a descendant of one, or an ancestor up to the launcher.
+    """Return the jobs to which these pids belong. The pids that belong to no job form one further job.
 
-    The pids that belong to no job form one further job.
+    A pid belongs to a job if it is a member, a descendant of a member, or an ancestor of a member up to the launcher.
     """
     wanted = set(pids)
     chosen = [job for job in jobs if wanted & {*_with_launchers(job, table), *_below(job, table)}]
@@ -154,7 +160,7 @@ def _ancestors(pid: int, table: Mapping[int, Status]) -> Iterator[int]:
 
 
 def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
-    """Return the pids of a job's members and of their ancestors up to the launcher; only the members if it has none."""
+    """Return the pids of a job's members and their ancestors up to the launcher; without a launcher, of the members."""
     pids = set(job.pids)
     for pid in job.pids:
         at = table.get(pid)
@@ -165,7 +171,7 @@ def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
 
 
 def _candidates(table: Mapping[int, Status]) -> Iterator[_Candidate]:
-    """Yield the processes that may belong to a job: Python processes, and processes with the title of a serving engine.
+    """Yield the processes that can belong to a job: Python processes, and processes with a serving engine's title.
 
     This process and its ancestors are left out.
     """
@@ -197,8 +203,8 @@ def _has_torch(pid: int) -> bool:
 def _topmost(rows: Mapping[int, _Candidate], table: Mapping[int, Status]) -> Iterator[_Candidate]:
     """Yield the processes of one rank that have no ancestor among `rows`.
 
-    rows   pid -> process, for all processes with the same variable RANK. Those that are not yielded are data loaders
-           and compilers, which inherited RANK
+    rows   the processes that have the same variable RANK, by pid. Their descendants among them, such as data loaders
+           and compilers, only inherited RANK, and are not yielded
     """
     for row in rows.values():
         at = table.get(row.status.parent)
@@ -261,7 +267,7 @@ def _by_parent(
 ) -> Iterator[Job]:
     """Find jobs without rank variables: several children of one parent that have loaded torch.
 
-    At least two of them must have a socket of their own, or multiprocessing must have started all of them.
+    At least two of these children must have a socket of their own, or multiprocessing must have started all of them.
     """
     families: dict[int, list[_Candidate]] = {}
     for row in candidates.values():
@@ -277,7 +283,7 @@ def _by_parent(
 
 
 def _has_own_socket(row: _Candidate) -> bool:
-    """Whether a process has a socket that its parent lacks. A forked data loader has only inherited sockets."""
+    """Whether a process has a socket that its parent lacks. A forked data loader has none: it only inherits sockets."""
     inherited = _sockets(row.status.parent)
     return any(socket not in inherited for socket in _sockets(row.pid))
 
@@ -298,7 +304,10 @@ def _shared_parent(members: Sequence[Member], table: Mapping[int, Status]) -> in
 def match(
     pattern: re.Pattern[str], table: Mapping[int, Status], command: Callable[[int], str] = command_of
 ) -> list[int]:
-    """Return the pids of the processes whose command line matches, without this process and its ancestors."""
+    """Return the pids of the processes whose command line matches ``pattern``.
+
+    This process and its ancestors are left out.
+    """
     own = set()
     pid = os.getpid()
     while pid in table:

@@ -1,4 +1,4 @@
-"""Find the lock files that processes hold and wait for, from /proc/locks and the files that they have open.
+"""Find the lock files that processes hold and wait for, from /proc/locks and from the open files of the processes.
 
 This code does not open, lock or lease a lock file. A lease would delay a program that opens the file at that moment.
 """
@@ -19,7 +19,8 @@ from repro.hosts.looks.proc import PROC, open_files, read_text
 class TableEntry:
     """A line of /proc/locks.
 
-    `waits`: the process does not hold the lock, but waits for it. `pid`: 0 for a process of another pid namespace.
+    `waits`: True if the process waits for the lock, False if it holds the lock. `pid`: 0 if the process is in another
+    pid namespace.
     """
 
     kind: str
@@ -36,7 +37,8 @@ class LockFile:
     kind     flock, fcntl (POSIX), lease, or baton: the existence of the file is the lock, as with torch's FileBaton
     holders  pids of the processes that hold the lock; for a baton, of those that have the file open
     waiters  pids that /proc/locks shows as waiting; programs that try the lock again and again are not among them
-    hidden   number of Python processes whose open files this user may not read; one of them may hold the lock
+    hidden   for a baton: number of Python processes whose open files this user is not allowed to see, so that one of
+             them possibly holds the lock
     age_s    seconds since the file was last changed; None if that cannot be read
     """
 
@@ -75,7 +77,7 @@ def look_at_locks(
 
     family  pids of the job's processes and their descendants
     table   pids of all processes
-    named   path -> pid of a process whose stack names this lock file
+    named   a dict from the path of a lock file to the pid of a process whose stack names this file
     """
     try:
         entries = parse_table(read_text(proc / "locks"))
@@ -103,7 +105,7 @@ def look_at_locks(
 
 
 def _open_inodes(pid: int, proc: Path) -> Iterator[tuple[int, str]]:
-    """List (inode, path) of the regular files that a process has open; empty if they are hidden from this user."""
+    """Yield (inode, path) of each file that a process has open; nothing if this user is not allowed to see them."""
     try:
         for descriptor, target in open_files(pid, proc):
             if target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/memfd:")):
@@ -116,14 +118,14 @@ def _open_inodes(pid: int, proc: Path) -> Iterator[tuple[int, str]]:
 
 
 def _path_of(entry: TableEntry, opened: Mapping[int, Mapping[int, str]]) -> str:
-    """Return the path of a locked file, as a process of the job has opened it; "inode N" if no process has it open."""
+    """Return the path by which a process of the job opened the locked file; "inode N" if no process of the job did."""
     own = opened.get(entry.pid, {}).get(entry.inode)
     paths = [files[entry.inode] for files in opened.values() if entry.inode in files]
     return own or (paths[0] if paths else f"inode {entry.inode}")
 
 
 def _lock_names(opened: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
-    """Return path -> pid for open files whose names look like those of lock files."""
+    """Return a dict from path to pid, for open files whose names look like those of lock files."""
     return {
         path: pid
         for pid, files in opened.items()
@@ -133,7 +135,10 @@ def _lock_names(opened: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
 
 
 def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
-    """Return the status of a file as the process's own mount namespace shows it; None if it is gone or not a file."""
+    """Return the status of a file, first looked up in the process's own mount namespace, then in that of this process.
+
+    Return None if the file is gone or is not a regular file.
+    """
     try:
         status = os.stat(f"{proc}/{pid}/root{path}")
     except OSError:
@@ -145,7 +150,10 @@ def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
 
 
 def _openers(status: os.stat_result, table: Iterable[int], proc: Path) -> tuple[list[int], int]:
-    """Return (pids that have the file open, number of Python processes whose open files this user may not read)."""
+    """Return two values: the pids that have the file open, and the number of Python processes that possibly have.
+
+    The second value counts the Python processes whose open files this user is not allowed to see.
+    """
     openers, hidden = [], 0
     for pid in table:
         try:
@@ -165,7 +173,7 @@ def _openers(status: os.stat_result, table: Iterable[int], proc: Path) -> tuple[
 
 
 def _is_python(pid: int, proc: Path) -> bool:
-    """Whether a process may run Python, judged by its name, which any user may read."""
+    """Whether a process probably runs Python, judged by its name, which every user is allowed to read."""
     try:
         return read_text(proc / str(pid) / "comm").startswith(("python", "pt_", "VLLM", "sglang", "ray"))
     except OSError:

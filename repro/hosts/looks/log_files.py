@@ -1,6 +1,6 @@
 """Find the log files that the processes of a job write to, and copy them. Only regular files are read.
 
-A log may be large: its beginning and its end are copied. A log that holds no message that `diagnose` knows is left out.
+Of a large log, only the beginning and the end are copied. A log without any message that `diagnose` knows is left out.
 """
 
 from __future__ import annotations
@@ -42,16 +42,20 @@ class LogFile:
 
 
 def named(paths: Sequence[Path]) -> list[LogFile]:
-    """Return the log files with these paths. Raises OSError for one that cannot be read or is not a regular file."""
+    """Return the log files with these paths.
+
+    Raises OSError if a file cannot be read, and DamagedFile if it is not a regular file.
+    """
     for path in paths:
         open_regular(path).close()
     return [LogFile(path, path.name) for path in paths]
 
 
 def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
-    """Return the regular files that are standard output or error of the job's processes or of their ancestors.
+    """Return the regular files to which standard output or error of the job's processes or of their ancestors goes.
 
-    A file to which this process or one of its ancestors writes is left out, because it contains `collect`'s own output.
+    A file to which this process or one of its ancestors writes is left out, because the file contains the output of
+    `collect`.
     """
     own = {file for pid in _with_parents([os.getpid()], table) for file, _, _ in _outputs(pid)}
     writers: dict[File, set[int | None]] = {}
@@ -67,7 +71,7 @@ def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
 
 
 def is_written_by(path: Path, job: Job, table: Mapping[int, Status]) -> bool:
-    """Whether a process of the job, or an ancestor of it, has this file as its standard output or error."""
+    """Whether standard output or error of a process of the job, or of an ancestor of one, goes to this file."""
     try:
         status = path.stat()
     except OSError:
@@ -76,7 +80,7 @@ def is_written_by(path: Path, job: Job, table: Mapping[int, Status]) -> bool:
 
 
 def copy_logs(logs: Iterable[LogFile], folder: Path) -> list[str]:
-    """Copy logs that hold known messages into the folder. Returns a sentence for each that could not be read.
+    """Copy the logs that have known messages into the folder. Returns a sentence for each log that could not be read.
 
     Raises OSError if a copy cannot be written.
     """
@@ -104,8 +108,10 @@ def _with_parents(pids: Iterable[int], table: Mapping[int, Status]) -> Iterator[
 
 
 def _outputs(pid: int) -> Iterator[tuple[File, Path, str]]:
-    """Yield (identity, path below /proc by which it can be opened, name) of each regular file that is standard output
-    or error of the process."""
+    """Yield the regular files to which standard output and standard error of a process go.
+
+    For each file: its identity, a path below /proc that opens the file, and its name.
+    """
     for descriptor in _OUTPUTS:
         path = PROC / str(pid) / "fd" / str(descriptor)
         try:
@@ -128,7 +134,7 @@ def _beginning_and_end(path: Path) -> bytes:
 
 
 def _free(folder: Path, log: LogFile) -> Path:
-    """Return a path in the folder that is not used yet. Its name has the rank, if only one rank writes to the log."""
+    """Return an unused path in the folder for a copy of a log. If one rank writes the log, the name has this rank."""
     base = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in log.name)[-80:].lstrip(".")
     if log.rank is not None and process_of(file=base).rank is None:
         base = f"rank_{log.rank}_{base}"

@@ -20,7 +20,7 @@ MAX_COMMAND = 300
 
 
 def host_name() -> str:
-    """The name of this host."""
+    """Return the name of this host."""
     return socket.gethostname()
 
 
@@ -29,8 +29,9 @@ def look_at(
 ) -> dict[str, Any]:
     """Examine the job once. Returns JSON values in the form that `repro.ingest` reads.
 
-    stacks    pid -> the threads of the process at about this moment; without processes whose stacks could not be taken
-    hidden    sentences about what this user was not allowed to see
+    number    the number of this look, from 1
+    stacks    the threads of each process whose stacks could be taken at about this moment, by pid
+    hidden    sentences about evidence that could not be taken
     numbered  whether no real rank is known; the workers are then numbered from 0, in the order of their pids
     """
     table = read_all()
@@ -100,7 +101,7 @@ def _num_unreaped(job: Job, table: Mapping[int, Status]) -> int:
 
 
 def _shortened(command: str) -> str:
-    """Shorten a command line in the middle. Its end is kept, because that is often the source file of a compiler."""
+    """Shorten a command line in the middle. Keep the end, which is often the source file of a compiler."""
     half = MAX_COMMAND // 2
     return command if len(command) <= MAX_COMMAND else f"{command[:half]} … {command[-half:]}"
 

@@ -35,13 +35,13 @@ class OtherClock(ValueError):
 
 
 def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL_LOG) -> list[str]:
-    """Return the lines of the kernel log that report an error of a device, or that the kernel killed a process.
+    """Return the lines of the kernel log about errors of devices, and about processes that the kernel killed.
 
-    since_boot_s  a time in seconds after boot; lines from before this time are left out, because the job is younger
-    names         names of processes; a line that the kernel killed a process with another name is left out
+    since_boot_s  the start of the job, in seconds after boot; earlier lines are left out
+    names         names of processes; a line about a killed process with a different name is left out
 
-    Raises PermissionError if this user may not read the log. Raises OtherClock in a time namespace, where the age of a
-    line is not known. Each line begins with its time in UTC.
+    Each line begins with its time in UTC. Raises PermissionError if this user is not allowed to read the log, and
+    OtherClock in a time namespace, where the age of a line is not known.
     """
     now_s = uptime_s()
     boot_s = time.time() - now_s
@@ -101,7 +101,7 @@ def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path(
 
 
 def versions(pid: int, proc: Path = PROC) -> dict[str, str]:
-    """Return the versions of torch and NCCL that a process has loaded, from the packages of the loaded libraries."""
+    """Return the versions of torch and NCCL in a process, from the installed packages that contain its libraries."""
     loaded: dict[str, str] = {}
     with contextlib.suppress(OSError):
         paths = {line.split(maxsplit=5)[-1] for line in read_text(proc / str(pid) / "maps", 64 << 20).splitlines()}

@@ -1,7 +1,8 @@
-"""Ask the job's processes through interfaces that they have opened for this purpose: torch's worker server, torch's
-dump pipe (a byte in it requests a dump of the Flight Recorder), NCCL's RAS (reliability service).
+"""Ask the processes of a job for evidence, through interfaces that these processes have opened for this purpose.
 
-If a process has opened none of them, nothing is sent to it.
+The interfaces are torch's worker server, torch's dump pipe (a byte in this pipe requests a dump of the Flight
+Recorder), and NCCL's RAS (its reliability service). If a process has opened no such interface, nothing is sent to this
+process.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask_worker_server(member: Member, question: str) -> bytes:
-    """Ask the HTTP server that torch's `worker_main` opens in a rank. Returns b"" if there is no server or no answer.
+    """Ask the HTTP server that torch's `worker_main` opens in a rank. Returns b"" without a server or an answer.
 
     question: "dump_traceback" for the stacks, "fr_trace_json" for the recorder's dump
     """
@@ -61,9 +62,9 @@ def ask_worker_server(member: Member, question: str) -> bytes:
 
 
 def request_dumps(members: Mapping[int, Member]) -> dict[int, Path]:
-    """Make ranks dump their Flight Recorder through torch's dump pipe, if they opened one. members: rank -> process.
+    """Make the ranks that have opened torch's dump pipe write Flight Recorder dumps. members: the process of each rank.
 
-    Returns rank -> its dump file, for ranks whose file changed within PATIENCE_S.
+    Returns the dump file of each rank whose file changed within PATIENCE_S seconds.
     """
     waiting = {}
     for rank, member in members.items():
@@ -91,7 +92,7 @@ def _dump_files(member: Member, rank: int) -> Iterator[Path]:
 
 
 def _write_to_pipe(path: str) -> bool:
-    """Write the byte that requests a dump. Returns whether the pipe exists, has a reader, and accepted the byte."""
+    """Write the byte that requests a dump. Returns True if the pipe exists, has a reader, and accepted the byte."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -114,7 +115,7 @@ def _stamp(path: Path) -> int:
 
 
 def read_dump(path: Path) -> bytes:
-    """Return the bytes of a dump file. Raises OSError or ValueError."""
+    """Return the bytes of a dump file. Raises OSError; ValueError if the file is too large or not a regular file."""
     with open_regular(path, MAX_ANSWER_BYTES) as file:
         return file.read()
 

@@ -1,7 +1,7 @@
 """Parse what /proc reports about a process. The parsers take text, so that tests need no process.
 
-A file of /proc may vanish at any read, or belong to another user. Readers return None for a process that has ended, and
-raise PermissionError for a file that this user may not read.
+A file of /proc can vanish at any read, or belong to another user. For a process that has ended, most readers return
+None or an empty value. For a file that this user is not allowed to read, they raise PermissionError.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def parse_status(stat: str, status: str) -> Status:
     name = stat[stat.index("(") + 1 : stat.rindex(")")]  # a process name may contain brackets and spaces
     fields = stat[stat.rindex(")") + 2 :].split()
     if len(fields) < 20:
-        raise ValueError(f"a line of /proc/PID/stat has {len(fields)} fields after the process name instead of 50")
+        raise ValueError(f"a line of /proc/PID/stat has {len(fields)} fields after the process name, fewer than 20")
     lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
 
     def number(key: str, place: int = 0, base: int = 10) -> int:
@@ -84,7 +84,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
 
 
 def read_status(pid: int, proc: Path = PROC) -> Status | None:
-    """Read one process; None if it has ended. Any user may read this."""
+    """Return the status of a process; None if the process has ended. Every user is allowed to read a status."""
     try:
         return parse_status(read_text(proc / str(pid) / "stat"), read_text(proc / str(pid) / "status"))
     except (FileNotFoundError, ProcessLookupError, ValueError):
@@ -102,7 +102,7 @@ def first_thread_cpu_s(pid: int, proc: Path = PROC) -> float | None:
 
 
 def read_all(proc: Path = PROC) -> dict[int, Status]:
-    """Read every process that this user can see. Returns pid -> status."""
+    """Return the status of every process that this user can see, by pid."""
     rows = (read_status(int(name), proc) for name in os.listdir(proc) if name.isdigit())
     return {row.pid: row for row in rows if row is not None}
 
@@ -110,7 +110,7 @@ def read_all(proc: Path = PROC) -> dict[int, Status]:
 def read_words(pid: int, name: str, proc: Path = PROC) -> list[str]:
     """Return the strings of /proc/PID/cmdline or environ; [] if the process has ended.
 
-    Raises PermissionError if this user may not read the file.
+    Raises PermissionError if this user is not allowed to read the file.
     """
     try:
         return [word for word in read_text(proc / str(pid) / name).split("\0") if word]
@@ -119,12 +119,12 @@ def read_words(pid: int, name: str, proc: Path = PROC) -> list[str]:
 
 
 def command_of(pid: int, proc: Path = PROC) -> str:
-    """Return the command line of a process, or the title that the process set."""
+    """Return the command line of a process, or the title that the process set; "" if the process has ended."""
     return " ".join(read_words(pid, "cmdline", proc)).strip()
 
 
 def environment_of(pid: int, proc: Path = PROC) -> dict[str, str]:
-    """Return the environment with which a process started. Later changes are not seen. Raises PermissionError."""
+    """Return the environment with which a process started, without later changes. Raises PermissionError."""
     return dict(word.split("=", 1) for word in read_words(pid, "environ", proc) if "=" in word)
 
 
@@ -145,7 +145,7 @@ def open_files(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
 def kernel_place(pid: int, proc: Path = PROC) -> tuple[str, str]:
     """Return where a process waits in the kernel: (function of the kernel, system call with its arguments).
 
-    A part that this user may not read is "".
+    A part that this user is not allowed to read is "".
     """
     texts = []
     for name in ("wchan", "syscall"):

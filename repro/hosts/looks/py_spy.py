@@ -1,6 +1,6 @@
 """Take the Python stacks of running processes with py-spy, without stopping them.
 
-py-spy reads the memory of the process, so it must run as the same user and have the right to trace it.
+py-spy reads the memory of a process. So py-spy must run as the same user, and must have the right to trace the process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Answer:
 
 
 def find_py_spy() -> str:
-    """Find the py-spy program on the PATH or beside this Python's packages; "" if it is not installed."""
+    """Return the path of py-spy, from the PATH or from this Python's packages; "" if py-spy is not installed."""
     if path := shutil.which("py-spy"):
         return path
     try:
@@ -44,7 +44,7 @@ def find_py_spy() -> str:
 
 
 def take_stacks(program: str, pids: Collection[int]) -> dict[int, Answer]:
-    """Take the stacks of all threads of each process, with their local variables. Returns pid -> answer.
+    """Take the stacks of all threads of each process, with local variables. Returns py-spy's answer for each pid.
 
     program: the path of py-spy
     """

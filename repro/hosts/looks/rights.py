@@ -25,8 +25,8 @@ def why_hidden(pid: int, proc: Path = PROC) -> str:
         )
     if scope >= 1:
         return (
-            f"kernel.yama.ptrace_scope is {scope}, so collect may only look at processes that it started: run collect "
-            "as root, or once: sysctl kernel.yama.ptrace_scope=0"
+            f"kernel.yama.ptrace_scope is {scope}, so collect is only allowed to look at processes that it started: "
+            "run collect as root, or once: sysctl kernel.yama.ptrace_scope=0"
         )
     return (
         f"process {pid} forbids its own user to inspect it (prctl PR_SET_DUMPABLE, or capabilities of its own): run "

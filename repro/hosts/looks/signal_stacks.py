@@ -1,6 +1,6 @@
-"""Take stacks by sending a signal at which the program's faulthandler writes them.
+"""Take the stacks of processes by sending a signal: the program's faulthandler then writes the stacks.
 
-This is done only if the user names the signal, because the program's handler may do other things, too.
+The signal is sent only if the user names it, because the program's handler for this signal could do other things, too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ MAX_BYTES = 4 << 20
 
 
 def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
-    """Send the signal to the processes that handle it. Returns pid -> the text that faulthandler wrote.
+    """Send a signal to the processes that handle it. Returns the text that faulthandler wrote, by pid.
 
-    faulthandler writes to standard error, which can be read only if it is a regular file.
+    faulthandler writes to standard error, which can be read only if it goes to a regular file. Otherwise the process
+    gets no signal.
     """
     before = {pid: (path, _size(path)) for pid in pids if (path := _error_file(pid, number)) is not None}
     for pid in before:
@@ -38,7 +39,7 @@ def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
 def _error_file(pid: int, number: int) -> Path | None:
     """Return the file to which a process's standard error goes.
 
-    Return None if standard error is not a regular file, or if the process has no handler for the signal.
+    Return None if standard error does not go to a regular file, or if the process has no handler for the signal.
     """
     status = read_status(pid)
     path = PROC / str(pid) / "fd" / "2"

@@ -1,7 +1,7 @@
 """Read the local variables that py-spy prints, and write only those that a diagnosis needs.
 
-Local variables may hold prompts, samples and passwords. So only four kinds are written to a file: the process group of
-a collective, the other end of a transfer, ranks (and their number), and paths of lock files.
+Local variables can contain prompts, samples and passwords. So only four kinds of variables are written to a file: the
+process group of a collective, the peer of a send or receive, ranks (and their number), and paths of lock files.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def main_thread(threads: Threads, pid: int) -> Mapping[str, Any]:
 
 
 def ranks_by_variables(stacks: Mapping[int, Threads]) -> tuple[dict[int, int], int | None]:
-    """Return (pid -> rank, number of ranks) from variables of the main threads.
+    """Return the rank of each pid, and the number of ranks, from local variables of the main threads.
 
-    The table is {} if a process shows no rank, or if two processes show the same rank. The number is None if no
-    variable shows it, or if the processes show different numbers. Returns ({}, None) if a rank is not below the number.
+    The first value is {} if a process shows no rank, or if two processes show the same rank. The second value is None
+    if no variable shows the number, or if the processes show different numbers. Returns ({}, None) if a rank is not
+    below the number of ranks.
     """
     ranks: dict[int, int] = {}
     sizes: set[int] = set()
@@ -58,10 +59,10 @@ def waits_for_lock(threads: Threads, pid: int) -> bool:
 
 
 def may_move(threads: Threads, pid: int) -> bool:
-    """Whether the process may be making progress, although its stack looks like a wait.
+    """Whether the process possibly makes progress, although its stack looks like a wait.
 
-    This is so if the main thread uses a processor inside a collective, or if it waits for its next task, as a worker of
-    a serving engine does between two steps.
+    True if the main thread uses a processor inside a collective, or waits for its next task, as a worker of a serving
+    engine does between two steps.
     """
     thread = main_thread(threads, pid)
     activity = activity_of(frames_of(_frames(thread)))[0]
@@ -81,7 +82,7 @@ def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
 
 
 def stripped(threads: Threads, pid: int, title: str) -> list[dict[str, Any]]:
-    """Return the threads as py-spy prints them, with the process title, without variables that no diagnosis needs."""
+    """Return the threads in the form of py-spy, with ``title``, and only with the variables that a diagnosis needs."""
     return [
         {
             "pid": pid,
