@@ -1,6 +1,6 @@
-"""Plug-ins for vLLM: a recorder, and expert parallelism on CPUs.
+"""Plug-ins for vLLM: a recorder, a guard, and expert parallelism on CPUs.
 
-    plugin.py   the entry point of the recorder; without HMR_RECORD it imports nothing else
+    plugin.py   the entry point of the recorder; if HMR_RECORD is not set, it imports nothing else
     hooks.py    the table: which attribute of vLLM is replaced, in which versions, by what
     worker.py   the hooks of a worker, which is a rank; they record phases, steps and layers
     harmless.py a ``with`` block that catches exceptions of the recorder, so that they do not reach the server
@@ -16,6 +16,6 @@
     cells/      the experiment that starts vLLM in many configurations
 
 A rank of vLLM is several processes, and a cycle of waits can run through all of them. The rank has one witness, which
-its worker writes: it shows where the worker waits, and while the worker is idle, where its engine and its front end
-wait.
+its worker writes. The witness shows where the worker waits. While the worker is idle, the witness shows where the
+engine and the front end of the rank wait.
 """

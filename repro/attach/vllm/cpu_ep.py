@@ -1,9 +1,9 @@
 """The plug-in ``hmr_cpu_ep``, which adds expert parallelism to vLLM's CPU build. HMR_CPU_EP=1 switches the plug-in on.
 
-In vLLM 0.20 to 0.33, the CpuCommunicator has no all_gatherv and no reduce_scatterv, and the fused MoE for CPUs indexes
-the rank's own experts by global ids. This plug-in adds both methods, and translates global ids into local ids.
-With it, ``--data-parallel-size 2 --enable-expert-parallel`` serves on a laptop. It is for tests, not for speed: gathers
-are padded, and the reduce-scatter is an all-reduce.
+In vLLM 0.20 to 0.33, the CpuCommunicator has no all_gatherv and no reduce_scatterv, and the fused MoE for CPUs takes
+the global id of an expert for the expert's number on this rank. This plug-in adds the two methods, and translates
+global ids into local ids. With the plug-in, ``--data-parallel-size 2 --enable-expert-parallel`` serves on a laptop. The
+plug-in is for tests, not for speed: gathers are padded, and the reduce-scatter is an all-reduce.
 
 The recorder (``hmr_record``) works without this plug-in.
 """
@@ -82,8 +82,10 @@ def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequenc
 
 
 def with_local_ids(original: Any) -> Any:
-    """Wrap ``apply`` of vLLM's experts for CPUs, so that it accepts global expert ids. Experts of other ranks get the
-    weight 0."""
+    """Wrap ``apply`` of vLLM's experts for CPUs, so that it accepts global expert ids.
+
+    Experts of other ranks get the weight 0.
+    """
 
     @functools.wraps(original)
     def apply(
@@ -115,10 +117,10 @@ def forward_of_local_experts(
 ) -> Any:
     """Compute this rank's experts, in place of ``forward_torch`` of vLLM 0.20.
 
-    ``forward_torch`` would fail: the experts of other ranks have no local id, and it has no way to skip them.
+    ``forward_torch`` would fail: the experts of other ranks have no local id, and ``forward_torch`` cannot skip them.
 
     input [tokens, hidden]; topk_weights, topk_ids [tokens, top_k] with global ids. The activation is SiLU. Returns the
-    sum of this rank's experts, [tokens, hidden].
+    weighted sum of this rank's experts, [tokens, hidden].
     """
     import torch
 
@@ -136,7 +138,8 @@ def forward_of_local_experts(
 def local_experts(weights: Any, ids: Any, expert_map: Any) -> tuple[Any, Any]:
     """Return the weights and the local expert ids, both [tokens, top_k]. Experts of other ranks get the weight 0.
 
-    expert_map  int [num_experts]: the local id of each expert, -1 for those of other ranks; None without EP
+    expert_map  int [num_experts]: the local id of each expert, -1 for an expert of another rank; None without EP, where
+                weights and ids are returned unchanged
     """
     if expert_map is None:
         return weights, ids

@@ -1,4 +1,4 @@
-"""Whether torch.compile traces a hook of the recorder or the guard. Such a hook must do nothing."""
+"""Find out whether torch.compile traces a hook of the recorder or the guard. A hook that is traced must do nothing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 
 def tracing_test() -> Callable[[], bool]:
-    """Return torch's function that returns whether Dynamo traces its caller.
+    """Return the function of torch that says whether Dynamo (torch.compile) traces the code that calls it.
 
-    While Dynamo traces, it replaces the call of this function by a constant. Hooks call the function directly, about 20
-    times in a step: a function of ours around it was seen in 1.8 % of the samples of a profile. At some depths of the
-    call stack, CPython maps new memory for each further call of a Python function.
+    While Dynamo traces, it replaces the call of this function by a constant. Hooks call torch's function directly,
+    about 20 times in a step: a function of ours around it was seen in 1.8 % of the samples of a profile. At some depths
+    of the call stack, CPython maps new memory for each further call of a Python function.
     """
     import torch
 

@@ -8,13 +8,12 @@ _reported: set[str] = set()
 
 
 class Harmless:
-    """A ``with`` block that catches any exception of its body. Use it for the recorder's own work, never around a call
-    of vLLM.
+    """A ``with`` block for the recorder's own work. If the block raises an Exception, print one line and go on.
 
-    For example, an unknown version of vLLM may lack an attribute that a hook reads. After an exception, one line says
-    what is not recorded.
+    For example, a hook raises an exception if this version of vLLM lacks an attribute that the hook reads. Do not call
+    vLLM inside the block: vLLM's exceptions must reach the server.
 
-    what: the subject of this line, such as "the engine of this rank"
+    what: the subject of the printed line "… is not recorded", such as "the engine of this rank"
     """
 
     __slots__ = ("_what",)
@@ -32,7 +31,7 @@ class Harmless:
         return True
 
     def report(self, error: Exception) -> None:
-        """Print the line about an exception, unless a line about the same ``what`` was printed before."""
+        """Print that ``what`` is not recorded, and why. For each ``what``, only the first line is printed."""
         if self._what not in _reported:
             _reported.add(self._what)
             reason = f"{type(error).__name__}: {error}"

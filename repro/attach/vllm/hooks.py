@@ -1,7 +1,7 @@
 """The table of the recorder's hooks: which attribute of vLLM is replaced, and by what.
 
-If a version of vLLM lacks such an attribute, the server runs without this hook, and one line says what the record lacks
-therefore.
+If a version of vLLM lacks such an attribute, the server runs without this hook, and a printed line says what is not
+recorded therefore.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from repro.attach.vllm import exchange, places, worker
 from repro.attach.vllm.processes import engine, front
 
 JOB = "vllm"
-"""The name of the job. All processes of one server use it, so they record into one folder."""
+"""The name of the job. All processes of a server use the same name, so they record into one folder."""
 
 
 class Hook(NamedTuple):

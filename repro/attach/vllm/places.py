@@ -24,7 +24,10 @@ class Place(NamedTuple):
 
 
 def find(module: ModuleType, names: Iterable[str]) -> Place | None:
-    """Return the first of the names ("Class.method" or "function") that the module defines; None if it has none."""
+    """Return the place of the first of these names that the module defines; None if the module defines none of them.
+
+    names: "Class.method" or "function"
+    """
     for name in names:
         *outer, attribute = name.split(".")
         owner: Any = module

@@ -1,7 +1,8 @@
 """The entry point ``hmr_record`` of ``vllm.general_plugins``: record vLLM's ranks if HMR_RECORD names a folder.
 
-vLLM calls this in each of its processes (front end, EngineCore, worker, and the process in which the model registry
-inspects a model), before the process uses the classes that the hooks replace. vLLM may call it several times.
+vLLM calls ``register`` in each of its processes (front end, EngineCore, worker, and the process in which the model
+registry inspects a model), before the process uses the classes that the hooks replace. vLLM can call ``register``
+several times in one process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def register() -> None:
 
 
 def _compile_hooks() -> None:
-    """Build the compiled hooks of collectives, unless they are built. If that fails, use the hooks in Python."""
+    """Compile the hooks of collectives, unless they are in the cache. If that fails, switch to the hooks in Python.
+
+    The processes that this process starts then use the hooks in Python, too.
+    """
     if os.environ.get("HMR_RECORD_PURE") == "1":
         return
     from repro.attach.record import compiled

@@ -1,4 +1,4 @@
-"""Correct the verdict on a vLLM server. The judge's rules know only ranks; this file adds what the engines did."""
+"""Correct the verdict on a vLLM server by what the engines did, because the judge's rules know only ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 
 
 def qualified(verdict: Verdict, root: Path) -> Verdict:
-    """Return the verdict, corrected by what the engines did; the same verdict if no rank has an engine.
+    """Return the verdict, corrected by what the engines did. If no witness shows an engine, return the same verdict.
 
-    A culprit whose engine waits for requests becomes a suspect. If culprits are named because they departed from their
-    schedules, the confidence becomes `likely` instead of `certain`: the schedules were learned from earlier steps,
-    because vLLM declares none, and the new order of collectives may be right. The confidence stays if the engine of
-    each culprit counted an execution that it did not request.
+    A culprit whose engine waits for requests becomes a suspect.
+
+    If culprits are named because they departed from their schedules, the confidence becomes `likely` instead of
+    `certain`: vLLM declares no schedule, so the recorder learned the schedules from earlier steps, and the new order of
+    collectives can be right. The confidence stays `certain` if the engine of each culprit counted an execution that it
+    did not request.
 
     root: the folder of the job, which has the witnesses
     """

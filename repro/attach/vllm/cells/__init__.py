@@ -1,13 +1,14 @@
 """The experiment of vllm#41862: start vLLM in each combination of layout, kernel backends and kernel cache.
 
     grid.py        a cell is one start: what varies, in which order, and the command line of vLLM
-    machine.py     what this machine can start, and why it cannot start the others
+    machine.py     which cells this machine can start, and why not the others
     caches.py      a private cache folder for each pair of a cold and a warm start
-    server.py      the process group of one server: start, ask whether it is ready, end
+    server.py      the process group of one server: start, ask whether the server is ready, end
     looks.py       runs `collect` and `bundle` as child processes
-    trial.py       one cell: start the server with the recorder, run `collect` when no rank records an event, end it
+    trial.py       one cell: start the server with the recorder, run `collect` when no rank records an event, end the
+                   server
     outcome.py     how the start of a cell ended, and its file outcome.json
-    experiment.py  runs all cells of one folder; a later call continues where an earlier one stopped
+    experiment.py  runs all cells of one folder; a later call continues where an earlier call stopped
     table.py       the outcomes as text and as Markdown
     hypotheses.py  which explanations of vllm#41862 remain possible after the outcomes
 

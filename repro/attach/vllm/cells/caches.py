@@ -1,8 +1,8 @@
-"""The caches of compiled kernels: private folders, so that a cold start finds no kernels and the user's own caches do
-not change.
+"""The cache folders of compiled kernels, one for each pair of a cold and a warm start.
 
-A cold start gets a new, empty folder. The warm start with the same layout and backends gets the folder that the cold
-start filled. The experiment removes only folders that it made.
+A cold start gets a new, empty folder, so it finds no compiled kernels. The warm start with the same layout and backends
+gets the folder that the cold start filled. The user's own caches do not change. The experiment removes only folders
+that it made.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ VARIABLES = {
     "DG_JIT_CACHE_DIR": "deep_gemm",
     "CUDA_CACHE_PATH": "cuda",  # PTX that the driver has compiled
 }
-"""Variable -> folder. The variables are read by vLLM 0.20 to 0.33, FlashInfer, torch, Triton, DeepGEMM and CUDA."""
+"""Environment variable -> name of its folder inside the cache folder of a pair.
+
+vLLM 0.20 to 0.33, FlashInfer, torch, Triton, DeepGEMM and CUDA read these variables.
+"""
 
 UNSET = ("VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR", "VLLM_DISABLE_COMPILE_CACHE", "TRITON_HOME")
-"""Variables that would make a server use other caches or none. They are removed from the server's environment."""
+"""Variables with which a server would use other caches or none. They are not in the server's environment."""
 
 MARK = ".made-by-repro-cells"
 
 
 def make(root: Path, pair: str) -> Path:
-    """Make a new, empty cache folder for a cold start below ``root``. Raises OSError."""
+    """Make a new, empty cache folder below ``root`` for a cold start. Raises OSError.
+
+    pair: the name of the pair, which the folder gets, too
+    """
     for number in range(1, 1000):
         folder = root / (pair if number == 1 else f"{pair}.{number}")
         try:
@@ -39,7 +45,7 @@ def make(root: Path, pair: str) -> Path:
         for name in VARIABLES.values():
             (folder / name).mkdir()
         return folder
-    raise FileExistsError(f"{root} already has a thousand cache folders named {pair}: remove some")
+    raise FileExistsError(f"{root} already has 999 cache folders for {pair}: remove some of them")
 
 
 def environment(folder: Path, environ: dict[str, str]) -> dict[str, str]:

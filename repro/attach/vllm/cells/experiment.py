@@ -1,8 +1,8 @@
-"""Run the cells of the experiment one after another. A later call on the same folder continues where this one stopped.
+"""Run the cells of the experiment one after another. A later call on the same folder runs the cells that remain.
 
 The folder has these files:
 
-experiment.json        the program, model and flags; a later call must have the same program, model and flags
+experiment.json        the program, model, flags and version of vLLM, which must be the same in a later call
 cells/NAME/            record/ (the recording), looks/ (what `collect` wrote), outcome.json
 caches/PAIR/           the kernel caches; removed when the warm start has ended
 bundles/               NAME.zip: the recording of a cell; NAME-collect.zip: what `collect` saw
@@ -33,12 +33,12 @@ from repro.store.run_dir import OutputError, write_json
 
 @dataclass(frozen=True)
 class Settings:
-    """What the experiment starts.
+    """What all cells of the experiment share: what is started, and the limits of a start.
 
     program   the program and its arguments before the model: ("vllm", "serve")
     flags     flags that all cells share
     window_s  seconds without an event on any rank after which `collect` examines a server
-    limit_s   seconds after which a server that is not ready is ended
+    limit_s   a server that is not ready after this many seconds is ended
     needed    number of bytes that must be free on the disk before a start
     """
 
@@ -56,7 +56,13 @@ class Settings:
 
 @dataclass
 class Experiment:
-    """The experiment whose cells and results are in the folder ``root``. ``say`` prints a line for the user."""
+    """The experiment in the folder ``root``, which gets the recordings and results of all cells.
+
+    machine      says which cells can start here
+    cells        the cells to run, in this order
+    interrupted  whether the user wants the experiment to end
+    say          prints a line for the user
+    """
 
     root: Path
     settings: Settings
@@ -66,9 +72,10 @@ class Experiment:
     say: Callable[[str], None]
 
     def prepare(self) -> dict[str, Outcome]:
-        """Make the folder, or read the outcomes that an earlier call left in it. Returns name of the cell -> outcome.
+        """Make the folder, or read what earlier calls left in it. Returns the final outcomes by the name of the cell.
 
-        Raises OutputError if the folder cannot be written, ConfigError if the folder's cells have other settings.
+        Raises OutputError if the folder cannot be written or has other files, ConfigError if the earlier calls had
+        other settings, and DamagedFile if an outcome cannot be read.
         """
         path, identity = self.root / "experiment.json", {**self.settings.identity(), "vllm": self.machine.vllm}
         try:
@@ -77,11 +84,11 @@ class Experiment:
                 if (before := read_json(path)) != identity:
                     names = [name for name, value in identity.items() if before.get(name) != value]
                     raise ConfigError(
-                        f"the cells in {self.root} were started with another {', '.join(names)}; name another folder",
+                        f"an earlier call on {self.root} had another {', '.join(names)}; give another folder",
                         "--to",
                     )
             elif any(self.root.iterdir()):
-                raise OutputError(f"{self.root}: the folder has other files, but no experiment.json; name another --to")
+                raise OutputError(f"{self.root}: the folder has other files, but no experiment.json; give another --to")
             else:
                 write_json(path, identity)
         except OutputError:
@@ -92,7 +99,10 @@ class Experiment:
         return {name: old for name, old in found.items() if old is not None and old.finished}
 
     def run(self) -> dict[str, Outcome]:
-        """Run the cells that have no outcome yet; write the tables after each. Returns name of the cell -> outcome."""
+        """Run the cells that have no final outcome yet. Returns the outcomes by the name of the cell.
+
+        After each cell, write the tables.
+        """
         outcomes = self.prepare()
         if outcomes:
             self.say(f"{len(outcomes)} cells of {self.root} have an outcome and are not started again")
@@ -118,7 +128,9 @@ class Experiment:
             return Outcome(cell.name, outcome.NOT_RUN, reason=reason)
         cold = self._cold(cell, outcomes)
         if cell.cache != COLD and (cold is None or not cold.cache or not Path(cold.cache).is_dir()):
-            return Outcome(cell.name, outcome.NOT_RUN, reason="it uses the cache of a cold start, which has not run")
+            return Outcome(
+                cell.name, outcome.NOT_RUN, reason="it uses the cache of a cold start, but this cold start has not run"
+            )
         try:
             cache = Path(cold.cache) if cold else caches.make(self.root.absolute() / "caches", cell.pair)
             result = self._start(cell, cache)
@@ -135,7 +147,7 @@ class Experiment:
         return result
 
     def _cold(self, cell: Cell, outcomes: dict[str, Outcome]) -> Outcome | None:
-        """Return the outcome of the cold start whose cache a warm cell uses; None if it has none.
+        """Return the outcome of the cold start whose cache this warm cell uses; None if the cold start has no outcome.
 
         For a cold cell, return None.
         """
@@ -185,7 +197,7 @@ class Experiment:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename the folder that an interrupted start left, to keep it as evidence."""
+    """If an interrupted start left its folder, rename the folder, to keep it as evidence."""
     if folder.exists():
         number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.{number}"))

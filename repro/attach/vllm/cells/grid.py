@@ -15,9 +15,11 @@ GDN_FLAGS = {JIT: "flashinfer", TRITON: "triton"}
 """Backend of a cell -> value of --gdn-prefill-backend. vLLM 0.20, 0.32 and 0.33 have this flag."""
 
 MOE_FLAGS = {JIT: "flashinfer_cutlass", TRITON: "triton"}
-"""Backend of a cell -> value of --moe-backend, in vLLM 0.20, 0.32 and 0.33. Without this flag, vLLM chooses for
-block-FP8 on compute capability 9.0: flashinfer_cutlass with expert parallelism, triton without
-it (model_executor/layers/fused_moe/oracle/fp8.py)."""
+"""Backend of a cell -> value of --moe-backend, in vLLM 0.20, 0.32 and 0.33.
+
+Without this flag, vLLM chooses the backend. For block-FP8 on compute capability 9.0, it chooses flashinfer_cutlass with
+expert parallelism, and triton without (model_executor/layers/fused_moe/oracle/fp8.py).
+"""
 
 REPORT_FLAGS = (
     "--trust-remote-code", "--language-model-only", "--gpu-memory-utilization", "0.90", "--max-model-len", "32768",
@@ -32,10 +34,11 @@ REPORT_VARIABLES = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_WORKER_MULTIPROC_METHOD": "
 class Cell:
     """One start of vLLM.
 
-    layout  TP, DP_EP or DP_EP_EAGER, each over ``ranks`` ranks
+    ranks   number of ranks of the server
+    layout  TP, DP_EP or DP_EP_EAGER
     gdn     implementation of the GDN prefill: JIT (FlashInfer, which nvcc compiles), TRITON or CPU
     moe     implementation of the experts: JIT (FlashInfer's CUTLASS kernels), TRITON or CPU
-    cache   COLD: the cache folder is empty; WARM: it is the folder that the cold start filled
+    cache   COLD: the cache folder is empty; WARM: the cache folder is the one that the cold start filled
     """
 
     ranks: int
@@ -46,14 +49,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Return the name of the cell, which its files also have: "dp8ep8-jit-triton-cold"."""
+        """Return the name of the cell and of its files, such as "dp8ep8-jit-triton-cold"."""
         size = self.ranks
         layout = {TP: f"tp{size}", DP_EP: f"dp{size}ep{size}", DP_EP_EAGER: f"dp{size}ep{size}eager"}[self.layout]
         return f"{layout}-{self.gdn}-{self.moe}-{self.cache}"
 
     @property
     def pair(self) -> str:
-        """Return the name that the cold and the warm cell with the same cache have in common."""
+        """Return the name of the pair of a cold and a warm cell: the name of this cell without its cache."""
         return self.name.rpartition("-")[0]
 
     def words(self) -> tuple[str, str, str, str]:
@@ -102,6 +105,9 @@ def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
 
 
 def matching(cells: Sequence[Cell], words: str) -> list[Cell]:
-    """Return the cells that have each word of ``words``, such as "DP8+EP8 jit cold". Only whole words are compared."""
+    """Return the cells whose words in the table include every word of ``words``, such as "DP8+EP8 jit cold".
+
+    Only whole words are compared.
+    """
     wanted = set(words.split())
     return [cell for cell in cells if wanted <= {part for word in cell.words() for part in word.split()}]

@@ -1,5 +1,7 @@
-"""Say which of the hypotheses H1 to H5 in docs/ROOT-CAUSE.md remain possible: does a start stall because of a cold
-cache, or because of expert parallelism (EP)?"""
+"""Say which of the hypotheses H1 to H5 in docs/ROOT-CAUSE.md remain possible after the outcomes of the cells.
+
+The question is whether a start stalls because of a cold cache, or because of expert parallelism (EP).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from repro.attach.vllm.cells.outcome import HUNG, LIMIT, READY, Outcome
 
 
 def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Return a line for each pair of a cold and a warm start: which of them stalled, and what this shows.
+    """Return a line for each pair of a cold and a warm start: which of the two starts stalled, and what this shows.
 
-    A pair is left out if, for one of its two starts, it is not known whether the start stalled.
+    A pair has a line only if it is known of both starts whether they stalled.
     """
     stalls = {cell: _stalls(outcomes.get(cell.name)) for cell in cells}
     lines = []
@@ -44,7 +46,7 @@ def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[st
 def _other_layout(cell: Cell, stalls: Mapping[Cell, bool | None], outcomes: Mapping[str, Outcome]) -> str:
     """Return the second half of the sentence about a warm start that stalls.
 
-    It says whether tensor parallelism (TP) without expert parallelism stalls, too, with the same backends.
+    This half says whether tensor parallelism (TP) without expert parallelism stalls, too, with the same backends.
     """
     if cell.layout == TP:
         return "without expert parallelism: H3, or a build that no cache keeps"
@@ -58,7 +60,7 @@ def _other_layout(cell: Cell, stalls: Mapping[Cell, bool | None], outcomes: Mapp
 
 
 def _stalls(outcome: Outcome | None) -> bool | None:
-    """Whether a start stalled; None if the cell did not run, or the server ended by itself or was interrupted."""
+    """Whether a start stalled. None if this is unknown: it did not run, its server ended, or it was interrupted."""
     if outcome is None or outcome.state not in (READY, HUNG, LIMIT):
         return None
     return outcome.state != READY or outcome.verdict == "slow"

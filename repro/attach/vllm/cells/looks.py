@@ -1,4 +1,4 @@
-"""Run `hmr collect` and `hmr bundle` as child processes. If one fails, the caller gets the reason, and no exception."""
+"""Run `hmr collect` and `hmr bundle` as child processes. If one fails, the caller gets the reason, not an exception."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUNDLE_S = 180.0
 
 
 def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
-    """Run `collect` on the job of a process. Returns the answer and "", or None and the reason why there is none."""
+    """Run `collect` on the job of a process. Returns the answer and "", or None and the reason for having none."""
     text, failure = _run(["collect", str(pid), "--to", str(to), "--json"], LOOK_S)
     try:
         return Answer.of(json.loads(text)), ""
@@ -24,14 +24,16 @@ def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
 
 
 def bundle(run: Path, to: Path) -> str:
-    """Pack a recording, or a folder that `collect` wrote, into a zip. Returns why that failed; "" if it did not."""
+    """Pack a recording, or a folder that `collect` wrote, into a zip file. Returns "", or the reason if this failed."""
     to.parent.mkdir(parents=True, exist_ok=True)
     _, failure = _run(["bundle", str(run), "--to", str(to)], BUNDLE_S)
     return "" if to.is_file() else f"no bundle of {run.name}: {failure}"
 
 
 def _run(words: list[str], limit_s: float) -> tuple[str, str]:
-    """Run a command of `hmr`. Returns its standard output, and the last line of its standard error or another reason.
+    """Run a command of `hmr`. Returns its standard output, and the reason if it failed.
+
+    The reason is the last line of its standard error, else the exit code, or why the command did not run to its end.
 
     words: the name of the command and its arguments; limit_s: after this many seconds the command is ended
     """

@@ -17,10 +17,10 @@ QUESTION_S = 30.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides which cells can start.
+    """The properties of this machine that decide which cells can start, and what the table must say about the machine.
 
     gpus         compute capability of each GPU; () without an NVIDIA GPU
-    vllm         version of vLLM in this Python; "" if it has none
+    vllm         version of vLLM in this Python; "" if this Python has no vLLM
     recorder     whether this Python offers the entry point of the recorder to vLLM
     prebuilt     whether FlashInfer finds its kernels already compiled (package flashinfer-jit-cache)
     py_spy       whether `collect` can take stacks

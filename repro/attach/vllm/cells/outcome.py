@@ -18,7 +18,7 @@ FILE = "outcome.json"
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of the recorder or of `collect` about a server.
+    """What the recorder or `collect` says about a server.
 
     verdict    a class of repro.verdict.classes
     sentences  where the ranks wait
@@ -39,7 +39,7 @@ class Answer:
         )
 
     def where(self) -> str:
-        """Return the sentence about the first culprit. If there is none, return the first sentence, or ""."""
+        """Return the first sentence that names the first culprit, else the first sentence, else ""."""
         names = [f"rank {rank} " for rank in self.culprits[:1]]
         about = (text for text in self.sentences if any(name in f"{text} " for name in names))
         return next(about, self.sentences[0] if self.sentences else "")
@@ -54,10 +54,10 @@ class Outcome:
     verdict, cause, culprits, where    the verdict on the start; `verdict` is "" if the cell did not run
     seconds   from the start of the server until `state` was known
     silent_s  the longest time, in seconds, in which no rank recorded an event
-    looked    the verdicts of `collect`, one for each call
+    looked    the verdicts of `collect`, one for each run of `collect`
     cache     the cache folder
     partial   whether this warm start used the cache of a cold start that was ended before it was ready
-    bundles   names of the zips
+    bundles   names of the zip files that `bundle` wrote
     reason    why the cell did not run
     notes     what went wrong in the experiment itself
     """
@@ -79,7 +79,10 @@ class Outcome:
 
     @property
     def finished(self) -> bool:
-        """Whether this outcome is final: the cell was started and not interrupted, so no later call starts it again."""
+        """Whether the outcome is final, so that no later call starts the cell again.
+
+        An outcome is final if the cell was started and not interrupted.
+        """
         return self.state not in (NOT_RUN, INTERRUPTED)
 
     def save(self, folder: Path) -> None:
@@ -88,7 +91,7 @@ class Outcome:
 
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:
-        """Read the outcome in the folder of a cell; None if there is none. Raises DamagedFile."""
+        """Read the outcome in the folder of a cell; None if the folder has no outcome. Raises DamagedFile."""
         path = folder / FILE
         if not path.exists():
             return None
@@ -96,21 +99,23 @@ class Outcome:
             outcome = read_typed(path, cls)
         except ValueError as error:
             raise DamagedFile(
-                f"{path}:1: not the outcome of a cell: {error}; remove it to run the cell again"
+                f"{path}:1: not the outcome of a cell: {error}; remove this file to run the cell again"
             ) from None
         if outcome.state not in STATES:
-            raise DamagedFile(f"{path}:1: unknown state {outcome.state!r}; remove it to run the cell again")
+            raise DamagedFile(f"{path}:1: unknown state {outcome.state!r}; remove this file to run the cell again")
         return outcome
 
 
 def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silent_s: float, window_s: float) -> Answer:
     """Return the verdict on a start, from the answers of the recorder and of `collect` (``looks``).
 
-    A server that became ready is `slow` if no rank recorded an event for ``window_s`` seconds (``silent_s`` is the
-    longest such time), and `clean` otherwise. A server that reached the time limit gets the last verdict of `collect`,
-    but `slow` instead of `clean`. A start in any other state gets the recorder's verdict, or the last one of `collect`
-    if the recorder has none or is `inconclusive`. If both have the same verdict and the recorder names no culprits, the
-    culprits, suspects and sentences are those of `collect`. Without any answer, the verdict is `inconclusive`.
+    - The server became ready: `slow` if no rank recorded an event for ``window_s`` seconds, else `clean`.
+      ``silent_s`` is the longest time without an event.
+    - The server reached the time limit: the last verdict of `collect`, but `slow` instead of `clean`.
+    - Any other state: the verdict of the recorder. If there is none, or if it is `inconclusive`, the last verdict of
+      `collect`. If both verdicts are equal and the recorder names no culprits, the culprits, suspects and sentences
+      are those of `collect`.
+    - No answer: `inconclusive`.
     """
     last = looks[-1] if looks else None
     if state == READY:
@@ -120,12 +125,7 @@ def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silen
         return named[-1] if named else Answer("slow", sentences=last.sentences if last else ())
     if state == LIMIT:
         if last is None:
-            return Answer(
-                "inconclusive",
-                sentences=(
-                    "The server was not ready in time, and neither the recorder nor collect saw anything of it.",
-                ),
-            )
+            return Answer("inconclusive", sentences=("The server was not ready in time, and collect gave no verdict.",))
         if last.verdict == "clean":
             return Answer("slow", sentences=last.sentences)
         return last

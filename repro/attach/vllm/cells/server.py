@@ -17,7 +17,7 @@ from pathlib import Path
 from repro.hosts import processes
 
 END_PATIENCE_S = 30.0
-"""Seconds that a server may take to end by itself after SIGTERM."""
+"""How many seconds after SIGTERM a server has to end by itself."""
 
 QUESTION_S = 2.0
 POLL_S = 0.1
@@ -28,7 +28,7 @@ _LIBC = ctypes.CDLL(None)  # loaded at import, because little is safe between fo
 
 
 class Server:
-    """A program that serves HTTP on ``port`` of this host, and the processes that it starts."""
+    """A program that serves HTTP on ``port`` of this host, together with the processes that the program starts."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], port: int, log: Path) -> None:
         """Start the program. Raises OSError if it cannot start or the log cannot be written."""
@@ -61,7 +61,7 @@ class Server:
             return False
 
     def end(self) -> list[int]:
-        """Send SIGTERM to the server, and END_PATIENCE_S later SIGKILL to the processes that are left.
+        """Send SIGTERM to the server, and END_PATIENCE_S later SIGKILL to its processes that still run.
 
         Returns the pids of processes that did not end.
         """
@@ -98,5 +98,5 @@ def free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Ask the operating system to send SIGTERM to the server when this process ends, even if it is killed."""
+    """Ask the operating system to send SIGTERM to the server when the experiment's process ends, even by SIGKILL."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

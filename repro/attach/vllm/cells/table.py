@@ -1,6 +1,7 @@
 """Write the outcomes of the cells (starts of vLLM) as a table, for a terminal and as Markdown.
 
-Below the table, say why the other cells did not run."""
+Below the table, lines say which cells did not run, and why.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +43,10 @@ def _row(cell: Cell, outcome: Outcome) -> tuple[str, ...]:
 
 
 def cache_words(cell: Cell, outcome: Outcome) -> str:
-    """Return "cold" or "warm", or "partial" for a warm start with an incomplete cache.
+    """Return what the table shows as the cache of a cell: "cold", "warm" or "partial".
 
-    The cache is incomplete if the cold start that filled it was ended before the server was ready.
+    "partial" is a warm start with an incomplete cache: the cold start that filled the cache was ended before its server
+    was ready.
     """
     return "partial" if outcome.partial else cell.cache
 
@@ -78,5 +80,5 @@ def _escaped(text: str) -> str:
 
 
 def reasons(outcomes: Iterable[Outcome]) -> list[str]:
-    """Return the notes of the cells about what went wrong in the experiment itself."""
+    """Return a line for each note of the outcomes, about what went wrong in the experiment itself."""
     return [f"{outcome.name}: {note}" for outcome in outcomes for note in outcome.notes]

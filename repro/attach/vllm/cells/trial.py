@@ -21,8 +21,11 @@ from repro.watch.document import Document
 POLL_S = 0.1
 ASK_READY_S = 1.0
 MAX_LOOKS = 16
-"""How many times `collect` is run for one server at most. When the ranks have recorded no event for `Start.window_s`
-seconds, it is run for the first time, and then each time that this silence has become twice as long."""
+"""The largest number of runs of `collect` for one server.
+
+The first run comes when the ranks have recorded no event for `Start.window_s` seconds. Each further run comes when this
+silence is twice as long as at the run before.
+"""
 
 LOADING = "load"
 """The phase of vLLM's recorder in which a rank reads the checkpoint."""
@@ -39,7 +42,7 @@ class Start:
     environment  the server's environment variables. They set the cache folders; `recorded` adds those of the recorder
     port         the port on which the server listens
     window_s     seconds without an event on any rank after which `collect` looks at the server
-    limit_s      seconds after which the start is given up
+    limit_s      a server that is not ready after this many seconds is ended
     """
 
     command: Sequence[str]
@@ -63,6 +66,8 @@ class Start:
 class Trial:
     """One cell (one combination of settings of the server) while it runs.
 
+    name         the name of the cell
+    start        the server to start
     folder       the cell's folder: record/ (the recording, with the server's output), looks/ (what `collect` wrote)
     interrupted  whether the user wants the experiment to end
     say          prints a line
@@ -85,7 +90,7 @@ class Trial:
     _log_grew_s: float = 0.0
 
     def run(self) -> Outcome:
-        """Start the server, wait until it is ready, hangs, ends or has taken too long, and end it.
+        """Start the server; wait until it is ready, hangs, ends, or reaches its time limit; then end the server.
 
         Raises OSError if the folder cannot be written.
         """
@@ -115,7 +120,7 @@ class Trial:
         )  # fmt: skip
 
     def _watch(self, record: RunDir) -> Document | None:
-        """Watch until the server is ready, hangs, ends, or has taken too long.
+        """Watch until the server is ready, hangs, ends, or reaches its time limit.
 
         Returns the content of verdict.json; None if no rank was recorded.
         """
@@ -147,9 +152,9 @@ class Trial:
         return f"The server ended with exit code {code} before it was ready: {self._server.last_words()}"
 
     def _tick(self, tails: Sequence[Tail]) -> None:
-        """Check whether the server is ready or has taken too long. Run `collect` if no rank has recorded an event.
+        """Check whether the server is ready or has reached its time limit. Run `collect` if the ranks are silent.
 
-        The watch calls this several times a second, with a reader of each rank's witness.
+        The watch calls this several times a second. tails: the readers of the witnesses of all ranks
         """
         now_s = time.monotonic()
         if self.interrupted():
@@ -178,7 +183,7 @@ class Trial:
     def _progress_s(self, tails: Sequence[Tail], now_s: float) -> float:
         """Return the time of the last event of any rank, in seconds of the monotonic clock.
 
-        If no rank has an event, return when the log last grew.
+        If no rank has an event, return the time when the server's log last grew.
         """
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns:
@@ -188,7 +193,7 @@ class Trial:
         return self._log_grew_s
 
     def _loads(self, tails: Sequence[Tail]) -> bool:
-        """Whether all ranks that have begun are reading the checkpoint: they are in the phase `load`."""
+        """Whether all ranks that have begun read the checkpoint, which means that they are in the phase `load`."""
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns != self._loads_at[0]:
             self._loads_at = last_ns, bool(tails) and all(phase_of(tail) == LOADING for tail in tails)

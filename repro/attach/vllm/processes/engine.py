@@ -1,7 +1,8 @@
 """Hooks for vLLM's EngineCore, which write its progress into a file (:mod:`repro.attach.vllm.processes.notes`).
 
-An engine asks the other engines "is anyone unfinished?" by an all-reduce in a group of engines, which no worker can
-see. The file shows how many of these questions the engine has begun and ended.
+An engine asks the other engines "is anyone unfinished?" by an all-reduce in a group of engines. The worker, which
+writes the witness, cannot see this all-reduce. So the file shows how many of these questions the engine has begun and
+ended.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def begin(config: Any) -> None:
 
 
 def first_worker(config: Any) -> int:
-    """Return the rank of an engine's first worker, whose witness shows what the engine does."""
+    """Return the rank of an engine's first worker, whose witness shows what the engine does. config: ParallelConfig."""
     return int(config.data_parallel_rank) * int(config.world_size)
 
 
@@ -109,8 +110,10 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), to note when the question "is anyone unfinished?"
-    begins and ends."""
+    """Wrap ParallelConfig.sync_dp_state, to note when the question "is anyone unfinished?" begins and ends.
+
+    In vLLM 0.20 the method is called has_unfinished_dp.
+    """
 
     @wraps(original)
     def sync_dp_state(*args: Any, **options: Any) -> Any:

@@ -1,8 +1,8 @@
 """Hooks for vLLM's front end: the process that starts the engine, sends it requests, and gets the outputs.
 
 The hooks write what the front end does into a notes file. In offline use (class LLM), each rank has a front end: the
-process that created the LLM. In a server, one API process is the front end of several engines. It has one notes file,
-which is named after the rank of the first engine.
+process that created the LLM. In a server, one API process is the front end of several engines. The notes file of this
+process has the rank of its first engine in its name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def after_fork() -> None:
 
 
 def begin(config: Any) -> None:
-    """Create the notes file of this process, if its engines belong to a DP group. config: vLLM's ParallelConfig."""
+    """If the server has several data-parallel ranks, create the notes file of this process. config: ParallelConfig."""
     global current, _owner_pid
     if _owner_pid == os.getpid():
         return
@@ -52,7 +52,7 @@ def _exiting() -> None:
 
 
 def starting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap MPClient.__init__, to note that the front end starts the engine and waits until it is ready."""
+    """Wrap MPClient.__init__, to note that the front end starts the engine and waits until the engine is ready."""
 
     @wraps(original)
     def __init__(self: Any, *args: Any, **options: Any) -> None:

@@ -1,7 +1,7 @@
 """The notes file of an EngineCore or a front end: eight numbers that say what the process does.
 
-The worker of the same rank reads these numbers. There is no lock: while the worker reads, the writer may change some of
-them. Each single number is correct. A front end writes only its process id and its activity.
+The worker of the same rank reads these numbers. There is no lock, so the writer can change some numbers while the
+worker reads them. Each single number is correct. A front end writes only its process id and its activity.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Note(enum.IntEnum):
 class Activity(enum.IntEnum):
     """What the process is doing.
 
-    An engine writes WORKS, WAITS_FOR_REQUESTS or WAITS_FOR_WORKER; a front end writes WORKS or one of the last three.
+    An engine writes WORKS, WAITS_FOR_REQUESTS or WAITS_FOR_WORKER. A front end writes WORKS, STARTS_ENGINE,
+    WAITS_FOR_OUTPUTS or EXITS.
     """
 
     WORKS = 0
@@ -53,7 +54,7 @@ class Activity(enum.IntEnum):
 
 
 class Notes:
-    """The numbers in one notes file. ``notes[Note.ASKED]`` reads or sets one."""
+    """The numbers in one notes file. ``notes[Note.ASKED]`` reads or sets one number."""
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self.numbers = memoryview(buffer).cast("B")[:BYTES].cast("q")
@@ -70,15 +71,15 @@ ENGINE, FRONT = "engine", "front"
 
 
 def path_of(root: Path, rank: int, kind: str = ENGINE) -> Path:
-    """Return the path of the notes of the engine whose first worker is ``rank``, or of that engine's front end.
+    """Return the path of the notes file of an engine, or of this engine's front end.
 
-    kind: ENGINE or FRONT
+    rank: the rank of the engine's first worker; kind: ENGINE or FRONT
     """
     return root / "events" / f"rank{rank:03d}.{kind}"
 
 
 def create(root: Path, rank: int, kind: str = ENGINE) -> Notes:
-    """Create the notes of this process. Raises FileExistsError if another process has created them.
+    """Create the notes file of this process. Raises FileExistsError if another process has created the file.
 
     rank: the rank of the engine's first worker; kind: ENGINE or FRONT, whichever this process is
     """
@@ -93,7 +94,7 @@ def create(root: Path, rank: int, kind: str = ENGINE) -> Notes:
 
 
 def open_notes(root: Path, rank: int, kind: str = ENGINE) -> Notes | None:
-    """Open the notes of an engine or a front end (``kind``); None if they do not exist yet."""
+    """Open the notes file of an engine or a front end (``kind``), to read it. Returns None if it does not exist yet."""
     try:
         descriptor = os.open(path_of(root, rank, kind), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
