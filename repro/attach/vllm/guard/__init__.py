@@ -1,11 +1,12 @@
 """A plug-in that stops a vLLM server which would hang, and says why. With HMR_GUARD=observe it only says why.
 
-The workers agree at each step, before they issue its collectives. A thread in each worker and engine sees which
-processes have ended.
+At each step, before the workers issue the step's collectives, they compare what they have issued so far and what they
+expect to issue. A thread in each worker and engine sees which processes have ended.
 
-    plugin.py    the entry point; without HMR_GUARD it imports nothing else
+    plugin.py    the entry point; if HMR_GUARD is not set, it imports nothing else
     hooks.py     the table: which attribute of vLLM is replaced, by what
-    worker.py    the hooks of a worker: the start vote, executions of the model, collectives
+    worker.py    the hooks of a worker: the start vote (have all ranks the same settings?), executions of the model,
+                 collectives
     engine.py    the hooks of an EngineCore: the executions that it requests and counts, its questions to other engines
     frontend.py  the hook of a front end: the exit code of the server
     schedule/    guard.py: compares the ranks at each step (C1); stream.py: what a rank has issued and expects next;
@@ -16,5 +17,5 @@ processes have ended.
     ending/      stop.py: how a process ends, and its exit code; peers.py: which processes have ended; guard_thread.py:
                  the thread that sees refusals and lost processes
 
-docs/VLLM.md says what each mode does, and which differences it finds.
+docs/VLLM.md says what each mode does, and which differences the guard finds.
 """

@@ -1,5 +1,7 @@
-"""Hooks of an EngineCore: it counts its executions of the model on a board (memory that it shares with its workers),
-and runs a guard thread."""
+"""Hooks of an EngineCore, which counts its executions of the model and runs a guard thread.
+
+The counts are on a board, which is memory that the engine shares with its workers.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def after_fork() -> None:
 
 
 def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._init_data_parallel, to make the board before the engine starts its workers."""
+    """Wrap DPEngineCoreProc._init_data_parallel, to make the board and the guard thread before the workers start."""
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
@@ -68,9 +70,9 @@ def begin(engine: Any, config: Any) -> None:
 
 
 def _tell_front_end() -> None:
-    """Send the front end the message that vLLM's engine sends when it fails.
+    """Send the front end the message that an engine of vLLM sends when it fails.
 
-    A front end that waits for outputs does not check whether its engines live.
+    Without this message, a front end that waits for outputs would not notice that its engine has ended.
     """
     from vllm.v1.engine.core import EngineCoreProc
 
@@ -120,7 +122,10 @@ def _note_request() -> None:
 
 
 def counting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, to count executions: the engine calls it once after each."""
+    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, to count the executions of the model.
+
+    The engine calls this method once after each execution.
+    """
 
     @wraps(original)
     def _has_global_unfinished_reqs(self: Any, *args: Any, **options: Any) -> Any:
@@ -132,9 +137,10 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _count(engine: Any, mine: Board) -> None:
-    """Count one execution on the engine's board, ``mine``.
+    """Count one execution on ``mine``, the engine's board, and check that the engine requested this execution.
 
-    In the mode ``agree``, raise Refused if the engine did not request this execution from its worker.
+    If the engine did not request it from its worker, raise Refused in the mode ``agree``, and print a line in the mode
+    ``observe``. A sleeping engine rightly requests no execution.
     """
     mine[Field.COUNTED] += 1
     requested, counted = mine.executions()
@@ -151,8 +157,10 @@ def _count(engine: Any, mine: Board) -> None:
 
 
 def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), to note on the board when the question "is anyone
-    unfinished?" begins and ends."""
+    """Wrap ParallelConfig.sync_dp_state, to note when the question "is anyone unfinished?" begins and ends.
+
+    In vLLM 0.20 the method is called has_unfinished_dp. The board gets the notes.
+    """
 
     @wraps(original)
     def sync_dp_state(*args: Any, **options: Any) -> Any:
@@ -173,7 +181,7 @@ def asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap EngineCoreProc.shutdown, to announce that the engine ends normally, or which exception ended it.
+    """Wrap EngineCoreProc.shutdown, to announce how the engine ends: normally, or by which exception.
 
     vLLM calls this method in both cases.
     """
@@ -193,7 +201,7 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
 def dying(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap EngineCoreProc._send_engine_dead, to announce the engine's exception before the front end learns of it.
 
-    The front end then ends the engine at once, so a later announcement would come too late.
+    As soon as the front end learns of the exception, it ends the engine, so a later announcement would come too late.
     """
 
     @wraps(original)

@@ -1,6 +1,6 @@
 """The hook of a front end: if an engine ended with the guard's exit code, vLLM's server ends with this code, too.
 
-A user's own program that started engines is not ended. It gets vLLM's EngineDeadError.
+If a user's own program started the engines, it is not ended. It gets vLLM's EngineDeadError.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from repro.attach.vllm.guard.ending.stop import EXIT_CODE, GRACE_S, POLL_S, Stop
 
 
 def monitoring(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap CoreEngineProcManager.monitor_engine_liveness, to start a thread that waits for the exit codes of the
-    engines."""
+    """Wrap CoreEngineProcManager.monitor_engine_liveness, to start a thread that waits for the engines' exit codes."""
 
     @wraps(original)
     def monitor_engine_liveness(self: Any, *args: Any, **options: Any) -> Any:

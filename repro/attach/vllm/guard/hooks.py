@@ -1,7 +1,8 @@
 """The table of the guard's hooks: which attribute of vLLM or torch is replaced, and by what.
 
-If a version of vLLM lacks such an attribute, a line in the log says so. Without an essential hook the ranks cannot
-agree: with HMR_GUARD=agree the start vote refuses the start, and with HMR_GUARD=observe the guard is off.
+If a version of vLLM lacks such an attribute, a line in the log says so. Without a hook that is marked `essential`, the
+ranks cannot compare their steps. Then with HMR_GUARD=agree the start vote refuses the start, and with HMR_GUARD=observe
+the guard is off.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Hook(NamedTuple):
     make       makes the replacement from the original
     shows      what the guard sees by this hook
     versions   versions of vLLM that are known to have the attribute
-    essential  whether the ranks cannot agree without this hook
+    essential  whether the ranks cannot compare their steps without this hook
     """
 
     module: str
@@ -119,7 +120,7 @@ def install() -> None:
 
 
 def _hook_torch(module: ModuleType) -> None:
-    """Replace the methods of torch's ProcessGroup, for collectives that do not go through vLLM's own classes."""
+    """Replace the methods of torch's ProcessGroup, for collectives that vLLM's own classes do not issue."""
     import torch._C._distributed_c10d as native
 
     for name, method in METHODS.items():

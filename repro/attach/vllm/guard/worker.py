@@ -1,4 +1,7 @@
-"""Hooks of a worker: it takes part in the start vote, and each of its collectives goes through the guard."""
+"""Hooks of a worker: the worker takes part in the start vote, and its collectives go through the guard.
+
+In the start vote, the ranks compare their settings. Only collectives of groups that span several engines are guarded.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from repro.attach.vllm.guard.meeting.vote import decide
 from repro.attach.vllm.guard.schedule.guard import Guard
 
 DEADLINE_S = 60.0
-"""Seconds that the ranks wait for each other in the start vote (HMR_GUARD_DEADLINE)."""
+"""How many seconds the ranks wait for each other in the start vote (HMR_GUARD_DEADLINE)."""
 
 current: Guard | None = None
 """The guard of this process. None if the process is not a worker, or if the ranks did not agree to be guarded."""
@@ -58,7 +61,7 @@ def after_fork() -> None:
 
 
 def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.init_device, to hold the start vote directly after it, when the process groups exist."""
+    """Wrap Worker.init_device, to hold the start vote as soon as this method has made the process groups."""
 
     @wraps(original)
     def init_device(self: Any, *args: Any, **options: Any) -> Any:
@@ -71,7 +74,10 @@ def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guarded(call: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of the guard. Of its exceptions, only Refused reaches the server; others are printed."""
+    """Call a function of the guard. Raise Refused if the function raises it; print any other exception.
+
+    So an error of the guard itself does not stop the server. After such an error, the result is None.
+    """
     try:
         return call(*args)
     except Refused:
@@ -82,7 +88,11 @@ def guarded(call: Callable[..., Any], *args: Any) -> Any:
 
 
 def join(config: Any) -> None:
-    """Take part in the start vote of all ranks. In the mode ``agree``, raise Refused if the ranks do not agree."""
+    """Take part in the start vote of all ranks. If all ranks agree, the guard of this process is on.
+
+    If they do not agree, raise Refused in the mode ``agree``; print why the guard is off in the mode ``observe``. With
+    one data-parallel rank there is no vote, and the guard is off. config: VllmConfig
+    """
     global current, guard_thread, _ranks_per_engine
     import torch.distributed as dist
     from vllm.distributed.parallel_state import get_dp_group
@@ -129,8 +139,10 @@ def join(config: Any) -> None:
 
 
 def raise_or_say(stop: Stop, why: str) -> None:
-    """Handle a rank that cannot take part in the vote: in the mode ``agree`` raise Refused, in the mode ``observe``
-    print that the guard is off. why: the reason"""
+    """Handle a rank that cannot take part in the start vote. why: the reason
+
+    In the mode ``agree`` raise Refused, in the mode ``observe`` print that the guard is off.
+    """
     if not stop.agrees:
         stop.say(f"off: {why}")
         return
@@ -154,9 +166,9 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.execute_model, to note when the worker begins and stops to run the model.
+    """Wrap Worker.execute_model, to note when an execution of the model begins and ends.
 
-    A call without scheduled tokens does not run the model.
+    A call without scheduled tokens does not run the model, so it is no execution.
     """
 
     @wraps(original)
@@ -170,7 +182,7 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing_always(requested: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the wrapper of a method that always runs the model.
+    """Return a wrapper for a method that always runs the model.
 
     requested: True for Worker.execute_dummy_batch; False for a phase of the start, whose executions no engine counts
     """
@@ -203,7 +215,7 @@ def _execute(guard: Guard, requested: bool, original: Callable[..., Any], *args:
 
 
 class Distributed:
-    """A replacement for the module torch.distributed, in those modules of vLLM that issue C1.
+    """A replacement for the module torch.distributed in those modules of vLLM that issue C1, the step agreement.
 
     It adds the guard's rows to the all-reduce of C1, and passes everything else on to torch.distributed.
     """
@@ -248,10 +260,9 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the wrapper of a method of vLLM that issues one collective.
+    """Return a wrapper for a method of vLLM that issues one collective.
 
-    op: the name of the collective
-    attribute: the attribute of the method's object that has the process group
+    op: the name of the collective; attribute: the attribute in which the method's object has the process group
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -273,8 +284,7 @@ def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[.
 
 
 def calling(op: str) -> Callable[[Any], Any]:
-    """Return the wrapper of a method of torch's ProcessGroup, for collectives that do not go through vLLM's own
-    classes.
+    """Return a wrapper for a method of torch's ProcessGroup, for collectives that vLLM's own classes do not issue.
 
     op: the name of the collective
     """
@@ -295,9 +305,9 @@ def calling(op: str) -> Callable[[Any], Any]:
 
 
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the wrapper of a layer's method, to note which layer runs.
+    """Return a wrapper for a layer's method, to note which layer runs.
 
-    attribute: the attribute of the layer that has its name
+    attribute: the attribute in which the layer has its name
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
-"""The guard's thread in each worker and engine: it learns that the ranks must stop, and ends the process if its main
-thread does not.
+"""The guard's thread in each worker and engine, which ends the process if the main thread does not.
 
-The main thread may be blocked in a collective or in torch's store, and then cannot end the process itself.
+The thread learns from the store that the ranks must stop, and sees which processes have ended. The main thread can be
+blocked in a collective or in torch's store, and then cannot end the process.
 """
 
 from __future__ import annotations
@@ -23,30 +23,36 @@ SEARCH_S = 0.5
 """Seconds between two searches for new processes of the server, and between two heartbeats."""
 
 PARENT_FIRST_S = 0.3
-"""Seconds that a process waits before it reports that another process has ended. The parent of the other process does
-not wait, because only the parent knows the exit code."""
+"""Seconds that a process waits before it reports that another process has ended.
+
+The parent of the process that has ended does not wait, because only the parent knows the exit code.
+"""
 
 SERVER = "worker of rank 0"
 """The process in which the server of torch's store runs."""
 
 MAX_WAIT_CALL_S = 5.0
 CHILD_S = 0.5
-"""Seconds to wait for the end of a child after a connection to it broke: the operating system closes the connections of
-a process shortly before it reports its end."""
+"""Seconds to wait for the end of a child after a connection to the child broke.
+
+The operating system closes the connections of a process shortly before it reports the end of the process.
+"""
 
 LEAVE_S = 0.5
-"""Seconds that the process with the store's server waits before it ends, so that all others can read in the store that
-it ends normally."""
+"""Seconds that the process with the server of the store waits before it ends normally.
+
+In this time all other processes can read in the store that this process ends normally.
+"""
 
 
 class GuardThread:
     """The guard's thread of one process.
 
     connect    returns a connection to the store; None while the address of the store is not known
-    processes  the processes that this one announces to the others: first itself; an engine also announces its front
+    processes  the processes that this process announces to the others: first itself; an engine also announces its front
                end
     expected   the names of all processes of the server
-    exit_code  returns the exit code of a child, if it is known
+    exit_code  returns the exit code of a child process; None if the code is not known
     guard      the guard of this process if it is a worker, else None
     """
 
@@ -81,7 +87,7 @@ class GuardThread:
         self._thread.start()
 
     def leave(self, also: Iterable[str] = ()) -> None:
-        """Announce that this process ends normally, so that the others do not count it as lost.
+        """Announce that this process ends normally, so that no other process counts it as lost.
 
         also: names of other processes that this process will end
         """
@@ -98,14 +104,18 @@ class GuardThread:
         self.join()
 
     def join(self, timeout_s: float = 2.0) -> None:
-        """Wait until this thread has ended. If Python exited while the thread uses the store, Python would abort."""
+        """Wait at most ``timeout_s`` seconds until the thread has ended.
+
+        Python would abort if the interpreter exits while the thread uses the store.
+        """
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
     def fail(self, sentence: str) -> None:
-        """Announce that this process ends because of an exception, and stop the ranks that would wait for it.
+        """Announce that an exception ends this process, and stop the ranks that would wait for it.
 
-        If the exception came because a worker of this engine was killed, the announcement names the worker instead.
+        sentence: what to announce. If the exception came because a worker of this engine was killed, the announcement
+        names this worker instead. In the mode ``observe``, do nothing.
         """
         if self.stop.sentence or not self.stop.agrees:
             return
@@ -152,9 +162,9 @@ class GuardThread:
         self._peers.close()
 
     def look(self) -> None:
-        """Check once for a refusal, for requests to post the state, and for processes that have ended.
+        """Check once for a refusal, for requests to post this rank's state, and for processes that have ended.
 
-        Raises torch's DistNetworkError if the store is gone.
+        Raises torch's DistNetworkError if the store does not answer.
         """
         if self._meeting is None:
             self._meeting = self._connect()
@@ -181,8 +191,10 @@ class GuardThread:
     # -- where the ranks are ------------------------------------------------------------------------------------------
 
     def _call(self, meeting: Meeting, guard: Guard) -> None:
-        """Post the state of this rank, which waits, and ask the other ranks for theirs; do nothing if this was done a
-        short time ago. The longer this rank waits, the less often it asks."""
+        """Post the state of this rank, which waits, and ask the other ranks to post theirs.
+
+        Do nothing if this was done a short time ago. The longer this rank waits, the less often it asks.
+        """
         if self._clock() - self._called_s < min(max(guard.waits_s() / 2, 0.5), MAX_WAIT_CALL_S):
             return
         self._called_s = self._clock()
@@ -277,5 +289,8 @@ def _is_gone(error: Exception) -> bool:
 
 
 def front_end_of(rank: int) -> Process:
-    """Return the process that started this engine. rank: the rank of the engine's first worker."""
+    """Return the front end of this engine, which is the process that started the engine.
+
+    rank: the rank of the engine's first worker
+    """
     return Process.of(f"front end of rank {rank}", rank, os.getppid())

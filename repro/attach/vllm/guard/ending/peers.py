@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SILENT_S = 15.0
-"""A host counts as down if no heartbeat of its processes has changed for this many seconds."""
+"""A host counts as down if no process on it has changed its heartbeat for this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Process:
 
 
 class Peers:
-    """The other processes of the server, which this process watches."""
+    """The other processes of the server, as this process watches them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -104,9 +104,10 @@ class Peers:
             self._far[process] = number, self._clock()
 
     def silent(self) -> tuple[Process, float] | None:
-        """Return a process of a host on which no process has changed its heartbeat for SILENT_S seconds.
+        """Return a process of a host that counts as down, and for how many seconds the host has been silent.
 
-        Also returns for how many seconds no heartbeat of that host has changed. Returns None if there is no such host.
+        A host counts as down if no process on it has changed its heartbeat for SILENT_S seconds. Returns None if there
+        is no such host.
         """
         last: dict[str, float] = {}
         for process, (_, since) in self._far.items():
@@ -123,7 +124,10 @@ class Peers:
 
 
 def gone(process: Process, code: int | None = None) -> str:
-    """Return the sentence about a process that has ended. code: its exit code, -9 for SIGKILL; None if not known."""
+    """Return the sentence about a process that has ended.
+
+    code: the exit code of the process, -9 for SIGKILL; None if the code is not known
+    """
     how = "has ended"
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):

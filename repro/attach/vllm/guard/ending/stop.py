@@ -18,25 +18,25 @@ EXIT_CODE = 86
 """The exit code of a process that the guard ended."""
 
 GRACE_S = 0.7
-"""Seconds after a refusal in which vLLM may shut down by itself. After that the guard ends the process."""
+"""Seconds that vLLM has, after a refusal, to shut down by itself. After that the guard ends the process."""
 
 EXPLAIN_S = 1.0
-"""Seconds that a rank waits for the reason of a collective that failed."""
+"""When a collective has failed, a rank waits this many seconds for a refusal that says why."""
 
 POLL_S = 0.02
 
 
 class Refused(RuntimeError):
-    """The guard refuses to go on. The text says which rank did what, and in which layer."""
+    """The guard stops this process. The text says which rank did what, and in which layer."""
 
 
 class Stop:
     """Ends this process after a refusal, and tells the user why.
 
     who      the name of the process in its log lines: "rank 1", "engine of rank 1"
-    agrees   whether the mode is ``agree``: the guard stops the process; in the mode ``observe`` it only prints
+    agrees   whether the mode is ``agree``, in which the guard stops the process; in the mode ``observe`` it only prints
     leave    ends the process with the exit code that it gets
-    tell     called once, at the refusal, to notify a process that has no guard thread
+    tell     is called once, at the refusal, to notify a process that has no guard thread
     """
 
     def __init__(
@@ -70,8 +70,7 @@ class Stop:
         self._keep(sentence, "observed")
 
     def begin(self, sentence: str) -> None:
-        """Note and print why the ranks stop. From GRACE_S seconds later on, :meth:`due` returns True, and the guard's
-        thread ends the process."""
+        """Note and print why the ranks stop. GRACE_S seconds later, the guard's thread ends this process."""
         with self._lock:
             if self.sentence:
                 return
@@ -87,10 +86,11 @@ class Stop:
             util.Finalize(None, self.leave, exitpriority=-1000)
 
     def explain(self, error: Exception) -> None:
-        """Wait at most EXPLAIN_S seconds for a refusal, and raise Refused if one comes; not in the mode ``observe``.
+        """Wait at most EXPLAIN_S seconds for a refusal, and raise Refused if one comes.
 
         Call this when a collective has failed with ``error``. If another process has ended, the collective fails at
         once, because the connections to that process break. The guard's thread learns the reason only a moment later.
+        In the mode ``observe``, this does nothing.
         """
         if isinstance(error, Refused) or not self.agrees:
             return
@@ -112,7 +112,7 @@ class Stop:
         self._leave(EXIT_CODE)
 
     def _keep(self, sentence: str, what: str) -> None:
-        """Append the sentence to guard.jsonl in HMR_GUARD_DIR, or in the folder of the recording.
+        """Append the sentence to guard.jsonl in HMR_GUARD_DIR, else in the folder of the recording, if there is one.
 
         what: "refused", or "observed" in the mode ``observe``
         """

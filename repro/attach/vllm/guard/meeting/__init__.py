@@ -1,2 +1,4 @@
-"""Data exchange of a server's processes: torch's store, votes through the store, and memory that an engine shares with
-its workers."""
+"""How the processes of a server exchange data: by torch's store, and by memory that an engine shares with its workers.
+
+The ranks also vote through the store.
+"""

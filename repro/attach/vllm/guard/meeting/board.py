@@ -29,7 +29,7 @@ class Field(enum.IntEnum):
                none
     ASKED      how many questions "is anyone unfinished?" the engine has begun to ask the other engines
     ANSWERED   how many of these questions have ended
-    PORT       the port of the workers' store, whose host name is at the offset _HOST; 0 until a worker has written it
+    PORT       the port of the store of the workers, 0 until a worker has written it; the host is at the offset _HOST
     FIRST      the first index of a ring buffer of RING numbers: index FIRST + N % RING has the value that COUNTED had
                when the engine requested execution N
     """
@@ -69,10 +69,10 @@ class Board:
         return self[Field.FIRST + number % RING] if number > 0 and 0 <= requested_since < RING else -1
 
     def executions(self) -> tuple[int, int]:
-        """Return how many executions were requested, and how many were counted.
+        """Return how many executions the engine has requested, and how many it has counted.
 
-        COUNTED is read first. So an execution that the engine requests and counts between the two reads never makes the
-        second number exceed the first.
+        The two numbers are read one after the other, COUNTED first. So if the engine requests and counts an execution
+        in between, the second number still does not exceed the first.
         """
         counted = self[Field.COUNTED]
         return self[Field.REQUESTED], counted
@@ -97,7 +97,7 @@ class Board:
 
 
 def create() -> Board:
-    """Create the board of this engine. Processes that it starts from now on find the board. Raises OSError."""
+    """Create the board of this engine, which its later child processes can open by `inherited`. Raises OSError."""
     descriptor = os.memfd_create("hmr_guard")  # stays open, because the workers open its path in /proc
     os.ftruncate(descriptor, BYTES)
     os.environ[VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -107,7 +107,7 @@ def create() -> Board:
 
 
 def inherited() -> Board | None:
-    """Return the board of the engine that started this process; None if there is none or it cannot be opened."""
+    """Return the board of the engine that started this process; None if there is no board or it cannot be opened."""
     path = os.environ.get(VARIABLE)
     if not path:
         return None

@@ -1,14 +1,16 @@
 """The keys in the store of vLLM's workers by which the processes of all ranks exchange data.
 
-    refusal      the sentence with which a rank stops all ranks; a later refusal does not replace it
-    calls        how many times a rank has asked all others to post their state
-    post/R       the state of rank R
-    process/N    pid, start time and host of the process with the name N, see :mod:`peers`
-    left/N       set if process N ends normally
-    beat/N       the heartbeat of process N, a number that N changes twice a second; processes on other hosts read it
+    refusal         the sentence with which a rank stops all ranks; a later refusal does not replace it
+    calls           how many times a process has asked all others to read the store and to post their state
+    post/R          the state of rank R
+    process/N       pid, start time and host of the process with the name N, see :mod:`peers`
+    left/N          set if process N ends normally
+    beat/N          the heartbeat of process N, a number that N changes twice a second; processes on other hosts read it
+    TOPIC/R         the ballot of rank R in the vote TOPIC, see :mod:`vote`
+    TOPIC/decision  the decision of this vote
 
-Each thread of the guard has its own connection to the store. vLLM may wait a long time for a key, and a request over
-vLLM's connection would have to wait as long.
+Each thread of the guard has its own connection to the store. If vLLM waits for a key, which can take long, other
+requests over vLLM's connection wait as long.
 """
 
 from __future__ import annotations
@@ -27,27 +29,27 @@ POLL_S = 0.02
 
 
 class Meeting:
-    """One thread's access to the store. Any method raises RuntimeError if the store is gone."""
+    """One thread's access to the store. Any method raises RuntimeError if the store does not answer."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     @classmethod
     def of(cls, store: Any) -> Meeting:
-        """Open one more connection to the server of this store, which vLLM's worker uses."""
+        """Open a further connection to the server of ``store``, which is the store that vLLM's worker uses."""
         import torch.distributed as dist
 
         return cls(dist.PrefixStore(PREFIX, root_of(store).clone()))
 
     @classmethod
     def at(cls, host: str, port: int) -> Meeting:
-        """Connect to the TCP store at this address. An engine calls this, because it is no rank and has no store."""
+        """Connect to the TCP store at this address. An engine calls this, because it has no store of its own."""
         import torch.distributed as dist
 
         return cls(dist.PrefixStore(PREFIX, dist.TCPStore(host, port, None, False)))
 
     def prepare(self, ranks: Iterable[int]) -> None:
-        """Create the keys that all processes read. Rank 0 calls this before the vote."""
+        """Create the keys that all processes read. Rank 0 calls this before the start vote."""
         for key in ("refusal", *(f"post/{rank}" for rank in ranks)):
             self._store.set(key, "")
         self._store.add("calls", 0)
@@ -56,35 +58,38 @@ class Meeting:
         self._store.set(key, text)
 
     def first(self, key: str, text: str) -> str:
-        """Set a key, unless it has a value. Returns the value that the key has then. The text must not be empty."""
+        """Set a key, unless it already has a value. Returns the key's value after that. ``text`` must not be empty."""
         return self._store.compare_set(key, "", text).decode()
 
     def read(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return key -> value for the keys that are set."""
+        """Return a dict from each of these keys that is set to its value."""
         keys = list(keys)
         if self._store.check(keys):
             return {key: text.decode() for key, text in zip(keys, self._store.multi_get(keys), strict=True)}
         return {key: self._store.get(key).decode() for key in keys if self._store.check([key])}
 
     def refuse(self, sentence: str) -> str:
-        """Stop all ranks. If another rank has refused before, returns the sentence of that rank, else ``sentence``."""
+        """Stop all ranks with this sentence, unless another rank has stopped them before.
+
+        Returns the sentence with which the ranks stop: that of the first rank that refused.
+        """
         return self.first("refusal", sentence)
 
     def news(self) -> tuple[str, int]:
-        """Return the sentence of the first refusal ("" if no rank has refused), and how often states were requested."""
+        """Return the sentence of the first refusal ("" if there is none), and the number of calls of `add_call`."""
         refusal, calls = self._store.multi_get(["refusal", "calls"])
         return refusal.decode(), int(calls)
 
     def call(self, post: Post) -> None:
-        """Post this rank's state, and ask the others to do the same."""
+        """Post the state of this rank, and ask all other ranks to post theirs."""
         self.post(post)
         self.add_call()
 
     def add_call(self) -> None:
-        """Make the guard's threads of all processes read the store soon.
+        """Ask the guard threads of all processes to read the store soon.
 
-        Each thread reads which processes have ended normally. The threads of workers also post the state of their rank,
-        and compare the posted states.
+        Each thread then reads which processes have ended normally. The threads of workers also post the state of their
+        rank, and compare all posted states.
         """
         self._store.add("calls", 1)
 
@@ -92,16 +97,16 @@ class Meeting:
         self._store.set(f"post/{post.rank}", post.text())
 
     def posts(self, ranks: Iterable[int]) -> list[Post]:
-        """Return the last state of each of these ranks that has posted one."""
+        """Return the last posted state of each of these ranks. A rank that has posted none is left out."""
         texts = self._store.multi_get([f"post/{rank}" for rank in ranks])
         return [Post.read(text.decode()) for text in texts if text]
 
     def wait_for(
         self, keys: Iterable[str], deadline_s: float, check: Callable[[], None], clock: Callable[[], float]
     ) -> list[str]:
-        """Wait at most ``deadline_s`` seconds until all keys are set. Returns the keys that are not set then.
+        """Wait at most ``deadline_s`` seconds until all keys are set. Returns the keys that are still not set.
 
-        ``check`` is called again and again; it may raise to end the wait.
+        ``check`` is called again and again during the wait. It can raise an exception to end the wait.
         """
         missing, until = list(keys), clock() + deadline_s
         while missing := [key for key in missing if not self._store.check([key])]:

@@ -1,4 +1,4 @@
-"""What the ranks compare at the start: the versions of plug-in and vLLM, and the settings that decide a schedule."""
+"""What the ranks compare in the start vote: versions of plug-in and vLLM, and settings that decide a schedule."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ SETTINGS = (
     "attention_config.backend", "kernel_config.moe_backend", "speculative_config.method",
     "speculative_config.num_speculative_tokens", "additional_config",
 )  # fmt: skip
-"""Attributes of VllmConfig that must be equal on all ranks. An attribute that this version lacks counts as None."""
+"""Attributes of VllmConfig that must be equal on all ranks. An attribute that this vLLM lacks counts as None."""
 
 VARIABLES = (
     "VLLM_USE_DEEP_GEMM", "VLLM_ENABLE_STARTUP_PLAN", "VLLM_USE_FLASHINFER_MOE_FP16", "VLLM_USE_FLASHINFER_MOE_FP8",
     "VLLM_ATTENTION_BACKEND", "VLLM_ALL2ALL_BACKEND", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_DISABLE_COMPILE_CACHE",
 )  # fmt: skip
-"""Environment variables that must be equal on all ranks, because they choose kernels or change what a start
-executes."""
+"""Environment variables that must be equal on all ranks, because they decide which kernels and collectives run."""
 
 WITH_HOOKS = ("allgather_reducescatter", "naive")
 """All-to-all backends whose dispatch and combine go through GroupCoordinator, where the guard sees them."""
@@ -41,7 +40,11 @@ _AG_RS = f"--all2all-backend {WITH_HOOKS[0]}"
 
 
 def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict[str, Any]:
-    """Return what this rank reports in the start vote. config: VllmConfig; missing: essential hooks that failed."""
+    """Return the ballot of this rank in the start vote: its settings, and whether it can be guarded.
+
+    config: VllmConfig; mode: HMR_GUARD; missing: the essential hooks that this vLLM lacks; has_engine: whether this
+    worker found the board of its engine
+    """
     said: dict[str, Any] = {"the plug-in's protocol": PROTOCOL, "HMR_GUARD": mode, "vLLM": _vllm()}
     for path in SETTINGS:
         said[path] = _plain(_attribute(config, path))
@@ -50,7 +53,10 @@ def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict
 
 
 def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
-    """Return the sentence with which the ranks refuse to start; "" if they may start. ballots: rank -> its ballot."""
+    """Return the sentence with which the ranks refuse to start; "" if they are allowed to start.
+
+    ballots: rank -> its ballot
+    """
     for rank, said in sorted(ballots.items()):
         if said["refuses"]:
             return str(said["refuses"])
@@ -66,10 +72,10 @@ def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def unsupported(config: Any) -> str:
-    """Return why the guard does not support this configuration, and the flag to change; "" if it supports it."""
+    """Return why the guard does not support this configuration, and the flag to change; "" if the guard supports it."""
     parallel = getattr(config, "parallel_config", None)
     if getattr(parallel, "enable_fault_tolerance", False):
-        return "the guard stops all ranks when one is gone, vLLM's fault tolerance goes on: unset one of the two"
+        return "the guard stops all ranks if one is gone, but fault tolerance goes on without it: unset one of the two"
     backend = str(getattr(parallel, "all2all_backend", "") or "")
     if not getattr(parallel, "enable_expert_parallel", False) or not backend or backend in WITH_HOOKS:
         return ""

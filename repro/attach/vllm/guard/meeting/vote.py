@@ -31,16 +31,16 @@ def decide(
     check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Write this rank's ballot, wait for the decision of rank 0, and return it.
+    """Write this rank's ballot, wait for the decision of rank 0, and return the decision.
 
-    The result is the same on all ranks: "" if the ranks may go on, else the reason why not, one sentence. If a rank has
-    waited for ``deadline_s`` seconds, it decides that the ranks may not go on, unless there is a decision.
+    The result is the same on all ranks: "" if all ranks go on, else one sentence that says why they do not. If a rank
+    has waited for ``deadline_s`` seconds and there is no decision yet, this rank decides that the ranks do not go on.
 
     topic       the name of the vote: "start"
     ballot      what this rank reports to ``judge``, a value that JSON can represent
     deadline_s  how many seconds this rank waits: rank 0 for all ballots, another rank for the decision
-    judge       rank 0 calls this with all ballots; returns "" if the ranks may go on, else the reason why not
-    check       called again and again while this rank waits; may raise to end the wait
+    judge       rank 0 calls this with all ballots; returns "" if the ranks are allowed to go on, else why not
+    check       is called again and again while this rank waits; it can raise an exception to end the wait
     """
     meeting.set(f"{topic}/{rank}", json.dumps(ballot))
     decision = f"{topic}/decision"

@@ -2,7 +2,7 @@
 
 The builders of FlashInfer call the functions of FlashInfer that the first execution would call. They were written from
 FlashInfer's source, and have not been run, for lack of a GPU. If a version of FlashInfer lacks such a function, the
-start reports the error and goes on, and the first execution builds these kernels.
+start reports this and goes on, and the first execution builds these kernels.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ VARIABLE = "HMR_GUARD_BUILDERS"
 
 
 class BuilderError(ValueError):
-    """HMR_GUARD_BUILDERS names a module or function that does not exist."""
+    """An entry of HMR_GUARD_BUILDERS does not have the form module:function, or its function cannot be imported."""
 
 
 class Builder(NamedTuple):
-    """One thing to build.
+    """Builds kernels before the ranks communicate.
 
     name    what is built, for the log: "FlashInfer's GDN prefill"
-    wanted  whether a model uses it
-    build   called on every rank; the first call on a host builds, later calls load what was built
+    wanted  returns whether a model uses these kernels
+    build   is called on every rank; the first call on a host builds, later calls load what was built
     """
 
     name: str
@@ -37,10 +37,10 @@ def _gdn_on_flashinfer(model: Any) -> bool:
 
 
 def _moe_on_flashinfer(model: Any) -> bool:
-    """Whether any layer's experts are vLLM's FlashInferExperts (CUTLASS).
+    """Whether any layer has vLLM's FlashInferExperts (CUTLASS) as its experts.
 
-    The attribute fused_experts has them. Depending on the version of vLLM, the layer's quant_method has this attribute,
-    or the quant_method's moe_kernel or kernel has it.
+    The experts are in an attribute `fused_experts`. Depending on the version of vLLM, it belongs to the layer's
+    quant_method, or to the moe_kernel or the kernel of this quant_method.
     """
     for module in model.modules():
         method = getattr(module, "quant_method", None)
@@ -71,7 +71,7 @@ BUILDERS = (
 
 
 def chosen(model: Any) -> Iterator[Builder]:
-    """Yield the builders for this rank's model, then those of HMR_GUARD_BUILDERS. Raises BuilderError."""
+    """Yield the builders that the model needs, then those that HMR_GUARD_BUILDERS names. Raises BuilderError."""
     for builder in BUILDERS:
         if model is not None and builder.wanted(model):
             yield builder
@@ -80,5 +80,5 @@ def chosen(model: Any) -> Iterator[Builder]:
         try:
             build = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError) as error:
-            raise BuilderError(f"{VARIABLE} names {name}: {error}; its form is module:function,…") from None
+            raise BuilderError(f"{VARIABLE} names {name}: {error}; write module:function,module:function,…") from None
         yield Builder(name.strip(), lambda model: True, build)

@@ -1,8 +1,8 @@
 """Build the kernels that the first step would build, before the ranks wait for each other in that step.
 
-On each host one rank builds while the others wait for its lock. The lock names the rank that builds, shows that it is
-alive, and has a deadline. Then each rank waits until all ranks have done this. A rank that cannot build stops all
-ranks at once.
+On each host one rank builds, and the other ranks wait for its build lock. The lock names the rank that builds, shows
+that this rank is alive, and has a deadline. Then each rank waits until all ranks have finished. If a build raises
+ImportError or AttributeError, the rank prints the exception and goes on. Any other exception stops all ranks at once.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from hybrid_moe_kernels.build_lock import BuildLock
 
 DEADLINE_S = 1800.0
-"""Seconds that a build, or the wait for one, may take (HMR_GUARD_BUILD_DEADLINE)."""
+"""After how many seconds a build, or the wait for a build, counts as failed (HMR_GUARD_BUILD_DEADLINE)."""
 
 SAY_S = 5.0
 """A rank that waits for the build lock prints a line each time that this many seconds have passed."""
 
 
 def loading(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.load_model, to build kernels directly after it: the model exists then, but has not run."""
+    """Wrap Worker.load_model, to build kernels directly after it. The model then exists, and has not run yet."""
 
     @wraps(original)
     def load_model(self: Any, *args: Any, **options: Any) -> Any:
@@ -47,10 +47,10 @@ def loading(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prepare(guard: Guard, model: Any) -> None:
-    """Build the kernels that the model needs, and wait until all ranks have done so.
+    """Build the kernels that the model needs, then wait until all ranks have built theirs.
 
-    Raises Refused if a rank could not build, or did not finish in time. In the mode ``observe``, only prints what would
-    be built.
+    Raises Refused if a build failed on a rank, or if a rank did not finish in time. In the mode ``observe``, only
+    prints what would be built. model: the model of this rank; None if it is not known
     """
     stop, began_s = guard.stop, time.monotonic()
     deadline_s = float(os.environ.get("HMR_GUARD_BUILD_DEADLINE") or DEADLINE_S)
@@ -96,8 +96,10 @@ def _build(builder: Builder, guard: Guard, deadline_s: float) -> None:
 
 
 class _Waiting:
-    """The wait of a rank for the build lock: `check` prints from time to time that the rank waits, and raises Refused
-    after a refusal."""
+    """The wait of a rank for the build lock.
+
+    `check` prints from time to time that the rank waits, and raises Refused if the ranks have been stopped.
+    """
 
     def __init__(self, builder: Builder, guard: Guard) -> None:
         self.lock: BuildLock | None = None

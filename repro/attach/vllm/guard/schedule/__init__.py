@@ -1,1 +1,1 @@
-"""The collectives that a rank issues and the schedule that it expects, and how the ranks compare these."""
+"""What a rank issues and expects to issue, and how the ranks compare it."""

@@ -41,7 +41,7 @@ def digest_of(text: str) -> int:
 
 
 def joined(digest: int, other: int) -> int:
-    """Return the digest of a sequence with one more number, ``other``, at its end."""
+    """Return the digest of a sequence to which ``other`` is appended. digest: the digest of the sequence without it"""
     return ((digest ^ other) * PRIME + 1) & MASK
 
 

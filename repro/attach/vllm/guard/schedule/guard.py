@@ -1,13 +1,13 @@
-"""The guard of one worker. It adds a digest to each step agreement, and learns which schedule follows an agreement.
+"""The guard of one worker. It compares the ranks at each step agreement, and learns the schedule of each kind of step.
 
-At each agreement (C1) a rank adds two rows to vLLM's tensor, with one digest. The digest covers the collectives that
-the rank has issued since the last agreement, the schedule that it expects to follow, and how many executions of the
-model its engine has counted. All ranks see all digests. If these differ, the ranks compare their last collectives
-through the store, and stop with the first difference.
+At each step agreement (C1) a rank adds two rows to vLLM's tensor, which contain one digest. The digest covers the
+collectives that the rank has issued since the last agreement, the schedules that it has learned, and how many
+executions of the model its engine has counted. So all ranks see all digests. If the digests differ, the ranks compare
+their last collectives through the store, and stop with an error message about the first difference.
 
-The schedule is learned: it has the collectives that the rank issued after earlier agreements of the same kind. Before a
-rank issues a collective that is not the next one of its schedule, the rank waits until each other rank has posted the
-collective that it issues at this position. If all post the same collective, all go on.
+A schedule has the collectives that the rank issued after earlier agreements of the same kind. Before a rank issues a
+collective that is not the next one of its schedule, the rank waits until each other rank has posted the collective that
+it issues at this position. If all ranks post the same collective, all go on; else they stop.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ EXPLAIN_S = 10.0
 
 CALL_S = 0.2
 TELL_S = 0.3
-"""Seconds between a refusal and the exception. The store's server may be in this process, and all other processes must
-read the reason before it ends."""
+"""Seconds between a refusal and the exception, in which all other processes must read the reason from the store.
+
+The server of the store may run in this process, which ends after the exception.
+"""
 
 T = TypeVar("T")
 
@@ -100,7 +102,10 @@ class Guard:
         return not self.inside and threading.get_ident() == self.thread
 
     def issue(self, group: str, op: str, call: Callable[[], T]) -> T:
-        """Issue a collective by ``call``. Raises Refused instead, if the other ranks issue another collective."""
+        """Issue a collective by ``call``. If it is not the next one of the schedule, first wait for the other ranks.
+
+        Raises Refused, and does not issue the collective, if another rank issues another collective in its place.
+        """
         self._admit(entry_of(group, op, self.layer))
         return self._run(call)
 
@@ -148,9 +153,10 @@ class Guard:
             self.inside = False
 
     def _confer(self, entry: Entry) -> None:
-        """Wait until all other ranks have issued this entry, or are about to issue it. Raises Refused if one differs.
+        """Wait until all other ranks have issued this entry, or are about to issue it.
 
-        A rank calls this before it issues an entry that is not the next one of its schedule.
+        A rank calls this before it issues an entry that is not the next one of its schedule. Raises Refused if a rank
+        issues another entry in place of this one.
         """
         number, called_s = self.stream.count, -CALL_S
         self._held = number, entry
@@ -168,8 +174,10 @@ class Guard:
         self._held = None
 
     def _explain(self) -> None:
-        """Find the first difference between the ranks, and refuse. Every rank calls this after an agreement whose
-        digests differ."""
+        """Find the first difference between what the ranks issued, and refuse.
+
+        Every rank calls this after an agreement whose digests differ.
+        """
         until, called_s = self._clock() + EXPLAIN_S, -CALL_S
         posts: list[Post] = []
         while self._clock() < until:
@@ -200,7 +208,7 @@ class Guard:
         raise Refused(sentence)
 
     def fail(self, error: Exception) -> None:
-        """Stop the ranks that wait for this one, because the model raised this error."""
+        """Stop the ranks that would wait for this rank, because this rank's model raised ``error``."""
         if not isinstance(error, Refused) and self.stop.agrees and not self.stop.sentence:
             self.stop.begin(self.meeting.refuse(f"rank {self.rank} failed: {type(error).__name__}: {error}"))
 
@@ -248,7 +256,7 @@ class Guard:
 
 
 def kind_of(rows: Sequence[Sequence[int]]) -> Hashable:
-    """Return the kind of a step, which decides its schedule: the graph mode and microbatches on which the ranks agree.
+    """Return the kind of a step: the graph mode and the microbatches on which the ranks agree. It decides the schedule.
 
     rows  the result of C1: a row for each quantity, a column for each rank. vLLM 0.20 to 0.33 has 4 rows, its new model
           runner 6 or 7. For any other number of rows the meaning of the rows is unknown, and the kind is None

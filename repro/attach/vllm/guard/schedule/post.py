@@ -18,9 +18,9 @@ class Post:
 
     first        the number of the first entry in `entries`
     entries      the last entries that the rank has issued
-    next         the entry that the rank is about to issue although its schedule has another one there; None if there is
-                 none
-    departed     the number of the last entry that was not the one of the schedule; -1 if there is none
+    next         the entry that the rank holds back, because its schedule has another entry in this place; None if the
+                 rank holds no entry back
+    departed     the number of the last entry that differed from the rank's schedule; -1 if no entry did
     execution    how many executions of the model the rank has begun
     counted      how many executions the engine had counted when it requested the rank's last execution; -1 if unknown.
                  Normally this is `execution` - 1
@@ -49,7 +49,7 @@ class Post:
         return self.first + len(self.entries)
 
     def at(self, number: int) -> Key | None:
-        """Return the entry with this number: one of `entries`, or `next`. None if this state does not have it."""
+        """Return the entry with this number, from `entries` or `next`; None if this state does not have the entry."""
         if number == self.count:
             return self.next
         return self.entries[number - self.first] if self.first <= number < self.count else None
@@ -68,7 +68,7 @@ class Post:
 
 
 def difference(posts: Sequence[Post]) -> str:
-    """Return one sentence about the first difference between the states of these ranks; "" if they do not differ."""
+    """Return a sentence about the first difference between the states of these ranks; "" if there is none."""
     return _left_out(posts) or _entries(posts) or _asks(posts)
 
 
@@ -123,7 +123,7 @@ def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
 
 
 def _asks(posts: Sequence[Post]) -> str:
-    """Return the sentence about a cycle of waits between two engines and their workers; "" if there is none.
+    """Return the sentence about a cycle of waits between two engines and their workers; "" if there is no cycle.
 
     The engine of rank A asks "is anyone unfinished?", and its worker is idle. The worker of rank B waits in a
     collective for the worker of A. The engine of B waits for its worker, so it does not answer the question.

@@ -39,7 +39,8 @@ class Stream:
     def departs(self, entry: Entry, ends: bool = False) -> bool:
         """Whether this entry, which is about to be issued, is not the next one of the schedule.
 
-        If it is not, the schedule is dropped until the next agreement. Returns False while there is no schedule.
+        If the entry is not the next one, the schedule is dropped until the next agreement. Without a schedule, returns
+        False.
 
         ends: whether this entry is the agreement that ends the step
         """
@@ -59,7 +60,7 @@ class Stream:
         self.digest = joined(self.digest, entry.digest)
 
     def expected(self) -> int:
-        """Return one digest of all schedules that this rank has learned. It learns a schedule for each kind of step."""
+        """Return one digest of all schedules that this rank has learned, one for each kind of step."""
         if self._changes != self._repeated.changes:
             self._changes, self._expected = self._repeated.changes, 0
             for kind, entries in self._repeated.expected():
@@ -70,7 +71,7 @@ class Stream:
         return self._expected
 
     def agreed(self, kind: Hashable) -> None:
-        """Learn the step that has just ended, and begin the next one. The last entry is the agreement between the two.
+        """Learn the schedule of the step that has just ended, and begin the next step. The last entry is the agreement.
 
         kind: the kind of the next step, on which the ranks have just agreed; None if it is unknown
         """
@@ -83,7 +84,10 @@ class Stream:
         self._plan = self._repeated.of(kind) if kind is not None else None
 
     def last(self) -> tuple[int, list[Entry]]:
-        """Return the last entries, at most MAX_SENT, and the number of the first of them. Any thread may call this."""
+        """Return the last entries, at most MAX_SENT, and before them the number of the first one.
+
+        Any thread can call this.
+        """
         base, entries = self._kept
         entries = list(entries)
         dropped = max(0, len(entries) - MAX_SENT)
