@@ -20,14 +20,14 @@ from repro.verdict.result import Finding, Verdict
 class Case:
     """Everything that a rule may use to judge one run.
 
-    witnesses      rank -> its witness; damaged witnesses are left out
-    rank_states    rank -> its position, and what the wait-for graph needs to know about it
+    witnesses      rank -> the rank's witness; damaged witnesses are left out
+    rank_states    rank -> the rank's position, and what the wait-for graph needs to know about the rank
     ledger         the collectives of all ranks, matched by group and sequence number
     waits          the wait-for graph
     quiet_s        seconds from the last event of any rank to the moment that is judged
-    notes          lines of evidence that every verdict on this run lists
-    queued         groups whose collectives are recorded when they are queued, not when they run, as on NCCL
-    now_s          the moment that is judged, on the clock of ``facts.died``
+    notes          lines to add to the evidence, whatever the verdict is
+    queued         names of the groups whose collectives are recorded as complete when they are queued, as on NCCL
+    now_s          the moment that is judged, in seconds on the clock of the times in ``facts.died``
     """
 
     witnesses: Mapping[int, Witness]
@@ -43,11 +43,11 @@ class Case:
 
     @property
     def quiet(self) -> bool:
-        """Whether no rank has recorded an event for the quiet window. False if a witness has no times."""
+        """Whether no rank has recorded an event during the quiet window. False if a witness has no times."""
         return self.quiet_s >= self.quiet_window_s and self.all_know(Knows.TIME)
 
     def needs_quiet(self, what: str) -> str:
-        """Return a sentence that says why it is too early to report ``what``: "deadlock" or "stall"."""
+        """Return a sentence that says why it is too early for the verdict ``what`` ("deadlock" or "stall")."""
         if not self.all_know(Knows.TIME):
             return (
                 f"not every witness has times, so nothing shows how long the ranks have waited; a {what} is reported "
@@ -59,7 +59,7 @@ class Case:
         )
 
     def all_know(self, aspects: Knows) -> bool:
-        """Whether every witness records these aspects, such as times or layers, so that a rule may use them."""
+        """Whether every witness records these aspects, such as times or layers, so that a rule can use them."""
         return all(aspects in witness.knows for witness in self.witnesses.values())
 
     def unknowing(self, ranks: Collection[int], aspects: Knows) -> list[int]:
@@ -71,14 +71,15 @@ class Case:
         return tuple(rank for rank, rank_state in sorted(self.rank_states.items()) if rank_state.state in states)
 
     def place(self, rank: int) -> str:
-        """Return the collective or lock in which a rank waits: "in dp all_reduce #41", or "outside any collective"."""
+        """Return where a rank is, as text: "in dp all_reduce #41", "in lock experts" or "outside any collective"."""
         node = self.waits.at.get(rank)
         return "outside any collective" if node is None else f"in {node.name}"
 
     def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
         """Make a verdict of the class named ``verdict`` from the finding of a rule.
 
-        more   other fields of the verdict; lines of ``evidence`` here come before the evidence of the finding
+        more   fields of `Verdict` that replace those of the finding; but lines in ``evidence`` are added before the
+               evidence of the finding
         """
         finding = finding or Finding()
         positions = tuple(self.rank_states[rank].position for rank in sorted(self.rank_states))

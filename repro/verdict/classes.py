@@ -24,7 +24,8 @@ class VerdictClass:
     causes    name of a cause -> how a headline describes the cause; a verdict of this class may also have no cause
     outside   the events outside the job (INTERRUPT, END) that leave the same evidence as this class. If one of them
               ended the job, the verdict becomes inconclusive
-    live      whether only a watcher that watches the live job can see this class
+    live      whether a run of this class can end normally: then its files look `clean`, and only a watcher that watched
+              the run while it ran can find this class
     """
 
     name: str
@@ -137,6 +138,6 @@ def class_of(verdict: str) -> VerdictClass:
 
 
 def describe_classes() -> str:
-    """Return a text with one line for each verdict class and its meaning, for the help of a command."""
+    """Return the part of a command's help that explains the verdict classes: one line for each class."""
     width = max(map(len, CLASSES))
     return "\n".join(f"  {name:{width}}  {each.meaning}" for name, each in CLASSES.items())

@@ -10,9 +10,9 @@ T = TypeVar("T", bound=Hashable)
 
 
 def find_cycle(waits_for: Mapping[T, Iterable[T]]) -> list[T]:
-    """Find a cycle in which each member waits for the next, and the last for the first; [] if there is none.
+    """Return the nodes of one cycle, in which each node waits for the next node and the last for the first; or [].
 
-    waits_for   member -> the members for which it waits
+    waits_for   node -> the nodes for which this node waits
     """
     try:
         TopologicalSorter(waits_for).prepare()

@@ -8,19 +8,22 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What was observed about the ranks' processes. Each field maps rank -> value. A rank without a value was not
-    observed.
+    """What was observed about the ranks' processes. Each field is a dict from rank to value.
+
+    A rank without a value in ``alive``, ``cores`` or ``starved`` was not observed or not measured. Each other field has
+    only the ranks for which there is something to report.
 
     alive          whether the process exists
     excused        why the process cannot make progress, whatever its witness shows: "stopped by a signal"
-    lock_holders   the lock for which the rank waits, and the pid of the process that holds it; 0 if none holds it
+    lock_holders   (the lock for which the rank waits, pid of the process that holds the lock; 0 if no process holds it)
     cores          how many processors the process and its descendants kept busy since the previous observation
     starved        share of the time since the previous observation in which the threads of the process could run but
-                   got no processor, summed over the threads
-    died           when the end of the process was first noticed, in seconds on one clock for all ranks. Processes
-                   whose end was noticed together have the same time
+                   got no processor, summed over the threads. It is at least the share that the host itself lost
+                   to its hypervisor, or by which the watcher woke up late
+    died           when the watcher (or agent) first noticed that the process had ended, in seconds on one clock for
+                   all ranks. Processes whose ends were noticed together have the same time
     contradicted   what other evidence shows that contradicts the rank's witness
-    unanswered     the evidence (stack, Flight Recorder dump) that was requested from the rank but not written
+    unanswered     the evidence (stack, Flight Recorder dump) that the watcher requested and the rank did not write
     """
 
     alive: Mapping[int, bool] = field(default_factory=dict)
@@ -33,7 +36,7 @@ class Facts:
     unanswered: Mapping[int, str] = field(default_factory=dict)
 
     def joined(self, others: Facts, clock_ahead_s: float = 0.0) -> Facts:
-        """Return these facts together with those of another host.
+        """Return these facts together with ``others``, the facts of another host.
 
         clock_ahead_s   how many seconds the clock of this host is ahead of the other host's clock
         """

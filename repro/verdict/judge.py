@@ -1,11 +1,13 @@
 """The judge: derive the position of each rank and the wait-for graph, then apply the first of these rules that fits.
 
-1. Ranks completed different collectives under one sequence number, or results are wrong: `corrupt`.
-2. Every rank is done: `clean`.
-3. The waits form a cycle: `deadlock`.
+1. Ranks completed different collectives under one sequence number, or results are wrong: `corrupt`; `inconclusive` if
+   the different collectives were only queued on the devices (NCCL).
+2. Every rank is done: `clean`; `inconclusive` if the witnesses do not show everything that must be equal.
+3. The waits form a cycle: `deadlock`; `inconclusive` before the quiet window has passed. This rule is left out if a
+   rank died or failed in a collective that members issued with different arguments: then rule 4 applies.
 4. A rank died or failed: `crash`; `inconclusive` if the user interrupted the ranks.
 5. Otherwise follow the waits from rank to rank to their end, and judge by what the last rank does
-   (`repro.verdict.rules.waiting`): the rank works, is done, left no witness, or is in a collective that all entered.
+   (`repro.verdict.rules.waiting`): it works, is done, left no witness, or is in a collective that all members entered.
 """
 
 from __future__ import annotations
@@ -44,15 +46,16 @@ def judge(
 ) -> Verdict:
     """Derive the verdict from the witnesses and the facts of a run.
 
-    witnesses       rank -> its witness
+    witnesses       rank -> the rank's witness
     facts           observations of the ranks' processes; a rank whose process was not observed counts as alive
     now_ns          when the witnesses were read: the time on the monotonic clock of one host, or rank -> the time on
                     the clock of the rank's host
     quiet_window_s  a hang is reported only if no rank has recorded an event for this many seconds
-    home            the process that read the clock of this one host; by default the process of the lowest rank
-    wrong_numbers   one line for each result that differs from the reference; with such a line, a run that would be
-                    `clean` is `corrupt`
-    queued          groups whose collectives are recorded when they are queued, not when they run, as on NCCL
+    home            if ``now_ns`` is one number: a process of the host whose clock gave this number; by default
+                    the process of the lowest rank
+    wrong_numbers   one line for each result that differs from the reference. If there is a line, the verdict is
+                    `corrupt`, unless ranks queued different collectives in a group of ``queued``: then `inconclusive`
+    queued          names of the groups whose collectives are recorded as complete when they are queued, as on NCCL
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns, home)
@@ -85,7 +88,8 @@ def judge(
 def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
     """Turn each culprit with a damaged witness into a suspect, and a `clean` verdict into `inconclusive`.
 
-    Lower the confidence, and add a line of evidence. Without damaged witnesses, return the verdict unchanged.
+    Also lower the confidence to `likely`, or to `undecided` if no culprit is left, and add a line of evidence. If no
+    witness is damaged, return the verdict unchanged.
 
     damaged   the ranks whose witness is damaged
     """
@@ -104,10 +108,10 @@ def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
 
 
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
-    """Return the witnesses that belong to one run, and a line for each other witness.
+    """Return the witnesses of one run, and a line for each witness that is left out.
 
-    If witnesses of several runs are given, take the run with the most witnesses. If two runs have equally many, take
-    none.
+    If the witnesses are of several runs, take the run with the most witnesses; if two runs have the most, take no
+    witness. A witness is also left out if its header has another rank or another number of ranks.
     """
     runs = Counter((witness.writer.run_id, witness.writer.num_ranks) for witness in witnesses.values())
     notes: list[str] = []
@@ -166,7 +170,7 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
 def _clean(case: Case) -> Verdict:
     """Judge a run in which all ranks are done and no difference was found.
 
-    The verdict is `clean` only if the witnesses show enough: they must have the arguments of all collectives.
+    The verdict is `clean` if the witnesses show everything that must be equal on all ranks; otherwise `inconclusive`.
     """
     ranks = tuple(case.rank_states)
     blind = case.unknowing(ranks, COLLECTIVES | Knows.ARGUMENTS)
@@ -187,8 +191,8 @@ def _clean(case: Case) -> Verdict:
 def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:
     """Find a sequence number of a group under which ranks completed different collectives.
 
-    Returns (group, number, the different calls); None if there is none. If a rank issued a collective, did not wait for
-    it, and is done, the collective counts as completed.
+    Return (group, number, the different calls); None if there is no such number. If a rank issued a collective without
+    waiting for it, and is done, the collective counts as completed on this rank.
     """
     done = set(case.ranks("done"))
     for key, seqs in sorted(case.ledger.diverged.items(), key=lambda item: item[0][0] in case.queued):
@@ -202,7 +206,8 @@ def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:
 def _queued_differently(case: Case, key: GroupKey, seq: int, finding: Finding) -> Verdict:
     """Judge ranks that queued different collectives on their devices under one sequence number: `inconclusive`.
 
-    The witnesses do not show whether the devices completed these collectives.
+    The witnesses do not show whether the devices completed these collectives. So the culprits of ``finding`` become
+    suspects.
     """
     finding.evidence.append(
         f"{key[0]} #{seq} is queued with different arguments, and whether it completed is not recorded: take the "

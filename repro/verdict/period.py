@@ -13,11 +13,13 @@ MAX_PERIOD = 512
 
 
 def period_of(past: Sequence[object]) -> int | None:
-    """Return the length of the pattern that repeats at the end of a history of operations; None if there is none.
+    """Return the length of the pattern that repeats at the end of a history of operations; None if there is no pattern.
 
-    If several lengths fit, the one whose repetitions cover most of the history is returned. They must cover at least
-    MIN_REPEATS periods, MIN_COVERED operations, and half of the history. The operations before them belong to the job's
-    start.
+    If several lengths fit, return the one whose repetitions cover most operations of the history. The repetitions must
+    cover at least MIN_REPEATS periods, MIN_COVERED operations and half of the history. The operations before the first
+    repetition belong to the start of the job.
+
+    past   the operations, oldest first
     """
     best, covered = None, 0
     for period in range(1, min(MAX_PERIOD, len(past) // MIN_REPEATS) + 1):

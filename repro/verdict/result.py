@@ -11,7 +11,7 @@ import msgspec
 MAX_RANKS = 1 << 20
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
 Count = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
-"""An integer that may be read from an untrusted file. It is limited so that the sum of two fits in 64 bits."""
+"""An integer from a file that is not trusted. Its limits ensure that the sum of two such integers fits in 64 bits."""
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 
@@ -29,11 +29,11 @@ class Position:
     state      missing (no witness), hidden (the witness does not show what the rank does), starting, running (outside
                any collective), building (a kernel), locked (waits for a lock), blocked (waits in a collective), done,
                failed or dead
-    layer, group, seq, op, sizes    the collective in which the rank is blocked; empty in most other states
-    detail     the lock, the build or the error message, or what the operating system reports about the rank
+    layer, group, seq, op, sizes    the collective in which the rank began to wait, if it has not left it; else empty
+    detail     depends on the state: the lock, the build, the error message, or what the operating system reports
     since_s    for how many seconds the rank has been in this state
     site       where the program called the collective: "file:line function"
-    line       the record of the witness that shows this: "rank003.wit:38912 event 118"
+    line       the record of the witness that shows the position: "rank003.wit:38912 event 118"
     """
 
     rank: Rank
@@ -86,12 +86,12 @@ class Position:
 
 
 class Wait(msgspec.Struct, frozen=True, rename={"awaited": "for"}):
-    """A node of the wait-for graph: ranks that wait in one collective or for one lock, and the ranks they wait for.
+    """Ranks that wait in one collective or for one lock, the ranks for which they wait, and why the wait does not end.
 
     ranks      the ranks that wait
     waits_in   the collective or the lock: "dp all_reduce #41", "lock experts"
-    awaited    the ranks without which the wait cannot end; empty if the wait is not for a rank
-    why        what each awaited rank has not done, in sentences: "rank 3 has not issued it"
+    awaited    the ranks for which they wait; () if they wait for no rank
+    why        why the wait does not end: "rank 3 has not issued it", "no process holds it any more"
     """
 
     ranks: tuple[Rank, ...]
@@ -114,15 +114,16 @@ class Verdict:
 
     verdict            the name of a class of `repro.verdict.classes`
     cause              one of the causes of this class; "" if none is known
-    culprits           the ranks that are proven to be the cause; empty if the evidence proves it for no rank
-    suspects           the ranks that differ from other ranks or from earlier steps: an observation, no proof
+    culprits           the ranks that the evidence shows to be the cause; can be empty
+    suspects           the ranks that can be the cause, for example because they differ from other ranks or from their
+                       own earlier steps; the evidence does not prove it
     ranks              the position of each rank
     first_divergence   the first place where ranks differ: {"sides": [{"ranks", "group", "seq", ...}, ...]}
     cycle              the waits that form a cycle, each as {"ranks", "waits_in", "for"}
     waits              all waits; those of the cycle come first
     evidence           lines that say what was observed
     confidence         certain; likely (further evidence could change the culprits); or undecided (no culprits)
-    quiet_s            seconds since the last event of any rank
+    quiet_s            seconds from the last event of any rank to the moment that is judged
     """
 
     verdict: str
@@ -155,7 +156,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class Finding:
-    """What one rule found: cause, culprits and evidence. `Case.verdict` makes a verdict of it."""
+    """What one rule found: cause, culprits and evidence. `Case.verdict` makes a `Verdict` from a finding."""
 
     cause: str = ""
     culprits: tuple[int, ...] = ()
@@ -201,7 +202,7 @@ _SINGULAR = {
 
 
 def say(ranks: Collection[int], words: str) -> str:
-    """Make a sentence of ranks and words that begin with a plural verb. One rank gets the singular verb.
+    """Make a sentence from ranks and words. The words begin with a plural verb, which one rank turns into the singular.
 
     say([3], "wait in dp all_reduce #41") -> "rank 3 waits in dp all_reduce #41".
     """

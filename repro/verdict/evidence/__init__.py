@@ -1,1 +1,1 @@
-"""What witnesses and facts show: where each rank is, which collectives match, which ranks wait for which."""
+"""What witnesses and facts show: where each rank is, which collectives match, which rank waits for which other."""

@@ -1,4 +1,4 @@
-"""Compare the collectives that each rank issued in a step with the schedule that the rank declared for it.
+"""Compare the collectives that each rank issued in a step with the schedule that the rank declared for this step.
 
 A rank that leaves its own schedule has made a mistake, which we call a deviation. A rank that only differs from other
 ranks may be right.
@@ -22,11 +22,11 @@ class Deviation:
 
     kind     extra (a collective too many), skipped, order (issued before an entry that was due first), or mismatch
              (another operation in place of the entry)
-    index    index of the schedule entry that was due
-    entry    the entry that the rank skipped or has not issued yet; otherwise the entry that it issued wrongly
+    index    the index in the schedule of the entry that was due
+    entry    the entry that the rank skipped or has not issued yet; otherwise the entry that the rank issued wrongly
     planned  the entry that was due; None after the end of the schedule
     issued   the collective that the rank issued instead; None if the step ended without one
-    group    the group of ``entry``, where known
+    group    the group of ``entry``; None if it is not known
     """
 
     kind: str
@@ -56,9 +56,10 @@ class Deviation:
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
     """Find all places in one step where the rank left its declared schedule, in order.
 
-    If the rank issued a collective before the entries that were due first, the deviation is `skipped`, with one
-    exception: the collective is the last one so far, the step has not ended, and none of these entries has the group of
-    the collective. Then the rank may still issue the entries, in another order of the groups: the deviation is `order`.
+    If the rank issued a collective before the entries that were due first, the deviation is `skipped`. There is one
+    exception: if this collective is the last one so far, the step has not ended, and none of these entries is of the
+    collective's group, the rank can still issue the entries, in another order of the groups. Then the deviation is
+    `order`.
 
     groups   name of a group -> the group with its members
     """
@@ -111,8 +112,8 @@ class _Comparison:
     def explain(self, k: int, i: int) -> tuple[str, int]:
         """Explain why the rank issued ``entries[k]`` when ``plan[i]`` was due.
 
-        Returns the kind of deviation and the number of plan entries that it covers. The kind is chosen so that as many
-        of the following entries as possible agree with the plan.
+        Return the kind of deviation and the number of plan entries that the deviation covers. The kind is chosen so
+        that as many of the following entries as possible agree with the plan.
         """
         plan, entry = self._plan, self._entries[k]
         if i == len(plan):
@@ -158,9 +159,11 @@ def unshared_deviations(
 ) -> tuple[list[Deviation], list[Deviation]]:
     """Find the first deviation of each rank, from step ``since`` on, that not all members of the group made.
 
-    A deviation that every member makes in the same step cannot explain a hang. Returns two lists. The first leaves out
-    deviations that, in some other step, all members made together. The second keeps them, because they may explain a
-    hang if nothing else does.
+    A deviation that every member makes in the same step cannot explain a hang.
+
+    Return two lists with at most one deviation for each rank. The first list has no deviation that all members made
+    together in another step. In the second list these deviations count, too, because they can explain a hang if nothing
+    else explains it.
     """
     by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}
@@ -195,9 +198,9 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Return the ranks that in an earlier step issued the two collectives of an `order` deviation in the same order.
+    """Return the ranks that issued the two collectives of an `order` deviation in this same order in an earlier step.
 
-    In that step the rank issued both collectives, so it may still issue the second one in the present step, too.
+    In the earlier step the rank issued both collectives. So it can still issue the second one in the present step, too.
     """
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []

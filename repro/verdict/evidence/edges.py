@@ -1,4 +1,4 @@
-"""Convert the wait-for graph to the list in a verdict: which ranks wait where, for which ranks, and why."""
+"""Convert the wait-for graph to `Verdict.waits`: which ranks wait where, for which ranks, and why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from repro.verdict.evidence.position import RankState
 from repro.verdict.result import Wait, say
 
 MOST_RANKS = 1 << 20
-"""The largest number of ranks in all waits of a verdict together, to limit the size of verdict.json in a large job."""
+"""The largest number of ranks in all waits of a verdict together. Further waits are left out, to limit verdict.json."""
 
 
 def list_waits(waits: Waits, rank_states: Mapping[int, RankState]) -> tuple[Wait, ...]:

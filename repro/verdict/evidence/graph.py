@@ -1,5 +1,8 @@
-"""Build the wait-for graph. A node is a collective or a lock, with the ranks that wait in it. The edges of a node lead
-to the ranks for which its ranks wait."""
+"""Build the wait-for graph: which ranks wait in which collective or lock, and for which other ranks.
+
+A node is a collective or a lock, with the ranks that wait in it. The edges of a node lead to the ranks for which these
+ranks wait.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class Node:
     # "mismatch" or "sizes" if members issued this collective, or an earlier one, with different arguments
     differs: str = ""
     differs_at: int = 0  # the sequence number of the collective with different arguments
-    outside: int | None = None  # if no rank holds the lock: pid of its holder, -1 if unknown, 0 if nobody holds it
+    outside: int | None = None  # if no rank holds the lock: pid of its holder, -1 if unknown, 0 if no process
     named: int = -1  # pid of the lock holder as the waiting ranks recorded it
 
     def __str__(self) -> str:
@@ -50,22 +53,23 @@ class Node:
     def is_complete(self) -> bool:
         """Whether this is a collective that can end.
 
-        It can end if every member has issued it, with the same arguments, and none has ended or is suspended in it.
+        It can end if every member has issued it with the same arguments, and no member has ended or is suspended in it.
+        If a member has completed a broadcast or scatter, the root has sent its data: then members can still be missing.
         """
         return self.key[0] == "collective" and not self.waits_for | self.cannot_return | self.unknown
 
 
 @dataclass(slots=True)
 class Waits:
-    """The wait-for graph, and the ranks at which a walk along the waits, from rank to rank, ends.
+    """The wait-for graph, and where the chains of waits, from rank to rank, end.
 
     nodes          all nodes by key
     at             rank -> the node in which the rank waits
     cycle          the nodes of one cycle of waits; [] if there is none
     ends           state -> the ranks in this state for which others wait, and which do not wait themselves
-    outsiders      the nodes of locks that no rank holds: the holder is another process, unknown, or nobody
-    attended       the nodes of collectives that every member has issued, and no member has completed
-    left_by_some   the nodes of collectives that every member has issued, and some members have completed
+    outsiders      the nodes of locks that no rank holds: another process, an unknown process or no process holds them
+    attended       the nodes of collectives that can end (`Node.is_complete`), and that no member has completed
+    left_by_some   the nodes of collectives that can end, and that some members have completed
     """
 
     nodes: dict[NodeKey, Node]
@@ -82,7 +86,7 @@ def wait_graph(
 ) -> Waits:
     """Build the wait-for graph. A rank that died or failed inside a collective is among the ranks that wait in it.
 
-    lock_holders   as `Facts.lock_holders`: rank -> (the lock for which it waits, pid of the holder)
+    lock_holders   as `Facts.lock_holders`: rank -> (the lock for which the rank waits, pid of the lock's holder)
     """
     nodes: dict[NodeKey, Node] = {}
     at: dict[int, Node] = {}
@@ -115,9 +119,9 @@ def wait_graph(
 
 
 def _pids(rank_states: Mapping[int, RankState]) -> dict[tuple[str, int], int]:
-    """Return (host, pid) -> rank; AMBIGUOUS if two ranks have the same host and pid.
+    """Return a dict from (host, pid) to the rank of this process; AMBIGUOUS if two ranks have the same host and pid.
 
-    This happens if two hosts have the same identity, for example two copies of one virtual machine.
+    Two ranks have the same host and pid if two hosts have the same identity, for example copies of one virtual machine.
     """
     ranks: dict[tuple[str, int], list[int]] = {}
     for rank, rank_state in rank_states.items():

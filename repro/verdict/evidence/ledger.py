@@ -1,5 +1,4 @@
-"""Match the collectives of all ranks by group and sequence number, and find the numbers under which ranks issued
-different collectives.
+"""Match the collectives of all ranks by group and sequence number, and find those that differ between ranks.
 
 This takes one pass over the events of all ranks, so time and memory grow linearly with the number of events.
 """
@@ -94,10 +93,10 @@ class Ledger:
         return merged
 
     def _rows(self, key: GroupKey, seq: int) -> list[tuple[int, Row, Call]]:
-        """Return (rank, site and time, call) for each member's first call under a sequence number.
+        """Return (rank, call site and time, call) for each member's first call under a sequence number.
 
-        If members differ under several numbers, one pass over the events reads the calls of all these numbers, and the
-        ledger keeps them.
+        If the members' calls differ under this number, one pass over the events reads the calls of all such numbers of
+        the group, and the ledger keeps these calls.
         """
         members = [rank for rank in key[1] if rank in self._witnesses]
         numbers = self.diverged.get(key, set())
@@ -116,11 +115,11 @@ class Ledger:
         return self._differing[key][seq]
 
     def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
-        """Find the first collective with different arguments, which a backend may never complete.
+        """Find the first collective that ranks issued with different arguments. A backend may never complete it.
 
         over, upto   search the sequence numbers over + 1 to upto
 
-        Returns the sequence number and the different calls; (0, []) if there is no such collective.
+        Return the sequence number and the different calls; (0, []) if there is no such collective.
         """
         for seq in sorted(number for number in self.diverged.get(key, ()) if over < number <= upto):
             sides = self.sides(key, seq)
@@ -131,8 +130,8 @@ class Ledger:
     def hidden_divergence(self, but: Collection[str] = ()) -> list[str]:
         """Compare rolling hashes, to find differences between ranks in events that the witnesses no longer contain.
 
-        Returns a sentence for each group whose members issued equally many collectives, but have different hashes. A
-        group is left out if its difference is in events that are still readable, or if its name is in ``but``.
+        Return a sentence for each group whose members issued equally many collectives, but have different hashes. A
+        group is left out if it is in `diverged`, because then its difference is readable, or if its name is in ``but``.
         """
         hashes: dict[tuple[GroupKey, int, Knows], dict[int, list[int]]] = {}
         for rank, witness in self._witnesses.items():
@@ -150,7 +149,7 @@ class Ledger:
     def first_divergence(self) -> tuple[GroupKey, int, list[CallVariant]] | None:
         """Return the earliest collective that members issued differently: group, number, calls; None if there is none.
 
-        The lowest step comes first, and within a step the earliest time.
+        The earliest collective is the one of the lowest step; within a step, the one that was issued first.
         """
         divergences = []
         for key, seqs in self.diverged.items():
@@ -164,7 +163,7 @@ class Ledger:
 
 
 def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
-    """Merge each call that is only partly known into the one call that matches. Drop it if several calls match.
+    """Merge each call that is only partly known into the call that it matches. If it matches several calls, drop it.
 
     A field that is not known, such as sizes that were overwritten, matches every value.
 
@@ -186,10 +185,10 @@ class Row(NamedTuple):
 
 
 def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> Iterator[tuple[GroupKey, int, Row, Call]]:
-    """Yield (group, sequence number, site and time, call) of each collective that a rank issued, oldest first.
+    """Yield (group, sequence number, call site and time, call) of each collective that a rank issued, oldest first.
 
-    The slot of each group keeps its last collective. If the ring has overwritten the event of this collective, the
-    collective is yielded first.
+    The slot of a group keeps the group's last collective. If the event of this collective is already overwritten in the
+    witness, the collective from the slot is yielded before all others.
 
     only, number   if given: yield only the collectives of this group with this number
     """
@@ -242,7 +241,7 @@ def difference(a: Call, b: Call) -> str:
     """Return the greatest difference between two calls under one sequence number of a group.
 
     "mismatch"   operation, type, reduction or root differ
-    "sizes"      these are equal, but sizes differ
+    "sizes"      operation, type, reduction and root are equal, but sizes differ
     "place"      only layer or step differ
     ""           nothing differs
     """
@@ -266,6 +265,6 @@ def _differ(one: str | int, other: str | int) -> bool:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """Return the greatest difference between the first call of `sides` and the others, as `difference` names it."""
+    """Return the greatest difference between the first call of `sides` and the others: a result of `difference`."""
     kinds = {difference(sides[0].call, side.call) for side in sides[1:]}
     return next((kind for kind in ("mismatch", "sizes", "place") if kind in kinds), "")

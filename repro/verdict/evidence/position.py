@@ -1,4 +1,4 @@
-"""Find out what each rank does, from the last events of its witness and from the facts about its process."""
+"""Find out what each rank does, from the last events of the rank's witness and from the facts about its process."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class RankState:
     witness: Witness | None = None
     seen: bool = False  # the witness is present and complete, and shows which collectives the rank issued and completed
     compares: bool = False  # as `seen`, and the witness also shows the arguments of the collectives
-    is_gone: bool = False  # its process has ended
+    is_gone: bool = False  # the rank's process has ended
     beat: str = ""  # the name in the rank's last heartbeat
-    beat_s: float | None = None  # age of the heartbeat; None if none came after the last event
+    beat_s: float | None = None  # age of the heartbeat; None if it is older than the present state
     _pending: set[tuple[GroupKey, int]] | None = None  # collectives whose wait has not ended; filled on first use
 
     def line(self, n: int) -> str:
@@ -51,8 +51,8 @@ class RankState:
     def gave_up(self, key: GroupKey, seq: int) -> bool:
         """Whether the rank began to wait for a collective, did not complete it, and went on.
 
-        This happens if the program catches an exception. It does not apply to an asynchronous collective for which the
-        rank has never waited.
+        This happens if the program catches an exception. False for an asynchronous collective for which the rank has
+        never waited.
         """
         if self.left.get(key, 0) >= seq or not self.seen or self.witness is None or self.state in ("dead", "failed"):
             return False
@@ -75,9 +75,9 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """Return the state of the rank, or "hidden" if its witness may lack events.
+        """Return the state of the rank, or "hidden" if its witness does not show all collectives of the rank.
 
-        The wait-for graph uses this state for a rank that others wait for.
+        The wait-for graph uses this state for a rank for which other ranks wait.
         """
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
@@ -89,8 +89,8 @@ class RankState:
 def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str) -> RankState:
     """Find out what one rank does at the moment ``now_ns``.
 
-    alive    whether its process exists; None if that was not observed
-    excuse   why its process cannot make progress, from ``Facts.excused``; "" if it can
+    alive    whether the rank's process exists; None if this was not observed
+    excuse   why the rank's process cannot make progress, from ``Facts.excused``; "" if it can
     """
     if witness is None:
         return RankState(Position(rank, "dead" if alive is False else "missing"))
@@ -180,7 +180,7 @@ def _host_of(writer: Identity) -> str:
 
 
 def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
-    """Return the locks that the rank holds, and the builds that it has begun and not ended: name -> start in ns."""
+    """Return the locks that the rank holds, and a dict from each build that has not ended to its start in ns."""
     held: set[str] = set()
     builds: dict[str, int] = {}
     for index, kind in enumerate(witness.column("kind")):
@@ -203,7 +203,7 @@ def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
 def _blocked_in(witness: Witness) -> Event | None:
     """Return the event with which the rank began to wait; None if the rank does not wait.
 
-    DONE and FAILED at the end are ignored: a rank that failed may have waited until it failed.
+    The events DONE and FAILED at the end are ignored, because a rank that failed may have waited until it failed.
     """
     kinds = witness.column("kind")
     index = len(kinds) - 1
@@ -227,7 +227,10 @@ def _waits_since(witness: Witness) -> int:
 
 
 def _issue_of(witness: Witness, event: Event) -> Event:
-    """Return the event that issued a collective. event: the one with which the rank began to wait for it."""
+    """Return the event with which the rank issued a collective; ``event`` itself if that one is overwritten.
+
+    event   the event with which the rank began to wait for the collective
+    """
     if event.kind == Kind.ENTER:
         return event
     issue = (Kind.ISSUE, event.group, event.seq)
@@ -238,12 +241,13 @@ def _issue_of(witness: Witness, event: Event) -> Event:
 def clocks(
     witnesses: Mapping[int, Witness], now_ns: int | Mapping[int, int], home: Identity | None = None
 ) -> tuple[dict[int, int], list[str]]:
-    """Return rank -> the moment that is judged, on the monotonic clock of the rank's host; and notes.
+    """Return, for each rank, the judged moment on the monotonic clock of the rank's host; and lines of evidence.
 
-    now_ns   the moment on the clock of one host, or rank -> the moment on the clock of the rank's host
-    home     a process of this one host; by default the process of the lowest rank
+    now_ns   the judged moment on the clock of one host, or rank -> this moment on the clock of the rank's host
+    home     if ``now_ns`` is one number: a process of the host whose clock gave it; by default that of the lowest rank
 
-    The moment on another host's clock is computed from the wall clocks of both hosts. It is as exact as these agree.
+    If ``now_ns`` is one number, the moment on the clocks of other hosts is computed by means of the wall clocks. It is
+    only as exact as the wall clocks agree, and a line of evidence says so.
     """
     if isinstance(now_ns, Mapping):
         return {rank: now_ns[rank] for rank in witnesses}, []

@@ -16,12 +16,13 @@ from repro.verdict.evidence.steps import Entry, Step
 def plans_of(
     key: GroupKey, witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]]:
-    """Return the schedules that the members of a group declared: (step, part) -> schedule -> ranks.
+    """Return, for each (step, part of the schedule), a dict from each declared schedule to the ranks that declared it.
 
     A rank declares the schedule of a step in parts: the second part depends on the result of the step agreement.
 
-    The schedules have only the entries that must be equal on all members: those of groups to which all members belong.
-    Sends and receives are left out, because sender and receiver declare different entries.
+    The returned schedules are those of the members of the group ``key``. They have only the entries that must be equal
+    on all members, which are the entries of groups to which all members belong. They have no sends and receives,
+    because sender and receiver declare different entries.
     """
     members = set(key[1])
     plans: dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]] = {}
@@ -39,8 +40,8 @@ class ScheduleDivergence:
     """The first step for which members of a group declared different schedules.
 
     part     number of the part of the schedule that differs, from 0; a rank declares the schedule of a step in parts
-    sides    schedule -> the ranks that declared it
-    places   rank -> index of the first entry that may differ, counted in the rank's whole schedule of the step
+    sides    each declared schedule -> the ranks that declared it
+    places   rank -> the index of the first entry that can differ, in the rank's schedule of the whole step
     """
 
     step: int
@@ -63,7 +64,7 @@ def first_schedule_divergence(
 ) -> ScheduleDivergence | None:
     """Find the first step, from ``since`` on, for which members of a group declared different schedules.
 
-    If the schedules of several groups differ in this step, take the largest group. None if there is no such step.
+    If the schedules of several groups differ in this step, take the largest group. Return None if no schedules differ.
     """
     differing = [
         (at, key, sides)

@@ -27,7 +27,7 @@ def positions(cycle: Sequence[Node], rank_states: Mapping[int, RankState]) -> di
 
 
 def calls_of_sides(divergence: tuple[GroupKey, int, list[CallVariant]]) -> dict[str, Any]:
-    """Return the different calls under one sequence number of a group, one side for each, for verdict.json."""
+    """Return the different calls under one sequence number of a group in the form of verdict.json: a side for each."""
     key, seq, sides = divergence
     return {
         "sides": [

@@ -1,4 +1,4 @@
-"""Read the steps of a rank from its witness: the schedule that it declared for each, and what it issued."""
+"""Read the steps of a rank from its witness: for each step, the declared schedule and the issued collectives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from repro.verdict.evidence.position import GroupKey
 
 _PHASE, _STEP = int(Kind.PHASE), int(Kind.STEP)
 RECENT_STEPS = 10
-"""How many of the newest steps are compared, or more if ranks paired collectives wrongly in an older step."""
+"""How many of the newest steps are compared. If ranks issued different collectives under one sequence number in an
+older step, more steps are compared, back to that step."""
 
 STEP_CONTENT = Knows.ORDER | Knows.STEPS | Knows.LAYERS
 """The aspects that a witness must record so that its steps can be compared with the declared schedules."""
@@ -45,8 +46,8 @@ class Step:
               declares it after the agreement
     live      number of live requests
     over      whether the step has ended, because a later step began or the rank is done
-    is_lost   whether the witness lacks the text of the schedule or the signature of a collective of this step, so that
-              the step cannot be compared
+    is_lost   whether the step cannot be compared, because the witness lacks the text of the schedule, or the signature
+              of a collective of this step
     """
 
     number: int

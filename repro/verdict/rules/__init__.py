@@ -1,1 +1,1 @@
-"""The rules of the judge: each file finds one class of verdict, or one cause."""
+"""The rules of the judge: a file for each verdict class, or for each kind of cause."""

@@ -14,7 +14,7 @@ from repro.verdict.result import Finding, name_ranks, say
 def arguments_finding(
     witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> Finding | None:
-    """Explain a divergence by the arguments that differ. None if only the layer or the step of the calls differs.
+    """Explain a divergence by the arguments that differ; return None if only layer or step of the calls differ.
 
     divergence   (group, sequence number, the different calls)
     """
@@ -46,7 +46,7 @@ def arguments_finding(
 
 
 def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Return the ranks that did not issue the most common call of `sides`; () if they are not the minority."""
+    """Return the ranks that did not issue the most common call; () unless they are fewer than the ranks that did."""
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
     return tuple(others) if len(others) < len(most.ranks) else ()
@@ -55,9 +55,10 @@ def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Remove the cause from the finding: the calls are for different layers or steps, so their sizes need not be equal.
+    """Replace the cause `sizes` of a finding: the calls are for different layers or steps, so their sizes may differ.
 
-    The cause is `order` if ranks issued under the next sequence number what others issued under this one.
+    The new cause is `order` if ranks issued the call of the other ranks under the next sequence number; otherwise no
+    cause is known.
     """
     key, seq, sides = divergence
     finding.cause = ""
@@ -81,9 +82,9 @@ def _call(call: Call) -> str:
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
     """Find the ranks that passed a wrong size for another rank. A call has one size for each member of the group.
 
-    The size is wrong if the other rank itself and all remaining members passed a different size. The remaining members
-    know this size only from the step agreement, so the culprit did not use the agreed size. A rank is not returned if
-    only its own size differs from what the others passed for it, because it may be right.
+    An example: the size that rank 0 passed for rank 1 is wrong if rank 1 itself passed a different size, and all
+    remaining members passed the same size as rank 1. They know this size only from the step agreement, so rank 0 did
+    not use the agreed size. But if rank 1 alone differs in its own size, no rank is returned: rank 1 can be right.
     """
     members = key[1]
     vector = {rank: side.call.sizes for side in sides for rank in side.ranks}
@@ -105,7 +106,12 @@ def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]
 def _changed(
     witnesses: Mapping[int, Witness], key: GroupKey, seq: int, sides: Sequence[CallVariant]
 ) -> tuple[int, ...]:
-    """Find the ranks that changed the arguments of a collective. In earlier steps, all members passed the same ones."""
+    """Find the ranks that did not pass the arguments that all members had passed to this collective before.
+
+    Calls of the same layer and operation count as this collective. Return () if the ranks now issued calls of several
+    layers or operations, if members passed different arguments before, if a member issued the collective less than
+    twice before, or if all ranks changed the arguments.
+    """
     layer = {side.call.signature.layer for side in sides}
     ops = {side.call.signature.op for side in sides}
     if len(layer) != 1 or len(ops) != 1:

@@ -1,7 +1,7 @@
 """Judge a run in which ranks died or failed: find the rank that ended first.
 
-If members of a group issued different collectives, the backend may have ended some of these ranks. Such a rank is not
-the cause. If the user interrupted the ranks, no rank is the cause.
+If members of a group issued different collectives, the backend may have ended some of these ranks. A rank that the
+backend ended is not the cause. If the user interrupted the ranks, no rank is the cause.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def victims(case: Case) -> set[int]:
 
 
 def crash(case: Case) -> Verdict:
-    """Judge a run in which a rank died or failed: `crash`. If other ranks wait, this is a consequence.
+    """Judge a run in which a rank died or failed: `crash`. That other ranks wait is a consequence.
 
-    The verdict is `inconclusive` if the first ranks that ended were interrupted by the user.
+    The verdict is `inconclusive` if the user interrupted the ranks that ended first.
     """
     dead, failed = case.ranks("dead"), case.ranks("failed")
     verdict = "crash"
@@ -83,9 +83,10 @@ def crash(case: Case) -> Verdict:
 
 
 def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Finding:
-    """Name the rank that died first, unless another rank certainly failed before any death was noticed.
+    """Name the rank that died first; but if a rank certainly failed before any death was noticed, name that rank.
 
-    If the order is not clear, the death is more likely the cause, because a rank fails when it loses a peer.
+    If the order is not clear, the death is more likely the cause than the failure, because a rank also fails when it
+    loses another rank.
 
     failed   the ranks that failed with an error of their own
     """
@@ -108,8 +109,9 @@ def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Findi
 def _first_death(case: Case, dead: Sequence[int]) -> Finding:
     """Name the dead rank whose death was noticed first.
 
-    If the deaths cannot be ordered, all dead ranks are suspects. If the rank had waited in a collective for TIMEOUT_S
-    or longer, it is only a suspect, with the ranks for which it waited: a timeout of its backend may have ended it.
+    If it is not clear which death was first, all dead ranks are suspects. If the first dead rank had waited for
+    TIMEOUT_S or longer, a timeout of its backend may have ended it: then the suspects are this rank and the ranks for
+    which it waited.
     """
     died = case.facts.died
     first = min(dead, key=lambda rank: died.get(rank, float("inf")))
@@ -140,9 +142,9 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
 
 
 def _never_began(case: Case) -> list[int]:
-    """Find the ranks that never opened their witness. [] unless all other ranks have died or failed.
+    """Find the ranks that never opened their witness; [] unless all other ranks have died or failed.
 
-    Such a rank may have died first: when a launcher loses one rank, it ends all others.
+    A rank that never opened its witness may have died first: a launcher that loses one rank ends all others.
     """
     never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.writer.pid]
     began = case.witnesses.keys() - set(never)
@@ -152,7 +154,7 @@ def _never_began(case: Case) -> list[int]:
 def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
     """Find the ranks that failed with an error of their own.
 
-    Such a rank did not wait for other ranks when it failed, and no other rank failed with the same message.
+    Such a rank did not wait when it failed, and no other rank that failed outside a wait has the same error message.
     """
     alone = [rank for rank in failed if rank not in case.waits.at]
     words = Counter(case.rank_states[rank].position.detail for rank in alone)
@@ -162,8 +164,9 @@ def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
 def _error(case: Case, failed: Sequence[int]) -> Finding:
     """Judge a run in which ranks failed and no rank died.
 
-    Name the rank that failed first, if it failed with an error of its own. If not, no rank is named: the suspects are
-    the ranks with an error of their own, and the ranks for which failed ranks waited.
+    Of the ranks that failed outside a wait, the first one is the culprit if it failed with an error of its own.
+    Otherwise there is no culprit: the suspects are the ranks with an error of their own, and the ranks for which failed
+    ranks waited.
     """
     alone = _on_their_own(case, failed)
     outside = [rank for rank in failed if rank not in case.waits.at]
@@ -196,9 +199,10 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find the ranks whose witness does not show the arguments of the collective in which a rank died.
+    """Find the ranks whose witness does not show the arguments of a collective that a dead rank had not completed.
 
-    Different arguments may have caused the death.
+    These arguments may have differed, and the difference may have caused the death. If the witness of a dead rank does
+    not show arguments, return all ranks whose witness does not.
     """
     unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.compares}
     if unseen & set(dead):

@@ -16,7 +16,10 @@ from repro.verdict.result import Finding, name_ranks, shorten
 def deviation_finding(
     deviations: Sequence[Deviation], rank_states: Mapping[int, RankState], all_steps: Mapping[int, Sequence[Step]]
 ) -> Finding | None:
-    """Name the ranks that left their declared schedule first. None if all members left it in the same way."""
+    """Name the ranks that left their declared schedule first as culprits, or as suspects if the order is not certain.
+
+    Return None if no rank left its schedule, or if all members of the group left their schedules in the same way.
+    """
     if not deviations:
         return None
 
@@ -46,7 +49,7 @@ def deviation_finding(
 def _sentences(deviations: Sequence[Deviation], rank_states: Mapping[int, RankState]) -> list[str]:
     """Describe deviations in sentences: "rank 3 ended step 4 without ep all_gather of layers.0.moe (rank003.wit:…)".
 
-    Ranks with equal deviations share a sentence. It ends with the place in the witness of one of these ranks.
+    Ranks with equal deviations share a sentence. The sentence ends with a record in the witness of one of them.
     """
     together: dict[str, dict[int, Deviation]] = {}
     for deviation in deviations:
@@ -67,8 +70,8 @@ def _comes_before(
 ) -> bool:
     """Whether the deviation ``first`` was certainly made before ``other``, which another rank made.
 
-    Within one step, only the collectives of groups that both ranks share show the order. So count how many of them come
-    before each deviation.
+    Within one step, only the collectives of groups that have both ranks show the order. So count, in the schedule of
+    each rank, how many of these collectives come before the deviation.
     """
     if first.step != other.step:
         return first.step < other.step
@@ -82,7 +85,10 @@ def _comes_before(
 
 
 def _same_act(one: Deviation, two: Deviation) -> bool:
-    """Whether two ranks made the same mistake. The kinds may differ, if the ranks declared different schedules."""
+    """Whether two ranks made the same mistake: with the same schedule entry of one step, or with the same collective.
+
+    The kinds of the two deviations can differ, for example if the ranks declared different schedules.
+    """
     passed_over = {one.kind, two.kind} <= {"skipped", "order"}
     if (one.step, one.entry) == (two.step, two.entry) and (one.kind == two.kind or passed_over):
         return True
@@ -120,7 +126,7 @@ def _entry(entry: Entry | None) -> str:
 
 
 def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
-    """Return what the culprits issued at the first divergence, in the form of verdict.json."""
+    """Return the culprits' side of the first divergence, in the form of verdict.json: what they issued there."""
     issued = deviation.issued
     group, op, layer = issued.entry if issued else deviation.entry
     return {
@@ -133,9 +139,10 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 def _conforming(
     deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
-    """Return where the members that kept their schedule are: collective, step and call site.
+    """Return the other sides of the first divergence, in the form of verdict.json.
 
-    The result has the form of verdict.json, with one entry for all ranks in the same place.
+    A side is a place (collective, step and call site), with the members of the group that are there and are no
+    culprits.
     """
     members = set(deviation.group[1]) if deviation.group else set(rank_states)
     return places([rank_states[rank] for rank in sorted(members - set(culprits)) if rank in rank_states])

@@ -3,13 +3,13 @@
 A rank is a culprit if it did one of these:
 
 - It left the schedule that it had declared itself.
-- It entered a collective while it held a lock that others wait for.
-- It passed a wrong size for another rank: this rank and all remaining members passed a different size.
-- It left the repeating pattern of its own steps, while the others kept their patterns and waited for it (rhythm.py).
-  This rule is used only if the program declares no schedule.
+- It entered a collective while it held a lock that other ranks wait for.
+- It passed a wrong size for another rank: this other rank and all remaining members agree on a different size.
+- It left the repeating pattern of its own steps, while all other ranks kept their patterns and one of them waited for
+  it (rhythm.py). This rule is used only if the program declares no schedule.
 
-A rank that only differs from other ranks, is late, or differs from its earlier steps is a suspect: the other ranks may
-be the wrong ones.
+A rank that only differs from other ranks or from its own earlier steps is a suspect, because the other ranks can be
+wrong.
 """
 
 from __future__ import annotations
@@ -104,7 +104,10 @@ def _completed(
     rank_states: Mapping[int, RankState],
     waits: Waits,
 ) -> Finding:
-    """Add the first divergence to a finding. If the finding is undecided, also add what to collect."""
+    """Add the first divergence to a finding, if it has none. If it is undecided, also say how to get more evidence.
+
+    finding   None counts as a finding without a cause
+    """
     if finding is None:
         finding = Finding(confidence="undecided")
     if finding.confidence == "undecided":
@@ -115,7 +118,7 @@ def _completed(
 
 
 def _unproven(finding: Finding | None) -> Finding | None:
-    """Turn the culprits of a finding into suspects: the true cause may not be recorded in the witnesses."""
+    """Turn the culprits of a finding into suspects, because the witnesses possibly do not show the true cause."""
     if finding is not None and finding.culprits:
         finding.suspects, finding.culprits = tuple(sorted({*finding.suspects, *finding.culprits})), ()
         finding.confidence = "undecided"
@@ -125,11 +128,12 @@ def _unproven(finding: Finding | None) -> Finding | None:
 def _until(
     meeting: tuple[GroupKey, int] | None, deviations: list[Deviation], witnesses: Mapping[int, Witness]
 ) -> list[Deviation]:
-    """Keep the deviations that a rank made before it issued a certain collective.
+    """Return the deviations that ranks made before they issued the collective ``meeting``, or by issuing it.
 
-    meeting   (group, sequence number) of this collective; if it is None, all deviations are kept
+    meeting   (group, sequence number) of the collective; if it is None, return all deviations
 
-    Only times of the same rank are compared. Deviations of ranks that did not issue this collective are left out.
+    Only times of the same rank are compared. Deviations of ranks that did not issue ``meeting`` are left out. A
+    deviation without a collective (``issued`` is None) has no time, and is returned.
     """
     if meeting is None:
         return deviations
@@ -144,9 +148,9 @@ def _until(
 
 
 def _lock_finding(waits: Waits, rank_states: Mapping[int, RankState]) -> Finding | None:
-    """Name the ranks that hold a lock in the cycle of waits and wait themselves. None if the cycle has no lock.
+    """Name the ranks that hold a lock of the cycle of waits, and wait themselves; None if the cycle has no lock.
 
-    If two ranks recorded that they hold the same lock, the ranks are only suspects.
+    If two ranks recorded that they hold the same lock, the named ranks are only suspects.
     """
     locks = [node for node in waits.cycle if node.key[0] == "lock"]
     if not locks:
@@ -172,8 +176,9 @@ def _plan_finding(
 ) -> Finding | None:
     """Explain a hang by members of a group that declared different schedules for the same step.
 
-    The suspects are the ranks that changed a schedule which had been the same on all members. If there are none, the
-    suspects are the smallest set of ranks with one schedule, if fewer than half of the members belong to it.
+    If some ranks changed a schedule that had been the same on all members, these ranks are the suspects. Otherwise the
+    ranks with the rarest schedule are the suspects, if they are fewer than half of the members. Return None if
+    ``schedule_divergence`` is None.
     """
     if schedule_divergence is None:
         return None
@@ -204,9 +209,10 @@ def _habit_finding(
     since: int,
     rank_states: Mapping[int, RankState],
 ) -> Finding | None:
-    """Explain a hang without a declared schedule, if all ranks issued one and the same sequence in every earlier step.
+    """Explain a hang of a program that declares no schedule: compare each rank with the earlier steps of all ranks.
 
-    The ranks that deviate from this sequence now are suspects. since: the first step that is compared.
+    If all ranks issued the same collectives in the same order in every step before ``since``, the ranks that deviate
+    from this order in a later step are suspects. Otherwise return None.
     """
     plan = habitual_plan(all_steps, since)
     if not plan or any(step.plan for steps in all_steps.values() for step in steps):

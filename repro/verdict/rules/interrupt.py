@@ -1,6 +1,7 @@
 """Find the ranks that the user interrupted. Python raises KeyboardInterrupt after Ctrl-C, or another SIGINT.
 
-torchrun also sends SIGINT to its ranks if the user presses Ctrl-C. So a rank that ends in this way has not crashed.
+torchrun also sends SIGINT to its ranks if the user presses Ctrl-C. So a rank that ends with
+KeyboardInterrupt has not crashed.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from repro.verdict.case import Case
 from repro.verdict.result import Finding, list_ranks, name_ranks
 
 _ERROR = "KeyboardInterrupt:"
-"""How the message of a failed rank begins if it was interrupted."""
+"""How the error message of a failed rank begins if the rank was interrupted."""
 
 
 def interrupted(case: Case, resolution_s: float) -> tuple[int, ...]:
-    """Return the ranks that failed with KeyboardInterrupt. () if another rank may have died or failed before them.
+    """Return the ranks that failed with KeyboardInterrupt; () if another rank possibly died or failed before them.
 
-    Another rank counts as a consequence of the interrupt if it failed, or its death was noticed, later than
-    resolution_s seconds before the first interrupt.
+    The end of another rank counts as a consequence of the interrupt if it was noticed after the first interrupt, or at
+    most resolution_s seconds before it. If the time of an end is not known, return ().
     """
     failed = case.ranks("failed")
     ranks = tuple(rank for rank in failed if case.rank_states[rank].position.detail.startswith(_ERROR))
@@ -33,7 +34,7 @@ def interrupted(case: Case, resolution_s: float) -> tuple[int, ...]:
 
 
 def of_interrupt(case: Case, ranks: tuple[int, ...]) -> Finding:
-    """Return a finding without a culprit that says which ranks were interrupted, and for whom they waited then."""
+    """Return a finding without a culprit: which ranks were interrupted, and for which ranks they then waited."""
     finding = Finding(confidence="undecided")
     were = "was" if len(ranks) == 1 else "were"
     finding.evidence.append(

@@ -1,7 +1,7 @@
 """Explain a hang of a program that declares no schedule: which rank left the repeating pattern of its own steps?
 
 We call this pattern the rank's rhythm. A rank is named if it left its rhythm, all other ranks kept theirs, and another
-rank waits for it. Ranks are not compared with each other, so each rank may have its own pattern, as in a pipeline.
+rank waits for it. Ranks are not compared with each other, so each rank can have another pattern, as in a pipeline.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ HISTORY = 2048
 """How many of a rank's newest collectives are searched for a pattern."""
 
 RECENT_PERIODS = 3
-"""How many periods of the pattern may have passed since a rank left it. If the rank went on for longer, the hang has
-another cause."""
+"""A rank that left its pattern is named only if it has issued at most this many periods of operations since then. If it
+issued more, the hang has another cause."""
 
 _Key = tuple[int, int]  # string numbers of the signature (group, operation, layer, type) and of the call site
 
@@ -31,8 +31,8 @@ _Key = tuple[int, int]  # string numbers of the signature (group, operation, lay
 class _Break:
     """The place where a rank left its repeating pattern.
 
-    events  the events from this place on
-    due     the events of one period of the pattern; the first is the one that was due here
+    events  the operations that the rank issued from this place on
+    due     the operations of one period of the pattern; the first of them was due at this place
     """
 
     events: Sequence[Event]
@@ -40,8 +40,7 @@ class _Break:
 
     @property
     def skipped(self) -> int:
-        """How many operations of the pattern the rank left out before it went on with the pattern; 0 if it did not go
-        on with it."""
+        """How many operations of the pattern the rank left out, if it then continued the pattern; otherwise 0."""
         for count in range(1, len(self.due)):
             rest = [*self.due[count:], *self.due[:count]]
             if all(_key(came) == _key(due) for came, due in zip(self.events, rest, strict=False)):
@@ -50,8 +49,7 @@ class _Break:
 
     @property
     def extra(self) -> int:
-        """How many additional operations the rank issued before it went on with the pattern; 0 if it did not go on
-        with it."""
+        """How many additional operations the rank issued, if it then continued the pattern; otherwise 0."""
         for count in range(1, len(self.events)):
             if all(_key(came) == _key(due) for came, due in zip(self.events[count:], self.due, strict=False)):
                 return count
@@ -59,19 +57,19 @@ class _Break:
 
     @property
     def in_pattern(self) -> bool:
-        """Whether the pattern contains the first operation that the rank issued here. Call sites are not compared."""
+        """Whether the pattern contains the operation with which the rank left it. Call sites are not compared."""
         return any(self.events[0].sig == due.sig for due in self.due)
 
 
 def rhythm_finding(
     witnesses: Mapping[int, Witness], awaited: Collection[int], until: tuple[GroupKey, int] | None = None
 ) -> Finding | None:
-    """Name the rank that left its repeating pattern: as the culprit, if it issued an operation of the pattern there.
+    """Name the rank that left its repeating pattern, if it is the only one and other ranks wait for it.
 
-    If it issued another operation, it is only a suspect. None unless every rank has a pattern, only one rank left its
-    pattern, and others wait for this rank.
+    If the operation with which the rank left its pattern occurs in the pattern, the rank is the culprit; otherwise it
+    is only a suspect. Return None if no rank is named, or if a rank has no pattern.
 
-    awaited  the ranks that others wait for
+    awaited  the ranks for which other ranks wait
     until    (group, sequence number) under which ranks issued different collectives, and some ranks completed them;
              None if there is none. What a rank did after this collective cannot be the cause
     """
@@ -120,7 +118,7 @@ def _rhythm(issued: Sequence[Event]) -> tuple[bool, _Break | None]:
 
 
 def _comes_after(witness: Witness, left: _Break, until: tuple[GroupKey, int]) -> bool:
-    """Whether the rank left its pattern only after it had issued the collective ``until``."""
+    """Whether the operation with which the rank left its pattern is a later one of the same group as ``until``."""
     (name, _), seq = until
     first = left.events[0]
     same = witness.signature(first.sig).group == name
@@ -153,7 +151,7 @@ def _described(witness: Witness, rank: int, left: _Break) -> Finding:
 
 
 def _place(witness: Witness, event: Event, seq: int = 0) -> str:
-    """Return an operation with its number, group, module and call site: "all_reduce #41 in group dp of layers.0, …"."""
+    """Format an operation with its number, group, module and call site: "all_reduce #41 in group dp of layers.0, …"."""
     signature = witness.signature(event.sig)
     layer = f" of {signature.layer}" if signature.layer else ""
     site = f", from {site}" if (site := witness.text(event.site)) else ""

@@ -19,7 +19,8 @@ processor use and missing events prove little."""
 def slow(case: Case, movers: Sequence[int]) -> Finding:
     """Name the ranks that work while the others wait for them (``movers``), with the evidence that they work.
 
-    The confidence is ``likely`` if one of these ranks shows no sign of work, or if ranks lacked a processor.
+    The confidence is ``likely`` if one of these ranks shows no sign of work, or if one of them or of the waiting ranks
+    lacked a processor.
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}
@@ -50,9 +51,10 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 
 
 def _only_quiet(case: Case, finding: Finding) -> Finding:
-    """Remove each culprit that moved within the quiet window, because it has worked only for a short time.
+    """Remove each culprit whose state began within the quiet window: it is too early to call this rank slow.
 
-    In a healthy run, too, ranks are often outside collectives. If a witness has no times, make all culprits suspects.
+    In a healthy run, too, ranks are outside collectives for short times. If a witness has no times, turn all culprits
+    into suspects.
     """
     if not case.all_know(Knows.TIME):
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
@@ -87,9 +89,9 @@ def signs_of_life(case: Case, rank: int) -> list[str]:
 
 
 def may_wait_for_device(case: Case, rank: int) -> bool:
-    """Whether a rank that seems to work may wait for its device.
+    """Whether a rank that seems to work possibly waits for its device.
 
-    Such a rank is outside any collective, has queued collectives on the device, and shows no other work.
+    This is so if the rank is outside any collective, has queued collectives on the device, and shows no other work.
     """
     rank_state = case.rank_states[rank]
     has_queued = any(key[0] in case.queued and issued for key, issued in rank_state.issued.items())
@@ -97,7 +99,7 @@ def may_wait_for_device(case: Case, rank: int) -> bool:
 
 
 def _with_waits(case: Case, finding: Finding) -> Finding:
-    """Add lines of evidence: which ranks wait, and which ranks hold the locks that others wait for."""
+    """Add lines of evidence: which ranks wait, and which ranks hold the locks for which other ranks wait."""
     waiting = [rank for rank in case.ranks("blocked", "locked") if rank not in finding.culprits]
     if waiting:
         finding.evidence.append(say(waiting, "wait"))

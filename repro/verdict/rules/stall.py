@@ -1,4 +1,4 @@
-"""Judge waits in a collective that every member has issued: `stall`, unless evidence shows that it makes progress."""
+"""Judge waits in a collective that every member has issued: `stall`, unless it may still make progress."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def attended(case: Case) -> Verdict:
 def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
     """Describe collectives that ranks issued with different arguments, but in which no rank waits.
 
-    Such collectives may be the cause: on a device, they can block the collectives that come after them.
+    Such collectives can be the cause, because on a device they can block the collectives after them. The first of them
+    becomes the first divergence of ``finding``.
     """
     lines = []
     for key, seqs in sorted(case.ledger.diverged.items()):
@@ -96,9 +97,9 @@ def left_by_some(case: Case) -> Verdict:
 
 
 def _moves(case: Case, node: Node) -> list[str]:
-    """Find evidence against a stall: the collective may make progress, or other evidence contradicts a witness.
+    """Find evidence against a stall: the collective may still make progress, or a dump contradicts a witness.
 
-    Returns one sentence for each piece of evidence.
+    Return one sentence for each piece of evidence.
     """
     (group, members), _ = node.collective
     lines = [
@@ -124,7 +125,7 @@ def _moves(case: Case, node: Node) -> list[str]:
 
 
 def _doubts(case: Case, members: Sequence[int]) -> list[str]:
-    """Find reasons to wait longer before a stall is reported: ranks that lacked a processor, or missing evidence."""
+    """Find reasons to report a stall later: ranks that lacked a processor, or did not write requested evidence."""
     facts = case.facts
     lines = []
     starved = max((facts.starved.get(rank, 0.0) for rank in members), default=0.0)
@@ -138,9 +139,9 @@ def _doubts(case: Case, members: Sequence[int]) -> list[str]:
 
 
 def _pending_elsewhere(case: Case, node: Node) -> list[str]:
-    """Describe members that issued the collective of ``node``, but do not wait in it now.
+    """Describe members that issued the collective of ``node``, but do not wait in this collective now.
 
-    The collective may still make progress on these members.
+    On these members the collective may still make progress.
     """
     (_, members), _ = node.collective
     together: dict[str, list[int]] = {}

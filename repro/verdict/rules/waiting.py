@@ -1,6 +1,7 @@
-"""Judge waits that form no cycle, if no rank died. The state of the last rank in a chain of waits decides.
+"""Judge waits that form no cycle, if no rank died or failed. What is at the end of a chain of waits decides.
 
-This rank works, is done, left no usable witness, or waits in a collective that all members have entered.
+This is a rank that works, is done, left no usable witness, or waits in a collective that all members have entered; or
+it is a lock that no rank holds.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
 def _ranks_with_requests(case: Case, done: set[int], waiting: Sequence[int]) -> list[int]:
     """Find the waiting ranks that have live requests in a step that no rank of ``done`` has begun.
 
-    Such ranks show that the ranks of ``done`` stopped too early. A rank counts only if it declared a schedule for the
+    Such a rank shows that the ranks of ``done`` stopped too early. It counts only if it declared a schedule for this
     step.
     """
     last = {rank: steps_of(case.witnesses[rank], 1) for rank in {*done, *waiting} if rank in case.witnesses}
@@ -143,7 +144,7 @@ def _outsider(case: Case, node: Node) -> Verdict:
     """Judge a wait for a lock that no rank holds.
 
     The verdict is `slow` if another process holds the lock, and `deadlock` if no process holds it and the quiet window
-    has passed. Otherwise, or if a rank has no complete witness, it is `inconclusive`.
+    has passed. Otherwise, or if a rank has no complete witness, the verdict is `inconclusive`.
     """
     pid = node.outside
     unseen = case.ranks("missing", "hidden")
