@@ -1,1 +1,1 @@
-"""Read the evidence that other tools wrote, one file of code per format, into records (`repro.trace.foreign`)."""
+"""Convert the evidence that other tools wrote to records (`repro.trace.foreign`). Each format has its own module."""

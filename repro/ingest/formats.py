@@ -1,6 +1,6 @@
-"""The table of all formats that can be read. To add a format, write a reader, and add a row here.
+"""The tables of all formats that can be read. To add a format, write a reader, and add a row to a table.
 
-The reader is a file in the folder of its kind: logs/, ras/, recorder/ or stacks/.
+A reader is a module in the folder for its kind of evidence: logs/, ras/, recorder/ or stacks/.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from repro.trace.foreign.records import Observation, Source
 class FileFormat:
     """A format that covers a whole file, such as a Flight Recorder dump: how to recognise it, and how to read it.
 
-    recognises  returns whether a file may have this format; gets the file's name and first bytes
-    read        returns the records in a file; gets its content and name. Returns None if the file has another format.
-                Raises ValueError ("file:offset: problem") if the content is damaged
+    recognises  gets the name and the first bytes of a file; returns whether the file probably has this format
+    read        gets the content and the name of a file; returns the records in the file, or None if the file has
+                a different format after all. Raises ValueError ("file:offset: problem") if the content is damaged
     """
 
     name: str
@@ -35,12 +35,12 @@ class FileFormat:
 
 
 class LineReader(Protocol):
-    """Reads the messages of one program in a log. It gets the lines of one file in order, and returns records."""
+    """Reads the messages of one program in a log. `read` gets the lines of one file in order, and returns records."""
 
     def read(self, line: Line, source: Source) -> Iterable[Observation]: ...
 
     def finish(self) -> Iterable[Observation]:
-        """Return the records that were held back until a later line completes them. Called after the last line."""
+        """Return records that `read` held back for a later line to complete. Call this after the last line."""
         ...
 
 
@@ -48,7 +48,7 @@ class LineReader(Protocol):
 class LineFormat:
     """The log messages of one program, and their reader.
 
-    needles   short texts; the reader gets only lines that contain one of them, to save time
+    needles   short texts. To save time, the reader gets only lines that contain at least one of these texts
     reader    makes a reader for one file
     """
 
@@ -58,7 +58,7 @@ class LineFormat:
 
 
 class _EachLine:
-    """Makes a `LineReader` of a function, for a program whose messages have one line each."""
+    """A `LineReader` that calls a function for each line, for a program whose messages have one line each."""
 
     def __init__(self, read: Callable[[Line, Source], Iterable[Observation]]) -> None:
         self._read = read

@@ -1,4 +1,4 @@
-"""Read the files facts/*.json, in which `hmr collect` writes what it saw on a host: processes, lock files, connections.
+"""Read the files facts/*.json. In such a file, `hmr collect` describes the processes, locks and connections of a host.
 
 We call one such observation of a host a look.
 """
@@ -81,8 +81,8 @@ def _notes(content: dict[str, Any], file: str) -> Iterator[Note]:
         yield Note("devices", "the host has accelerators", Process(), "", None, source)
     if content.get("numbered") is True:
         words = (
-            "the ranks of the processes are not known: the rank numbers here are the order in which the processes "
-            "started"
+            "the ranks of the processes are not known: here the processes are numbered from 0, in the order of their "
+            "process ids"
         )
         yield Note("numbered", words, Process(), "", None, source)
     for row in _dicts(content.get("gpus"))[:64]:

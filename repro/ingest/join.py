@@ -1,8 +1,8 @@
 """Fill in the global rank of a record that has only a GPU or a process id, from records of other lines and files.
 
 For example, a line of the kernel log has a GPU's PCI address, and a line of an NCCL log has this address and the rank.
-The rank in an NCCL communicator is a global rank only if the communicator contains every process that was seen. The
-same process id or PCI address may exist on two hosts. A record that could belong to a rank of either host gets no rank.
+The rank in an NCCL communicator is a global rank only if the communicator contains every process that was seen. Two
+hosts can have the same process id or PCI address. A record that possibly belongs to either of two ranks gets no rank.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _Key = tuple[str, int | None]
 class _Ranks:
     """Tables that find the global rank of a process or a GPU. A host is "" if the evidence does not name it.
 
-    of_process   (host, pid) -> rank
-    of_bus       (host, PCI address of a GPU) -> rank
-    members      (host, pid, address of a communicator) -> the process's membership in it
-    groups       name of an NCCL communicator -> the group with its global ranks
+    of_process   the rank of each (host, pid)
+    of_bus       the rank of each (host, PCI address of a GPU)
+    members      the membership of a process in a communicator, by (host, pid, address of the communicator)
+    groups       the group with its global ranks, by the name of its NCCL communicator
     """
 
     of_process: dict[_Key, int] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class _Ranks:
 
 
 def join(records: Sequence[Observation]) -> list[Observation]:
-    """Return the same records, with the missing ranks filled in where other records show them."""
+    """Return the same records. If a record lacks its rank, and other records show this rank, fill in the rank."""
     records = _with_workers_of_engines(records)
     members = [record for record in records if isinstance(record, Member)]
     if not members and not any(isinstance(it, Failure) and (it.bus or it.host) for it in records):
@@ -56,7 +56,7 @@ def join(records: Sequence[Observation]) -> list[Observation]:
 
 
 def _with_workers_of_engines(records: Sequence[Observation]) -> Sequence[Observation]:
-    """Fill in the global ranks of vLLM's workers. Each engine numbers its own workers from 0.
+    """Fill in the global ranks of vLLM's workers in error messages, where each engine numbers its own workers from 0.
 
     For example, if each engine has two workers, "VllmWorker-1 of EngineCore_DP2" is rank 2 * 2 + 1 = 5.
     """
@@ -119,10 +119,10 @@ def _ranks_of(members: Iterable[Member]) -> _Ranks:
 
 
 def _by_the_world(communicators: Iterable[Sequence[Member]], seen: set[_Key]) -> dict[_Key, int]:
-    """Return (host, pid) -> global rank, from the largest communicator, if it contains every process in ``seen``.
+    """Return the global rank of each (host, pid) in ``seen``, from the largest communicator.
 
-    It then contains all ranks, so the ranks in it are global ranks. Return {} if it lacks a process, or if two
-    communicators of the largest size give different ranks.
+    If this communicator contains all processes in ``seen``, it contains all ranks, so its ranks are global ranks.
+    Return {} if it lacks a process, or if two communicators of the largest size give different ranks.
     """
     rows = list(communicators)
     largest = max((members[0].size for members in rows), default=0)
@@ -145,7 +145,7 @@ def _is_one_communicator(rows: Sequence[Member]) -> bool:
 
 
 def _same_host(one: str, other: str) -> bool:
-    """Whether two names may mean the same host: one name may be empty, or lack the domain."""
+    """Whether two names can mean the same host: if one name is empty, or if they differ only in the domain."""
     return not one or not other or one.partition(".")[0] == other.partition(".")[0] or one == other
 
 

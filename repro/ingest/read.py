@@ -1,6 +1,6 @@
 """Read files, folders and zips of evidence in any combination. The content of a file decides how it is read.
 
-Files that were not understood are listed with the reason.
+The result also lists the files that were not understood, each with the reason.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Evidence:
 
     records          what the files show, as types of `repro.trace.foreign.records`
     files            the names of the files that were understood
-    not_understood   "file:offset: why" for each other file
+    not_understood   "file:offset: why" for each file that was not understood
     """
 
     records: list[Observation] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Evidence:
     not_understood: list[str] = field(default_factory=list)
 
     def joined(self, other: Evidence) -> Evidence:
-        """Return both sets of evidence as one. A record that lacks a rank may get it from a record of the other set."""
+        """Join two sets of evidence. A record that lacks its rank can get the rank from a record of the other set."""
         return Evidence(
             join([*self.records, *other.records]), self.files + other.files, self.not_understood + other.not_understood
         )
@@ -113,9 +113,9 @@ def _without_place(text: str) -> str:
 
 
 def _files_under(path: Path, evidence: Evidence) -> list[tuple[Path, str]]:
-    """Return (path, name for messages) of a file, or of each regular file in a folder and its subfolders.
+    """Return (path, name for messages) of a file, or of each file in a folder and its subfolders.
 
-    Symbolic links are not followed, but listed in ``evidence.not_understood``.
+    In a folder, symbolic links are not followed, but listed in ``evidence.not_understood``.
     """
     if not path.is_dir():
         return [(path, path.name)]
@@ -151,7 +151,7 @@ def _opened(path: Path, name: str, evidence: Evidence) -> Iterator[tuple[str, Bi
 
 
 def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield (name, content) of each readable file in a zip. The others are listed in ``evidence.not_understood``."""
+    """Yield (name, content) of each readable file in a zip. List the other files in ``evidence.not_understood``."""
     try:
         archive = zipfile.ZipFile(file)
     except _ZIP_ERRORS as error:

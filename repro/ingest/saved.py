@@ -1,7 +1,7 @@
 """Save and load the evidence of a diagnosis as one file, records.jsonl.
 
-`hmr diagnose --out` and `hmr bundle` write it. If a folder or zip has this file, only this file is read: the files
-beside it were made from its records.
+`hmr diagnose --out` and `hmr bundle` write this file. If a folder or zip has records.jsonl, only this file is read: the
+other files there were made from its records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 30
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a path is a folder or zip with the file records.jsonl of an earlier diagnosis at its top level."""
+    """Whether a path is a folder or zip that has, at its top level, the file records.jsonl of an earlier diagnosis."""
     if path.is_dir():
         return (path / NAME).is_file()
     if not path.is_file():
@@ -37,6 +37,6 @@ def load(folder: Path) -> Evidence:
 
 
 def save(folder: Path, evidence: Evidence) -> None:
-    """Write records.jsonl into a folder. Raises OSError if it cannot be written."""
+    """Write records.jsonl into a folder. Raises OSError if the file cannot be written."""
     lines = json_lines.encode(evidence.records, evidence.files, evidence.not_understood)
     write_atomically(folder / NAME, b"".join(lines))

@@ -1,5 +1,8 @@
-"""Read many files in parallel. The files are split into shares: this process reads the first share, and a child process
-reads each of the others."""
+"""Read many files in parallel.
+
+The files are split into shares. This process reads the first share. Each of the other shares is read by a child process
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ Share = Sequence[tuple[Path, str]]
 def read_shares(files: Share, read: Callable[[Share], T]) -> Iterator[T]:
     """Split the files into shares, call `read` for each share, and yield the results in the order of the files.
 
-    Small files make one share, which needs no child process. If a child process cannot be started, or ends without a
-    result, this process reads the share of that child.
+    If the files are small, all files are in one share, and no child process is needed. If a child process cannot be
+    started, or ends without a result, this process reads the share of that child.
     """
     first, *others = _shares(files)
     with contextlib.ExitStack() as stack:
@@ -75,7 +78,7 @@ def _num_processors() -> int:
 
 @contextlib.contextmanager
 def _child(share: Share, read: Callable[[Share], T]) -> Iterator[Connection]:
-    """Start a child process that reads one share of the files. Yield the connection on which it sends the result."""
+    """Start a child process that reads one share of the files. Yield the connection that receives its result."""
     answer, end = multiprocessing.Pipe(duplex=False)
     child = ForkProcess(target=_work, args=(share, read, end, answer))
     try:

@@ -1,8 +1,8 @@
-"""Read the time-outs that DeepEP's kernels print. A healthy run may print them, too, while it shuts down.
+"""Read the time-outs that DeepEP's kernels print. A healthy run can print such lines, too, while it shuts down.
 
-The rank in such a line counts within one NVLink domain. In DeepEP's barrier, thread t waits for rank t. The line ends
-with "value = V"; if V is above 0, rank t has not arrived. After the time-out the kernel aborts (trap), so the ranks
-that waited report "unspecified launch failure".
+The rank in such a line is a number within one NVLink domain. In DeepEP's barrier, thread t waits for rank t. The line
+ends with "value = V"; if V is above 0, rank t has not arrived. After the time-out the kernel aborts (trap), so the
+ranks that waited report "unspecified launch failure".
 """
 
 from __future__ import annotations

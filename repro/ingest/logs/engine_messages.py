@@ -34,7 +34,8 @@ _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a gra
 class Engine:
     """Reads the lines of a serving engine in one file.
 
-    The first lines of a process contain its rank, later lines only its pid. The reader records which rank has this pid.
+    The first lines of a process contain its rank and its pid, later lines contain only the pid. So the reader makes a
+    record for each pid, which says which rank has this pid.
     """
 
     def __init__(self) -> None:

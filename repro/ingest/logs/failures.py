@@ -1,7 +1,7 @@
 """Read error lines of processes that end: out of memory, device errors, exceptions, kills.
 
-The text decides the kind of the error. Many errors have the kind "consequence": the process failed only because another
-rank had ended before.
+The text decides the kind of the error. Many errors have the kind "consequence": the process failed only because a
+different rank had ended before.
 """
 
 from __future__ import annotations
@@ -73,6 +73,6 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _words(text: str) -> str:
-    """Return the error message in a line, which is its last part."""
+    """Return the message at the end of a line, "ValueError: …"; the whole line if it contains no such message."""
     match = _EXCEPTION.search(text)
     return f"{match[1]}: {match[2]}" if match else text.strip()

@@ -1,6 +1,6 @@
-"""Read gloo's errors. A closed connection means that the peer process ended. After a time-out the peer may still run.
+"""Read gloo's errors. A closed connection means that the peer process ended. After a time-out, the peer possibly runs.
 
-These errors do not show the peer's rank. They have only its address, whose port says nothing about the rank.
+These errors show the peer's address, but not the peer's rank. The port in the address says nothing about the rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Read what launchers (torchrun, MPI, Ray) print when a job ends. Each reports the first process that it saw exit.
+"""Read what launchers (torchrun, MPI, Ray) print when a job ends. A launcher reports the first exit that it saw.
 
-After a hang, a watchdog ends the first process, so the first exit is not the cause of the hang. A process that ended by
-SIGKILL may be the cause, because no watchdog sends this signal.
+After a hang, a watchdog ends the first process, so the first exit is not the cause of the hang. But if a process ended
+by SIGKILL, this can be the cause, because no watchdog sends this signal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _REPEATED = re.compile(r"\[repeated (\d{1,12})x across cluster\]")
 
 
 class Launchers:
-    """Reads launcher messages. In torchrun's report, rank, exit code and process id stand on separate lines."""
+    """Reads the messages of launchers. torchrun prints a process's rank on one line, and its pid on a later line."""
 
     def __init__(self) -> None:
         self._rank: int | None = None

@@ -26,7 +26,8 @@ The beginning shows which rank each process has, and the first sign of a hang. T
 class _Readers:
     """The readers for the lines of one file.
 
-    A line goes to the first reader that returns a record for it. The reader of serving engines gets every line.
+    A line is given to one reader after another, until a reader returns a record for the line. The reader of serving
+    engines then gets every line, too.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class _Readers:
 
 
 def read(file: BinaryIO, name: str) -> Iterator[Observation]:
-    """Return the records of a text file. name: the file's name for messages; it may contain the rank."""
+    """Return the records of a text file. name: the file's name, for messages and for the rank that it can contain."""
     log = _Log(name)
     while block := file.read(BLOCK):
         block += file.readline(MAX_LINE)
@@ -56,7 +57,7 @@ def read(file: BinaryIO, name: str) -> Iterator[Observation]:
 
 
 class _Log:
-    """Reads one text file block by block. If a block contains no known message, only its lines are counted."""
+    """Reads one text file block by block. To save time, it only counts the lines of a block without a known message."""
 
     def __init__(self, name: str) -> None:
         self._name = name

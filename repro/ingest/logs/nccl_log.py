@@ -1,4 +1,4 @@
-"""Read NCCL_DEBUG=INFO logs: which process joined which communicator, what it launched there, and which process left.
+"""Read logs with NCCL_DEBUG=INFO: which process joined a communicator, what the process launched, and who left.
 
 A log names a communicator by its address in memory, which differs between processes. A line of `ncclCommInitRank` has
 the process's rank in the communicator. COLL lines (NCCL_DEBUG_SUBSYS=COLL) say what the process launched. No line says
@@ -117,8 +117,9 @@ class NcclLog:
     def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
         """Read a COLL line: count the launch, and add its operation to the communicator's newest operations.
 
-        If the log shows the start of the communicator, the lines are counted. If not, the number of the launch is
-        `opCount` in the line (hexadecimal). But since NCCL 2.27 this is always 0 on a single node: no number is known.
+        If the log shows the start of the communicator, the number of a launch is the number of COLL lines so far. If
+        not, the number is `opCount` in the line (hexadecimal). But since NCCL 2.27, `opCount` is always 0 on a single
+        node; then the number is unknown.
         """
         key = (host, process.pid, match[6])
         row = self._communicators.get(key)

@@ -1,8 +1,8 @@
 """Read the prefix of a log line, which says which process wrote the line and when.
 
-The styles of torch, vLLM, SGLang, Ray, NCCL and Kubernetes are known. A line may have several prefixes:
-"(RayWorkerWrapper pid=4108, ip=10.0.0.42) [rank8]:[W808 14:02:18…". A time becomes seconds since the start of the year,
-because most styles have no year and no time zone.
+The styles of torch, vLLM, SGLang, Ray, NCCL and Kubernetes are known. A line can have several prefixes:
+"(RayWorkerWrapper pid=4108, ip=10.0.0.42) [rank8]:[W808 14:02:18…". A time is converted to seconds since the start of
+the year, because most styles have no year and no time zone.
 """
 
 from __future__ import annotations

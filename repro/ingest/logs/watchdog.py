@@ -1,7 +1,8 @@
 """Read lines of torch's NCCL watchdog (torch 1.12 to 2.13) and of backends that copied it (HCCL, MCCL, CNCL, XCCL).
 
 In such a line, `[Rank R]`, and `Rank R` inside `[PG …]`, are group ranks. Only the prefix `[rankR]:` is a global rank.
-A time-out is on one line, and the counters of its group are on another line; both have the number of the operation.
+One line reports the time-out, and a different line the counters of its group. Both lines have the number of the
+operation that timed out.
 """
 
 from __future__ import annotations
@@ -115,19 +116,19 @@ class Watchdog:
 
 
 def _work(number: str) -> int | None:
-    """Parse a counter of operations. Return None if there was no operation yet.
+    """Parse a counter of operations. Return None if no operation was counted yet.
 
-    In that case torch 2.3 prints a random number, and later versions print -1.
+    If no operation was counted yet, torch 2.3 prints a random number, and later versions print -1.
     """
     value = int(number)
     return value if 0 <= value < _GARBAGE else None
 
 
 def _dump_signal(match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
-    """Read a line that says that a watchdog, this rank's or another's, asked this rank for a Flight Recorder dump.
+    """Read a line about a request for a Flight Recorder dump, which this rank got from its own or a different watchdog.
 
     Only the watchdog of process group 0 prints this line. So the counters in the line are those of the default group,
-    even if another group hangs.
+    even if a different group hangs.
     """
     origin = match[1] or "own"
     who = "its own watchdog" if origin == "own" else f"rank {origin}"

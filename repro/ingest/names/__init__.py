@@ -1,1 +1,1 @@
-"""Translate the names that different tools print: an operation's name to torch's name, a process's name to its rank."""
+"""Translate names that tools print: the name of an operation to torch's name, the name of a process to its rank."""

@@ -23,8 +23,8 @@ _FILE_RANK = re.compile(r"rank[-_]?(\d{1,12})(?=[-_.]|$)")
 def process_of(*, title: str = "", file: str = "", pid: int | None = None, line: str = "") -> Process:
     """Return what a process title, the prefix of a log line, or a file name shows about a process: pid, rank, role.
 
-    If they show different ranks, the first of these is used: the prefix "[rank3]", which is a global rank; the title;
-    another prefix, such as "TP3"; the file name.
+    If these show different ranks, the first one in this order counts: the prefix "[rank3]", which is a global rank; the
+    title; a different prefix, such as "TP3"; the file name.
     """
     role = role_of(title or line) or role_of(file.rpartition("/")[2])
     if (found := _STACK_DUMP.search(file)) and pid is None:
@@ -42,13 +42,14 @@ def process_of(*, title: str = "", file: str = "", pid: int | None = None, line:
 
 
 def member_of(writer: Process, title: str) -> Process:
-    """Return the process that a message of another process names: an engine prints "VllmWorker-0 died".
+    """Return the process that is named in a message of ``writer``: an engine prints "VllmWorker-0 died".
 
     writer   the process that printed the message
-    title    the name in it
+    title    the name in the message
 
-    Each engine numbers its workers from 0, so the number is not a global rank. The title becomes
-    "VllmWorker-0 of EngineCore_DP1", and `repro.ingest.join` finds the rank.
+    An engine numbers its workers from 0, so the number in such a name is not a global rank. If ``writer`` is an engine
+    with a known rank, the result has the title "VllmWorker-0 of EngineCore_DP1", from which `repro.ingest.join` finds
+    the global rank.
     """
     if writer.role == "engine" and writer.rank is not None and _WORKER_NUMBER.match(title):
         return Process(None, f"{title} of EngineCore_DP{writer.rank}", None, "worker")
@@ -56,7 +57,7 @@ def member_of(writer: Process, title: str) -> Process:
 
 
 def rank_in(text: str) -> int | None:
-    """Return the global rank that a process title or a line's prefix shows; None if it shows none.
+    """Return the global rank that a process title or the prefix of a line shows; None if the text shows no global rank.
 
     "Worker_DP7_EP7" -> 7, "Worker_TP3" -> 3, "Worker_DP0_TP2_EP2" -> 2, "EngineCore_DP3" -> 3.
     An EP rank is the global rank, and so is the only DP, PP or TP rank. "PP1_TP3" gives None, because the number of TP

@@ -1,10 +1,10 @@
 """Read text answers of NCCL's RAS (NCCL 2.24 and later) into `RasAnswer`.
 
 The counts are operations that the host launched. OK means that these counts are equal, not that the devices have
-completed the operations. If the counts of the ranks differ, the text lists the smaller set of ranks. This set may be
+completed the operations. If the counts of the ranks differ, the text lists the smaller set of ranks. This set can be
 ahead of the other ranks or behind them, so a listed rank is not always the wrong one. The text has no time stamps.
 
-A missing answer is also evidence: NCCL's thread that answers gets no processor time, or the process has ended.
+A missing answer is also evidence: the NCCL thread that should answer gets no processor time, or its process has ended.
 """
 
 from __future__ import annotations

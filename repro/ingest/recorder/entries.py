@@ -22,14 +22,14 @@ MAX_FRAMES, MAX_TENSORS, MAX_DIMENSIONS = 24, 64, 16
 MAX_NS = 1 << 62
 MAX_TEXT, MAX_GROUPS = 200, 10_000
 EVENT_BACKENDS = ("nccl", "xccl", "hccl", "mccl", "cncl", "eccl", "rccl")
-"""Backends that record when an operation completes. If one of their entries is retired but not completed, the operation
-ran into a time-out."""
+"""Backends that record when an operation completes. If an entry of such a backend is retired but not completed, the
+operation ran into a time-out."""
 
 _TRANSFER = re.compile(r"(send|recv) (\d{1,7})(?:->|<-)(\d{1,7})")
 
 
 def knowledge_of(entries: Sequence[Mapping[str, Any]]) -> Knows:
-    """Return which aspects the entries of a dump show, for example ARGUMENTS if they have sizes and types.
+    """Return which aspects the entries of a dump show, for example ARGUMENTS if the entries have sizes and data types.
 
     All entries of a dump have the same fields, so only the first and the last are examined.
     """
@@ -71,8 +71,8 @@ class Rows:
 def by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str, str], Rows], array[int]]:
     """Sort the entries of a dump by process group.
 
-    Returns two values: a table (id, name, description) of a group -> the entries of the group; and an array that has,
-    for each entry of the dump, the index of its group.
+    Returns two values: a dict from (id, name, description) of a group to the entries of this group; and an array that
+    has, for each entry of the dump, the index of its group.
     """
     rows: dict[tuple[str, str, str], Rows] = {}
     quick: dict[Any, Rows] = {}
@@ -109,7 +109,7 @@ def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
 def short_text(value: Any) -> str:
     """Return a string or an integer as a text of limited length; "" for any other type.
 
-    The file is untrusted, and the text of a nested list, for example, could be very long.
+    The dump is untrusted: it could have, for example, a nested list whose text would be very long.
     """
     if isinstance(value, str):
         return value[:MAX_TEXT]
@@ -127,8 +127,8 @@ def backend_of(entry: Mapping[str, Any]) -> str:
 def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
     """Whether the field `retired` shows that an operation is over.
 
-    It does not if the backend is one of EVENT_BACKENDS and saw no completion, and the state is still "scheduled" or
-    "started": then the operation ran into its time-out.
+    False also for a retired operation that ran into its time-out: the backend is one of EVENT_BACKENDS and saw no
+    completion, and the state is still "scheduled" or "started".
     """
     retired = bool(entry.get("retired"))
     if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):
@@ -237,7 +237,7 @@ class _Forms:
         self._numbers: dict[Form, int] = {}
 
     def index_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any, frames: Any) -> int:
-        """Return the number of the form that these fields of an entry have. A new form gets the next number."""
+        """Return the number of the `Form` that an entry with these fields has. A new form gets the next number."""
         text = short_text(name)
         op, peer = operation(text), None
         if " " in text and (transfer := _TRANSFER.search(text)):

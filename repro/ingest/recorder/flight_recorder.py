@@ -6,12 +6,12 @@ The format is defined in torch/csrc/distributed/c10d/FlightRecorder.hpp and its 
 What the format does not say by itself:
 
 - A dump does not contain its rank. The rank is the last number in the file's name.
-- The field `state` stays "scheduled" on gloo and in dumps of TorchComms. There only `retired` shows that an operation
-  is over. On NCCL, an operation that is retired but not completed ran into its time-out.
-- An operation is over if a later operation of the same group has completed, whatever the field `state` says.
+- The field `state` stays "scheduled" on gloo and in dumps of TorchComms. In these dumps, only `retired` shows that an
+  operation is over. On NCCL, an operation that is retired but not completed ran into its time-out.
+- Except on gloo, a collective is over if a later collective of the same group has completed, whatever `state` says.
 - The parts of a coalesced operation are never marked as completed. They are over when the whole operation is over.
-- The keys of `pg_config` are the groups' names, and the keys of `pg_status` are the groups' ids. Entries have both. In
-  gloo dumps `pg_config` is empty.
+- The keys of `pg_config` are the groups' names, and the keys of `pg_status` are the groups' ids. An entry has the name
+  and the id of its group. In gloo dumps, `pg_config` is empty.
 - In the names of sends and receives ("recv 1<-0"), the numbers are group ranks.
 """
 
@@ -43,7 +43,7 @@ _LAST_NUMBER = re.compile(r"(\d{1,7})\D*$")
 
 
 class NotARecorderDump(ValueError):
-    """The content is not a Flight Recorder dump. Another reader may understand it."""
+    """The content is not a Flight Recorder dump. Possibly a different reader understands the file."""
 
 
 def looks_like(head: bytes) -> bool:
@@ -68,7 +68,8 @@ def rank_of(name: str) -> int | None:
 def read(data: bytes, file: str, rank: int | None = None) -> RecorderDump:
     """Read one dump. rank: by default, the number at the end of the file's name.
 
-    Raises NotARecorderDump, or DamagedFile ("file:offset: problem") if the dump is damaged.
+    Raises NotARecorderDump if the content is something else. Raises DamagedFile ("file:offset: problem") if the dump is
+    damaged, or if the rank is not known.
     """
     if data[:1] == b"\x80":
         content = pickles.load(data, file)
@@ -81,7 +82,7 @@ def read(data: bytes, file: str, rank: int | None = None) -> RecorderDump:
     rank = rank_of(file) if rank is None else rank
     if rank is None:
         raise DamagedFile(
-            f"{file}:0: the file's name does not end in a number, so its rank is not known: rename it to …_rank_N"
+            f"{file}:0: the file's name does not end in a number, so the rank is not known: rename the file to …_rank_N"
         )
     return _dump(content, file, rank)
 

@@ -18,7 +18,7 @@ of nine bytes can request 64 GB."""
 
 
 class UnsafePickle(DamagedFile):
-    """The pickle names a class or function. A Flight Recorder dump never does, so the file may be an attack."""
+    """The pickle names a class or function. A Flight Recorder dump names none, so the file is possibly an attack."""
 
 
 class _DataOnly(pickle.Unpickler):
@@ -34,7 +34,7 @@ class _DataOnly(pickle.Unpickler):
 
 
 class _NamesCode(Exception):
-    """The pickle names a class or function. `load` converts this exception to UnsafePickle, which has the offset."""
+    """The pickle is not plain data. `load` converts this exception to UnsafePickle, whose message has the offset."""
 
 
 def load(data: bytes, where: str) -> Any:
@@ -42,8 +42,8 @@ def load(data: bytes, where: str) -> Any:
 
     where: the name of the file for messages
 
-    Raises UnsafePickle if the pickle names a class or function, and DamagedFile if it is damaged or requests too much
-    memory. The message is "file:offset: problem"; the problem is at the offset or shortly after it.
+    Raises UnsafePickle if the pickle names a class or function, and DamagedFile if the pickle is damaged or requests
+    too much memory. The message is "file:offset: problem"; the problem is at this offset or shortly after it.
     """
     raw = io.BytesIO(data)
     # The file must have the method `peek`. Without it, the unpickler calls `read` for every operation, and takes four

@@ -71,8 +71,13 @@ def row_of(frames: tuple[str, ...]) -> int | None:
 def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
     """Return the index of the best matching row, and the texts that the groups of its patterns captured.
 
-    Rows that match are compared by these properties, each used only if the ones before are equal: the row is not
-    `generic`; its first pattern matches a frame further inside; it has more patterns; it comes earlier in the table.
+    If several rows match, the first of these rules that tells them apart decides. The best row
+
+    1. is not `generic`;
+    2. matches, with its first pattern, a frame further inside than the other rows;
+    3. has the most patterns;
+    4. comes first in the table.
+
     Returns None if no row matches.
     """
     best: tuple[tuple[bool, int, int, int], list[str]] | None = None

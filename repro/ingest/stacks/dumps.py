@@ -1,7 +1,7 @@
 """Read stacks into `Stack`: text or JSON of py-spy, pystack, faulthandler, gdb, and stacks in logs of vLLM and SGLang.
 
 A stack shows a place in the code, but no group, no sequence number and no iteration. py-spy's words "idle" and "active"
-do not show whether a thread waits for other ranks: a thread that waits for a compiler is idle, too.
+do not show whether a thread waits for other ranks: a thread that waits for a compiler is also "idle".
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: Any, file: str) -> Iterator[Stack]:
-    """Read the output of `py-spy dump --json`: a list of threads. It has the process title only with --subprocesses."""
+    """Read the output of `py-spy dump --json`: a list of threads. Only with --subprocesses it has the process title."""
     for thread in content[:MAX_STACKS]:
         rows = thread.get("frames") if isinstance(thread, dict) else None
         if not isinstance(rows, list):
@@ -123,8 +123,8 @@ def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
 class Stacks:
     """Collects the stacks in a text, line by line, and skips all other lines.
 
-    A stack ends before an empty line, or before a line that is neither indented nor begins with "#" (gdb) or with the
-    name of the process that wrote it. `open` is true within a stack.
+    A stack ends before an empty line. It also ends before a line that is not indented, unless the line begins with "#"
+    (gdb) or with the name of the process that wrote the line. `open` is true within a stack.
     """
 
     def __init__(self, file: str) -> None:
@@ -179,8 +179,8 @@ def _start_of(line: str) -> tuple[re.Match[str], bool, bool] | None:
 def _frame(line: str, *, bare: bool) -> str:
     """Return the frame in a line of any of the formats as "function (file:line)"; "" if the line is not a frame.
 
-    bare: whether a line with only a function's name is a frame. In the output of py-spy such a line is a frame. In
-    other formats the program itself printed the line.
+    bare: whether a line with only a function's name is a frame, as in the output of py-spy. In other formats, such a
+    line is output of the program itself.
     """
     line = line[:MAX_FRAME].rstrip()
     if match := _FAULT_FRAME.match(line):
@@ -240,7 +240,7 @@ def _stack(process: Process, frames: tuple[str, ...], thread: str, source: Sourc
 
 
 def as_json(data: bytes) -> Any:
-    """Return the content of a JSON file; None if it is not JSON."""
+    """Return the content of a JSON file; None if the bytes are not JSON."""
     try:
         return parse_json(data, "")
     except DamagedFile:

@@ -18,9 +18,9 @@ _PEERS = {"send": ("dst", "group_dst"), "isend": ("dst", "group_dst"), "recv": (
 
 
 def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]:
-    """Return two values: the variable that holds the group of the collective, and the variables with other groups.
+    """Return two values: the variable that holds the collective's group, and the variables that hold other groups.
 
-    A variable is written as "variable in function". The first value is "default" if the program passed no group to the
+    A variable has the form "variable in function". The first value is "default" if the program passed no group to the
     collective, and "" if the variables do not show the group.
     """
     inner = [frame for frame in frames if _is_torch(frame)]
@@ -54,7 +54,7 @@ def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the peer of a send or receive, as the program passed it: a global rank, or a group rank.
+    """Return the peer of a send or receive. The program passed it as a global rank, or as a group rank.
 
     Return None if the variables do not show the peer.
     """
