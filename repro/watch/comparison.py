@@ -1,4 +1,4 @@
-"""The result of comparing a run's tokens with the reference model's, as input of the watcher or a later judgement."""
+"""The result of comparing a run's tokens with those of the reference model, for the watcher or a later judgement."""
 
 from __future__ import annotations
 

@@ -27,8 +27,9 @@ class Side(msgspec.Struct, frozen=True, omit_defaults=True):
     """One side of a divergence: the ranks that issued the same call, or that are at the same position.
 
     sizes, dtype, reduce_op, root   the arguments of the call; None if only the position of the ranks is given
-    planned     the entry of the declared schedule at this place, "ep all_gather_v of layers.0.moe"; only for culprits
-    conforms    False for culprits that left their declared schedule; None for all others
+    planned     the entry that the declared schedule has at this place: "ep all_gather_v of layers.0.moe". None unless
+                the ranks are culprits that left their declared schedule
+    conforms    False if the ranks are culprits that left their declared schedule; otherwise None
     """
 
     ranks: tuple[Rank, ...]
@@ -59,9 +60,9 @@ class Divergence(msgspec.Struct, frozen=True):
 class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
     """The verdict that a scenario of the lab expects for its run.
 
-    A field that is None is not checked, except `cause`: if it is None, the verdict must have no cause.
+    A field that is None is not checked, except `cause`: if `cause` is None, the verdict must have no cause.
 
-    step, layer   where every culprit must be; if there is no culprit, where every rank must be
+    step, layer   where every culprit must be; if the verdict has no culprit, where every rank must be
     planned       the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"
     error         the type of the exception that every living rank must raise
     or_else       another verdict that is accepted too
@@ -79,11 +80,11 @@ class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Watcher(msgspec.Struct, frozen=True):
-    """The watcher's host and pid namespace, and the time of its last snapshot of the run.
+    """The watcher's host and pid namespace, and the time of the watcher's last look at the run (see `Look`).
 
-    A later judgement of the run needs them to compute how long before the snapshot each event happened.
+    A later judgement of the run needs these values to compute how long before the look each event happened.
 
-    now_ns   the time of the snapshot on the monotonic clock of the watcher's host
+    now_ns   the time of the look on the monotonic clock of the watcher's host
     """
 
     hostname: str
@@ -112,7 +113,7 @@ class Watcher(msgspec.Struct, frozen=True):
 class Progress(msgspec.Struct, frozen=True):
     """How much a rank had recorded when it was judged: the number of its events, and the time of its last heartbeat.
 
-    The time is a value of the monotonic clock of the rank's host.
+    heartbeat_ns   a time on the monotonic clock of the rank's host
     """
 
     num_events: Count
@@ -136,17 +137,18 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     scenario ... seed    the settings of the run
     verdict              a class of `repro.verdict.classes`; "" if the run is not decided
     cause                a cause of this class; None if there is none
-    culprits ... quiet_s the fields of :class:`repro.verdict.Verdict` with these names
+    culprits ... quiet_s the fields of :class:`repro.verdict.Verdict` with the same names
     sentences            what each rank does: one sentence for all ranks in the same position
     expected             the verdict that the lab's scenario expects; None outside the lab
     matches_expected     whether the verdict is the expected one; None outside the lab
     watcher              the process that judged the run; None if the file does not name it
     system               the facts that were judged together with the witnesses
     notes                other observations of the watcher, in sentences
-    judged               rank -> how much the rank's witness contained when it was judged; it may have grown since
-    interrupted          whether the user ended the run before it was decided
-    ended_by             a sentence about the signal that ended the launcher, and so the run; "" if there was none
-    skipped              why a run of the lab did not take place; "" if it did
+    judged               rank -> how much the rank's witness contained when the run was judged. The rank may have
+                         recorded more since then
+    interrupted          whether the user ended the run before there was a final verdict
+    ended_by             a sentence about the signal that ended the launcher, and so the run; "" if there was no signal
+    skipped              why a run of the lab did not take place; "" if the run took place
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -180,7 +182,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(f"{self.schema_version} is not a version of verdict.json that this release reads")
+            raise ValueError(f"verdict.json has version {self.schema_version}: this release reads {SCHEMA_VERSION}")
         if self.verdict and self.verdict not in CLASSES:
             raise ValueError(f"{self.verdict[:40]!r} is not a verdict class")
         if not self.waits:  # files of older versions have `cycle`, but not `waits`
@@ -192,14 +194,14 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
         return self.first_divergence.sides if self.first_divergence else ()
 
     def look(self) -> Look | None:
-        """Return the watcher's last snapshot of the run, but with no witnesses; None if the file names no watcher."""
+        """Return the watcher's last look at the run, without witnesses; None if the document names no watcher."""
         if self.watcher is None:
             return None
         return Look(self.watcher.identity(), self.watcher.now_ns, facts=self.system, notes=self.notes)
 
 
 def describe(verdict: Verdict, **more: Any) -> Document:
-    """Make the content of verdict.json from a verdict. ``more`` sets fields that a verdict does not have, like seed."""
+    """Make the content of verdict.json from a verdict. ``more`` sets fields that a verdict lacks, such as `seed`."""
     return Document(
         verdict=verdict.verdict,
         cause=verdict.cause or None,
@@ -218,7 +220,7 @@ def describe(verdict: Verdict, **more: Any) -> Document:
 
 
 def progress_of(look: Look) -> dict[int, Progress]:
-    """Return rank -> how much the rank had recorded at the time of the snapshot."""
+    """Return, for each rank, how much the rank had recorded at the time of the look."""
     return {
         rank: Progress(witness.num_events, witness.heartbeat_ns) for rank, witness in sorted(look.witnesses.items())
     }

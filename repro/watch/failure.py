@@ -14,9 +14,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequence[str] = ()) -> Verdict:
-    """Write the tracebacks to logs/watcher.log, and return the verdict `inconclusive`.
+    """Write the tracebacks of the errors to logs/watcher.log, and return the verdict `inconclusive`.
 
-    The first line of its evidence names the first error.
+    The first line of the verdict's evidence names the first error.
 
     what    the part of this program that failed: "the watcher"
     gaps    a line for each piece of evidence that is missing

@@ -1,9 +1,10 @@
 """Compare PyTorch's Flight Recorder dumps with the witnesses.
 
-PyTorch records collectives in its Flight Recorder, and our recorder writes them to the witness. If both show the same
-pending collective, the rank's position is certain. A pending collective of the same group with a higher number is no
-contradiction, because the Flight Recorder counts each collective within a call separately. A dump
-without collectives of this group is ignored. In all other cases the rank's position is not known.
+PyTorch records the collectives of a rank in its Flight Recorder, and our recorder records them in the witness. If the
+dump of the Flight Recorder and the witness show the same pending collective, the rank's position is certain. If the
+dump shows a pending collective of the same group with a higher number, dump and witness do not contradict each other:
+the Flight Recorder counts separately each collective that one call consists of. If the dump has no collective of this
+group, the dump is ignored. In all other cases the dump contradicts the witness, and the rank's position is not known.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ _NAMES = {"default_pg": "world"}
 
 @dataclass
 class RecorderCheck:
-    """What the Flight Recorder dumps of the blocked ranks say about the collectives in which the ranks wait.
+    """What the Flight Recorder dumps of the blocked ranks say about the collectives in which these ranks wait.
 
     agree          ranks whose dump and witness show the same pending collective
-    ahead          ranks whose dump shows a later pending collective of the same group
-    contradicted   rank -> a line with the pending collectives of the dump and with that of the witness, which differs
+    ahead          ranks whose dump shows a pending collective of the same group with a higher number
+    contradicted   rank -> a line with the pending collectives of the dump, and the different one of the witness
     """
 
     agree: list[int] = field(default_factory=list)
@@ -71,7 +72,7 @@ def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderChe
 
 
 def _read_entries(dump: Path) -> list[tuple[str, int, bool]]:
-    """Read (group, sequence number, whether it has completed) of each entry; [] if there is no readable dump.
+    """Read (group, sequence number, whether the collective has completed) of each entry; [] if no dump can be read.
 
     The field ``retired`` shows the completion. The field ``state`` does not: on gloo it stays "scheduled".
     """

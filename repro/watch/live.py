@@ -2,8 +2,8 @@
 
 The watcher only reads files that the ranks write. If no rank has recorded an event for the quiet window, the watcher
 calls the judge. If the verdict is `slow` (a rank still works) or `inconclusive`, the watcher continues. Before a final
-verdict, the watcher collects stacks and Flight Recorder dumps. It writes verdict.json before any process is ended. If
-the watcher itself fails, the verdict is `inconclusive`, and logs/watcher.log has the traceback.
+verdict, the watcher collects stacks and Flight Recorder dumps. The watcher ends no process: after it has written
+verdict.json, its caller can end the ranks. If the watcher fails, the verdict is `inconclusive` (see logs/watcher.log).
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Watch:
 
     job_alive     returns whether the job still runs; if not, the watch ends after a short wait
     compare       compares the results with the reference when all ranks are done. While it returns None (not ready),
-                  it is called again. Its argument is True at the last call, which must return a Comparison
+                  the watcher calls it again. The argument is True at the last call, which must return a Comparison
     describe      makes the content of verdict.json from a verdict, with the settings of the run
-    read          gets the witnesses (rank -> witness) and returns those to judge, for example with other names of
-                  blocks; by default the same ones
+    read          gets the witnesses (rank -> witness) and returns the witnesses to judge, for example with other names
+                  of layers; by default returns them unchanged
     interrupted   returns whether the user has asked for the end of the run
     show          displays the progress; called at every poll with the open witnesses
     notice        prints a line of text, for example the waits between ranks when they have changed
@@ -103,7 +103,7 @@ class Watch:
         self._silences = Silences()
 
     def run(self) -> Document:
-        """Watch until the run is decided, and write verdict.json. Returns its content.
+        """Watch until there is a final verdict, then write verdict.json. Return the content of verdict.json.
 
         Disk space for verdict.json is reserved at the start, because the disk may be full at the end. Raises OSError if
         verdict.json cannot be written.
@@ -118,7 +118,7 @@ class Watch:
             return self._write(verdict)
 
     def processes(self) -> list[Process]:
-        """Return the processes of the ranks that run on this host, also of ranks whose witness file was deleted."""
+        """Return the processes of the ranks that run on this host, also of a rank whose witness file was deleted."""
         return [process for process in self._running().values() if process is not None]
 
     def remote_ranks_run(self) -> bool:
@@ -147,7 +147,7 @@ class Watch:
         return verdict
 
     def _pause(self) -> None:
-        """Sleep until the next poll, and note how late the sleep ends. If it ends late, no processor was free."""
+        """Sleep until the next poll, and note how late the sleep ends. A late end shows that no processor was free."""
         asleep_ns = self.host.now_ns()
         self.host.sleep(POLL_S)
         self._system.note_late((self.host.now_ns() - asleep_ns) / 1e9 - POLL_S)
@@ -182,7 +182,7 @@ class Watch:
         return self._decide_in_quiet()
 
     def _report_builds(self, now_ns: int) -> None:
-        """Print which ranks wait for a rank that builds a kernel, also while ranks record events (see `Notices`)."""
+        """Print which ranks wait for a rank that builds a kernel, even if ranks record events (see notices.py)."""
         if self._notices.is_build_check_due(now_ns, self._tails.waiting_since_ns()):
             verdict = self._judge()
             self._notices.builds(verdict, now_ns, self.host.now_ns())
@@ -237,7 +237,7 @@ class Watch:
         return self._look.verdict(self.options, wrong_numbers).with_evidence(self._look.notes)
 
     def _take_look(self) -> Look:
-        """Take a snapshot: read the clock first, then the processes, then their witnesses."""
+        """Take a look at the run: read the clock first, then the ranks' processes, then their witnesses."""
         now_ns = self.host.now_ns()
         self._tails.open()
         running = self._running()
@@ -259,10 +259,10 @@ class Watch:
         return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].writer.pid for rank in here})]
 
     def _compared(self, final: bool) -> Verdict | None:
-        """Compare the results of a run whose ranks are all done. Return the verdict.
+        """Compare the results of a run whose ranks are all done. Return the verdict; None if it is too early for this.
 
-        If the results are right, the verdict is `slow` if the run had long silences (see `Silences`), else `clean`. If
-        they were not compared, it is `inconclusive`. None if they cannot be compared yet. final: this is the last call
+        A `clean` verdict becomes `slow` if the run had long silences (see `Silences`), and `inconclusive` if the
+        results cannot be compared. final: whether this is the last call, which does not return None
         """
         comparison = self.compare(final)
         if comparison is None:
@@ -291,7 +291,7 @@ class Watch:
         """Whether a rank died or failed, or all processes ended, and the other ranks have had time to react.
 
         They have had time if no event came for DEATH_GRACE_S, or if DEATH_PATIENCE_S have passed since the watcher
-        noticed the death or failure. In this time they may finish, or record that they lost the rank.
+        noticed the death or failure. In this time the other ranks can finish, or record that they lost the rank.
         """
         ended = {rank for rank, process in self._running().items() if process is None}
         # a rank of a user's program ends by itself when it is done: this is not a death
@@ -305,7 +305,7 @@ class Watch:
         return quiet_ns > DEATH_GRACE_S * 1e9 or now_ns - self._died_ns > DEATH_PATIENCE_S * 1e9
 
     def _collect_evidence(self) -> dict[int, str]:
-        """Let all ranks write their stacks and dumps. Returns rank -> the evidence that it did not write."""
+        """Let all ranks write their stacks and dumps. Return, for each rank, the evidence that it did not write."""
         request = self._remote_hosts.request_evidence()
         unanswered = self.host.collect(self.run_dir, self._pids())
         return unanswered | self._remote_hosts.answers(request, ANSWER_PATIENCE_S)
@@ -313,7 +313,7 @@ class Watch:
     def _failed(self, error: Exception) -> Verdict:
         """Return the verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""
         errors = [error]
-        # take a last snapshot while the ranks still exist: verdict.json has it, for a later judgement
+        # take a last look while the ranks still exist: verdict.json has it, for a later judgement
         try:
             gaps = collect.name_missing(self._collect_evidence(), collect.PATIENCE_S)
             self._look = self._take_look()

@@ -1,6 +1,6 @@
-"""A snapshot of a run: everything that a watcher knows at one moment.
+"""A look at a run: everything that a watcher knows about the run at one moment.
 
-The judge gives the same verdict for the same snapshot on any machine.
+The judge gives the same verdict on the same look on any machine.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from repro.watch.flight_recorder import compare_dumps
 
 @dataclass(frozen=True)
 class Look:
-    """A snapshot of a run: everything that a watcher knows at one moment.
+    """A look at a run: everything that a watcher knows about the run at one moment.
 
-    watcher     the process that took the snapshot; now_ns and ``facts.died`` are on the clock of its host
+    watcher     the process that took the look; now_ns and ``facts.died`` are times on the clock of its host
     now_ns      the monotonic clock just before the files were read, so the time of reading does not count as quiet time
     witnesses   rank -> witness; ranks whose witness could not be read are absent
-    notes       further observations of the watcher, in sentences; of the files of the run, only verdict.json has them
+    notes       further observations of the watcher, in sentences. Only verdict.json keeps them
     """
 
     watcher: Identity
@@ -35,7 +35,7 @@ class Look:
     notes: tuple[str, ...] = ()
 
     def verdict(self, options: WatchOptions, wrong_numbers: Sequence[str] = ()) -> Verdict:
-        """Call the judge for the witnesses and facts of this snapshot.
+        """Call the judge for the witnesses and facts of this look.
 
         wrong_numbers: a line for each result that differs from the reference.
         """
@@ -51,7 +51,7 @@ class Look:
         )
 
     def concluded(self, run_dir: RunDir, options: WatchOptions, wrong_numbers: Sequence[str] = ()) -> Verdict:
-        """Judge the snapshot. Add the notes, and what the Flight Recorder dumps say, to the evidence of the verdict.
+        """Judge this look. Add the notes, and what the Flight Recorder dumps say, to the evidence of the verdict.
 
         If no rank has begun, the verdict is `inconclusive` without culprits.
         """

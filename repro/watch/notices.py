@@ -1,8 +1,8 @@
 """The lines that a watcher prints while it watches: which ranks wait for which, and which rank builds a kernel.
 
-Usually the judge is called when no rank has recorded an event for the quiet window. But a rank that builds one kernel
-after another records an event for each, so the quiet window never passes, although the others wait for this rank.
-Therefore the watcher also checks for builds when a rank has waited for PATIENCE_S, without a quiet window.
+Usually the watcher calls the judge when no rank has recorded an event for the quiet window. But a rank that builds one
+kernel after another records an event for each build, so the quiet window never passes, although other ranks wait for
+this rank. Therefore, if a rank has waited for PATIENCE_S, the watcher checks for builds without a quiet window.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ PATIENCE_S = 3.0
 """How long a rank must have waited in one place before the watcher checks whether another rank builds a kernel."""
 
 CHECK_S = 1.0
-"""The shortest time between two such checks. A check reads every witness, so it costs time."""
+"""The shortest time between two checks for builds. A check reads every witness, so it costs time."""
 
 REPEAT_S = 30.0
 """The shortest time between two notices about the same builders and waiting ranks, even if the build has changed."""
 
 
 class Notices:
-    """Decides which lines a watcher prints, so that it does not repeat itself.
+    """Decides which lines a watcher prints, so that no line is printed again and again.
 
     notice          prints a line
     remark          returns a line about a verdict that is not final, or "". Equal lines are printed only once
@@ -40,10 +40,10 @@ class Notices:
         self._builds_ns = 0
 
     def silence(self, verdict: Verdict) -> None:
-        """After a quiet window, print the waits between ranks and the remark, if they are new.
+        """After a quiet window, print the waits between ranks and the remark about the verdict, if they are new.
 
-        The waits are new if they have changed since they were printed last; they are not printed if all are shorter
-        than half a quiet window. The remark is new if it was never printed.
+        The waits are printed if they have changed since the last time, and if at least one of them is half a quiet
+        window long. The remark is printed if it was never printed before.
         """
         if (remark := self._remark(verdict)) and remark not in self._remarks:
             self._remarks.add(remark)
@@ -65,7 +65,7 @@ class Notices:
     def builds(self, verdict: Verdict, began_ns: int, now_ns: int) -> None:
         """Print which ranks build a kernel, which ranks wait for them, and since when. Do not repeat a recent notice.
 
-        began_ns, now_ns: when the check began and ended. The longer a check takes, the later the next one is due.
+        began_ns, now_ns: when the check began and ended. The longer a check takes, the later the next check is due.
         """
         self._next_check_ns = now_ns + max(int(CHECK_S * 1e9), 10 * (now_ns - began_ns))
         awaited = {rank for wait in verdict.waits for rank in wait.awaited}
@@ -80,7 +80,7 @@ class Notices:
 def _news(verdict: Verdict) -> list[str]:
     """Return the sentences about the ranks, without the time since the last heartbeat, which always changes.
 
-    If the result is the same as before, there is nothing new to print.
+    If the result is the same as at the last notice, the watcher prints nothing.
     """
     return [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in verdict.sentences()]
 

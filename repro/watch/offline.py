@@ -37,8 +37,8 @@ def options_of(description: RunDescription) -> WatchOptions:
 class Again:
     """The result of judging a run again from its files.
 
-    look      the snapshot that was judged
-    decided   the verdict.json that the watcher wrote; None if there is none, or if it is damaged
+    look      the look at the run that was judged
+    decided   the content of the verdict.json that the watcher wrote; None if the file is missing or damaged
     whole     False if verdict.json or a witness is damaged or incomplete, if a witness has changed since the verdict,
               or if the witnesses are not all of one run
     """
@@ -52,9 +52,9 @@ class Again:
 def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) -> Again:
     """Judge a run from its files.
 
-    If the run has a verdict.json, the judge gets the watcher's last snapshot of the run: verdict.json has the time and
-    the facts of this snapshot. So the verdict is the same on any machine. If verdict.json is missing or damaged, the
-    processes of the run are observed now for LOOK_S seconds, and their present state is judged.
+    If the run has a verdict.json, the judge gets the watcher's last look at the run: verdict.json has the time and the
+    facts of this look. So the verdict is the same on any machine. If verdict.json is missing or damaged, this function
+    observes the processes of the run for LOOK_S seconds, and judges their present state.
 
     comparison   the result of comparing the run's tokens with the reference
     """
@@ -95,7 +95,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
 
 
 def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str]]:
-    """Return the watcher's last snapshot, and a line for each witness that no longer has the events of the snapshot."""
+    """Return the watcher's last look at the run, and a line for each witness that no longer has the judged events."""
     witnesses, refused = read_dir(run_dir.root / "events")
     for rank in witnesses.keys() & decided.judged.keys():
         progress = decided.judged[rank]
@@ -139,9 +139,9 @@ def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
 
 
 def _launcher_of(run_dir: RunDir) -> str:
-    """Describe a run of which no rank has begun: how long ago it was prepared, and whether a process watches it.
+    """Describe a run of which no rank has begun: how long ago the run was prepared, and whether a process watches it.
 
-    If a process watches it, the run may be about to begin.
+    If a process watches the run, the ranks can still begin.
     """
     age_s = time.time() - run_dir.config.stat().st_mtime
     pid = locks.holder(run_dir.config.resolve())

@@ -11,7 +11,7 @@ from repro.verdict.classes import END, INTERRUPT, class_of
 def not_decided(verdict: Verdict) -> Verdict:
     """Weaken the verdict on a run that the user interrupted: `slow` becomes `inconclusive`.
 
-    At the interrupt the ranks were still at work, but that does not prove that the run is slow.
+    That ranks were still at work at the interrupt does not prove that the run is slow.
     """
     if INTERRUPT in class_of(verdict.verdict).outside:
         verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
@@ -33,7 +33,7 @@ def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
 def uncompared(verdict: Verdict, why: str) -> Verdict:
     """Weaken the verdict on a run whose tokens were not compared with the reference: `clean` becomes `inconclusive`.
 
-    why: the reason that they were not compared.
+    why: the reason why they were not compared.
     """
     if verdict.verdict == "clean":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")

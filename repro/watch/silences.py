@@ -1,5 +1,7 @@
-"""Remember the silences of a running job. A silence is a period without events: some ranks work, the others wait for
-them. A run that finishes after long silences is `slow`, not `clean`."""
+"""Remember the silences of a running job, because a run that finishes after long silences is `slow`, not `clean`.
+
+A silence is a period without events, in which some ranks work and the other ranks wait for them.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ class _Silence:
 
     lasted_s   for how many seconds it has lasted
     starved_s  for how many of these seconds the awaited ranks lacked a processor
-    share      the share of the time, 0 to 1, in which an awaited rank lacked a processor, as last measured; of several
-               awaited ranks, the largest share
+    share      for which share of the time, 0 to 1, an awaited rank lacked a processor at the last measurement. If there
+               are several awaited ranks, the largest share
     """
 
     lasted_s: float = 0.0
@@ -30,7 +32,7 @@ class _Silence:
     def go_on(self, lasted_s: float) -> float:
         """Extend the silence to ``lasted_s`` seconds.
 
-        Returns for how many of the added seconds the awaited ranks had a processor.
+        Return for how many of the added seconds the awaited ranks had a processor.
         """
         added_s, self.lasted_s = lasted_s - self.lasted_s, lasted_s
         self.starved_s += self.share * added_s
@@ -49,12 +51,15 @@ class Silences:
         """Remember for how many seconds ranks have waited for the culprits of a `slow` verdict ("awaited ranks").
 
         If all awaited ranks build a kernel, this is the time for which all blocked ranks have waited. Otherwise it is
-        the silence without the time in which the awaited ranks lacked a processor: then the machine was busy, and the
-        job itself was not slow.
+        the silence without the time in which the awaited ranks lacked a processor: in that time the machine was busy,
+        and the job itself was not slow.
 
-        Nothing is remembered if the verdict is not `slow`, if fewer ranks wait than are awaited, if all awaited ranks
-        are suspended (SIGSTOP or a debugger), if a longer wait for the same ranks is known, or, unless all awaited
-        ranks build a kernel, if a rank has sent a heartbeat in the last quiet window.
+        Nothing is remembered in each of these cases:
+
+        - The verdict is not `slow`, or fewer ranks wait than are awaited.
+        - All awaited ranks are suspended (by SIGSTOP or a debugger).
+        - A longer wait for the same ranks is already known.
+        - A rank has sent a heartbeat in the last quiet window. This does not count if all awaited ranks build a kernel.
 
         alive_s   seconds since the last heartbeat of any rank
         """
@@ -85,8 +90,8 @@ class Silences:
     def _lost_s(self, verdict: Verdict, facts: Facts) -> float:
         """Return for how many seconds of the silence the awaited ranks lacked a processor.
 
-        ``facts.starved`` says for which share of the time since the previous call a rank lacked a processor; at the
-        first call, for which share of the second half of the quiet window.
+        ``facts.starved`` says for which share of a time span a rank lacked a processor. At the first call, the span is
+        the second half of the quiet window; later, it is the time since the previous call.
         """
         silence = self._now.get(verdict.culprits, _Silence())
         if verdict.quiet_s < silence.lasted_s:
@@ -99,7 +104,7 @@ class Silences:
     def slowest(self, quiet_window_s: float) -> Verdict | None:
         """Return the `slow` verdict of the longest silence; None if no silence lasted SLOW_WINDOWS quiet windows.
 
-        The verdict has a line of evidence for each other silence that lasted so long.
+        The verdict has a line of evidence for each other silence of at least SLOW_WINDOWS quiet windows.
         """
         silences = sorted(self._longest.values(), key=lambda silence: -silence[0])
         silences = [silence for silence in silences if silence[0] >= SLOW_WINDOWS * quiet_window_s]

@@ -53,7 +53,7 @@ def change(content: dict[str, Any], path: str, value: Any) -> None:
         ("system.lock_holders", {"2": ["a"]}, r"$.system.lock_holders[...]: expected array of length 2, got 1"),
         ("system.alive", {"x": True}, r"expected int, got str"),
         ("verdict", "livelock", r"$: 'livelock' is not a verdict class"),
-        ("schema_version", 2, r"$: 2 is not a version of verdict.json that this release reads"),
+        ("schema_version", 2, r"$: verdict.json has version 2: this release reads 1"),
     ],
 )
 def test_a_wrong_value_is_refused_with_file_and_field(

@@ -1,7 +1,7 @@
 """Judge the evidence of other tools, which shows only part of what happened, and never a declared schedule.
 
-RULES lists the rules: those that prove most come first. The first rule that returns a `Diagnosis` decides; a rule that
-does not apply returns None.
+RULES lists the rules; the rules that prove most come first. The first rule that returns a `Diagnosis` decides. A rule
+that does not apply returns None.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["Diagnosis", "diagnose"]
 
 
 def diagnose(records: Sequence[Observation]) -> Diagnosis:
-    """Return what the records of a job prove, and what to collect next. A culprit is named only if it is proven."""
+    """Return what the records of a job prove, and what to collect next. A rank without proof is never a culprit."""
     job = JobRecords.of(records)
     for rule in RULES:
         diagnosis = rule(job)

@@ -17,10 +17,11 @@ _RANKS = re.compile(r"\branks? ([\d,-]+)")
 def with_pids(diagnosis: Diagnosis, job: JobRecords) -> Diagnosis:
     """Replace the words PID and PIDS in the commands of a diagnosis by process ids.
 
-    If the line with the command names ranks, PID means their processes. Otherwise PID means the processes of the
-    culprits, or of the suspects if there are no culprits. PIDS means the processes of all ranks.
+    If the line with the command names ranks, PID means the processes of these ranks. Otherwise PID means the processes
+    of the culprits, or of the suspects if there are no culprits. If no id of these processes is known, PID stays.
+    PIDS means the processes of all ranks. If no id or more than MAX_PIDS ids are known, a pgrep command replaces PIDS.
     """
-    pids = _pids(job)
+    pids = _pids_by_rank(job)
     named = diagnosis.culprits or diagnosis.suspects
     return replace(diagnosis, collect=tuple(_filled(text, pids, named) for text in diagnosis.collect))
 
@@ -48,8 +49,7 @@ def _listed(text: str) -> list[int]:
     return ranks
 
 
-def _pids(job: JobRecords) -> dict[int, list[int]]:
-    """Return rank -> the process ids that the records contain for this rank."""
+def _pids_by_rank(job: JobRecords) -> dict[int, list[int]]:
     result: dict[int, list[int]] = {}
     processes = [record.process for record in job.stacks]
     processes += [record.process for record in job.failures]

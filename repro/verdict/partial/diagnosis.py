@@ -1,4 +1,4 @@
-"""The result of `diagnose`: a verdict, the evidence for it, what would refute it, and what to collect next."""
+"""The result of `diagnose`: a verdict with its evidence, what would refute the verdict, and what to collect next."""
 
 from __future__ import annotations
 

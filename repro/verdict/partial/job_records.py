@@ -35,9 +35,9 @@ class JobRecords:
     If a stack, an error or a note has no rank, the rank is taken from another record with the same process id.
 
     recorders            rank -> its newest usable Flight Recorder dump
-    earlier              rank -> an older dump of the same process, if there is one
-    contradictions       lines about dumps that are not used, or that may be misleading
-    ranks_by_world_size  number of ranks in the default group -> the ranks whose dump has this number; if there are
+    earlier              rank -> the oldest dump of the same process, if it is older than the newest one
+    contradictions       lines about dumps that are not used, or that can mislead
+    ranks_by_world_size  number of ranks in the default group -> the ranks whose dump has this number. If there are
                          several numbers, the dumps are of several jobs
     """
 
@@ -96,10 +96,10 @@ class JobRecords:
         return job
 
     def _add_recorders(self, dumps: Sequence[RecorderDump]) -> None:
-        """Keep the newest usable dump of each rank, and an older one of the same process if there is one.
+        """Keep the newest usable dump of each rank and, if there is one, the oldest dump of the same process.
 
-        A dump is not usable if it is older than the dumps of the other ranks, or if it lacks the group, the number or
-        the state of its entries. With such a dump, a rank would seem not to have queued operations that it has queued.
+        A dump is not usable if it is older than the dumps of the other ranks, or if its entries have no group, no
+        number or no state. According to such a dump, a rank would not have queued operations that it has queued.
         """
         blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
         if blind:
@@ -118,9 +118,9 @@ class JobRecords:
         self.earlier = {rank: dump for rank, dump in moments.earlier.items() if rank not in stale}
 
     def main_stacks(self, role: str = "worker") -> dict[int, list[Stack]]:
-        """Return rank -> the stacks of its main thread, oldest first.
+        """Return, for each rank, the stacks of its main thread, oldest first.
 
-        role   "worker", or "engine" for the engine processes of a server
+        role   "worker", or "engine" for the engine processes of a server. Processes without a role count for both
         """
         result: dict[int, list[Stack]] = {}
         for stack in self.stacks:
@@ -129,7 +129,7 @@ class JobRecords:
         return dict(sorted(result.items()))
 
     def ranks(self) -> list[int]:
-        """Return, in ascending order, the ranks of all dumps, main threads, time-outs, counters, errors and notes."""
+        """Return, in ascending order, each rank with a dump, a main stack, a time-out, counters, an error or a note."""
         seen: set[int] = set(self.recorders) | set(self.main_stacks())
         named = [record.rank for record in self.timeouts] + [record.rank for record in self.progress]
         named += [record.process.rank for record in self.failures] + [record.process.rank for record in self.notes]
@@ -137,11 +137,11 @@ class JobRecords:
 
     @property
     def has_devices(self) -> bool:
-        """Whether a host of the job has accelerators. A rank that waits for its accelerator may keep a core busy."""
+        """Whether a host of the job has accelerators. A rank that waits for its accelerator can keep a core busy."""
         return any(note.kind == "devices" for note in self.notes)
 
     def world_size(self) -> int | None:
-        """Return the number of ranks of the job: the largest in a log line or a dump; None if neither shows one."""
+        """Return the number of ranks of the job: the largest number in log lines and dumps; None if none has one."""
         sizes = [int(note.value) for note in self.notes if note.kind == "world" and note.value.isdigit()]
         sizes += [len(g.members) for d in self.recorders.values() for g in d.configured if g.members]
         return max(sizes, default=None)
@@ -155,7 +155,7 @@ def is_main(stack: Stack) -> bool:
 
 
 def _ranks_of_processes(records: Sequence[Observation]) -> dict[int, int]:
-    """Return pid -> rank, from records that have both. A pid with two ranks exists on two hosts, and is left out."""
+    """Return the rank of each pid, from records that have both. A pid that exists on two hosts is left out."""
     seen: dict[int, set[int]] = {}
     for record in records:
         process = getattr(record, "process", None)
@@ -171,7 +171,7 @@ def _with_rank(process: Process, ranks: Mapping[int, int]) -> Process:
 
 
 def _with_looks(stacks: Sequence[Stack]) -> list[Stack]:
-    """Set `Stack.look`: number the stacks of one thread in the order of their files, from 0."""
+    """Set `Stack.look` of each stack: its number, from 0, among the stacks of its thread in the order of files."""
     looks: Counter[tuple[object, ...]] = Counter()
     numbered = []
     for stack in sorted(stacks, key=lambda record: record.source.file):

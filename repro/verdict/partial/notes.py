@@ -58,7 +58,7 @@ def _heartbeats(job: JobRecords, beats: Sequence[Note]) -> Diagnosis:
 
 
 def with_notes(diagnosis: Diagnosis, job: JobRecords) -> Diagnosis:
-    """Add notes to a diagnosis: versions with known defects, what was not observed, and why lines may be missing."""
+    """Add notes to a diagnosis: versions with known defects, what was not observed, and why lines can be missing."""
     notes = known_bad(job)
     if any(note.kind == "repeated" for note in job.notes):
         notes.append("Ray drops repeated lines of logs: a rank whose line is missing here may have printed it.")

@@ -58,7 +58,10 @@ _PYTHON_FOLDER = re.compile(r"/lib(64)?/python3\.\d+/(?!(site|dist)-packages/)")
 def program_frames(frames: Sequence[str], limit: int = 2) -> str:
     """Return the innermost frames of the program itself, without torch's frames: "unshard (train/fsdp.py:210)".
 
-    If they are all of Python's library, the innermost frame of other code follows: "stat (pathlib.py:1013) < …".
+    If all of these frames are of Python's own library, also return the innermost frame of other code: "stat
+    (pathlib.py:1013) < load (train.py:40)".
+
+    limit   how many frames to return
     """
     own = [frame for frame in frames if not any(part in frame for part in _LIBRARY) and ".so" not in frame]
     shown = own[:limit]

@@ -13,7 +13,8 @@ from repro.verdict.partial.words import WORKING, call_in, ranks_of, verb
 def judge_absence(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
     """Judge waits in a collective that some members have not queued.
 
-    The verdict is `slow` if the stacks of these members show that they work; otherwise it is `inconclusive`.
+    The verdict is `slow` if the stacks of all these members show that they work; otherwise it is `inconclusive`. Return
+    None if every member has queued what the ranks wait in.
     """
     lacking = [wait for wait in waits if wait.missing]
     if not lacking:

@@ -1,4 +1,4 @@
-"""Judge two dumps of each rank, taken at different times. If a wait ended between the two, it was no deadlock."""
+"""Judge two dumps of each rank, taken at different times. A wait that ended in between was no deadlock."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ LATE_S = 1.0
 
 
 def judge_advance(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge a job in which ranks have advanced since the earlier dumps, and no rank waits for an absent one any more.
+    """Judge a job whose later dumps show that ranks advanced, and that every member has queued what the ranks wait in.
 
-    The verdict is `slow` if a rank queued the awaited operation at least LATE_S after the others: this rank is named.
-    Otherwise it is `inconclusive`. Return None if no rank waits at all and all times are known.
+    If a rank queued an operation at least LATE_S after the ranks that waited for it in the earlier dumps, the verdict
+    is `slow` and names this rank. Otherwise it is `inconclusive`. Return None for any other job; also return None if no
+    rank waits now and, as all times are known, no rank came late.
     """
     moved = [rank for rank, dump in job.earlier.items() if advanced(dump, job.recorders[rank])]
     waiting = {wait.rank for wait in waits}
@@ -70,7 +71,7 @@ def _moving(job: JobRecords, moved: Sequence[int], are_known: bool) -> Diagnosis
 
 
 def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
-    """Return rank -> when it queued the operation with number ``seq`` of a group."""
+    """Return, for each rank, the time in seconds at which it queued the operation number ``seq`` of a group."""
     return {
         rank: times[seq]
         for rank, dump in job.recorders.items()
@@ -82,9 +83,9 @@ def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
 def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
     """Return how many seconds later than the other members a rank queued an operation; None if this is unknown.
 
-    times   rank -> when it queued the operation, in seconds
-    wait    the wait for the operation in the earlier dumps. The rank is compared with the median of the members that
-            had queued the operation by then
+    times   rank -> when the rank queued the operation, in seconds
+    wait    the wait in this operation in the earlier dumps. The time of the rank is compared with the median time of
+            the members that had already queued the operation in these dumps
     """
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
     return times[rank] - median(others) if rank in times and others else None

@@ -1,4 +1,4 @@
-"""Find the rank that left the repeating pattern of operations that all ranks of a job followed in earlier steps."""
+"""Find the rank that left a repeating pattern of operations. All waiting ranks followed this pattern before."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ HISTORY = 2048
 
 @dataclass(frozen=True, slots=True)
 class HabitBreak:
-    """A rank that left the repeating pattern of its operations, and how.
+    """A rank that left the repeating pattern of its operations, and how it did so.
 
     kind         "skipped" if the rank left out one operation and issued the next one of the pattern; otherwise "extra"
     sentence     a line of evidence that says where the rank left the pattern
     convincing   whether the pattern contains the operation that the rank issued, with the same arguments. If not, the
-                 rank may have begun something rare (a checkpoint, an evaluation), and the other ranks should have begun
-                 it, too
+                 rank is no culprit: perhaps it rightly began something rare (a checkpoint, an evaluation) that the
+                 other ranks left out
     """
 
     rank: int
@@ -36,8 +36,8 @@ class HabitBreak:
 class _Rhythm:
     """The repeating pattern of one rank's operations, and the rank's first unfinished operation.
 
-    keys        the operations of one period, each as (group, operation, call site). The pattern predicts the first of
-                them in place of ``call``
+    keys        the operations of one period, each as (group, operation, call site). The first one is the operation
+                that the pattern predicts in place of ``call``
     arguments   the operations of the same period, each as (group, operation, sizes, data types)
     call        the unfinished operation
     key         (group, operation, call site) of ``call``
@@ -56,12 +56,12 @@ class _Rhythm:
 
 
 def left_rhythm(job: JobRecords, waits: Sequence[tuple[int, Call]]) -> HabitBreak | None:
-    """Find the waiting rank that issued an operation other than the one that its earlier operations predict.
+    """Find the waiting rank whose unfinished operation is not the one that its earlier operations predict.
 
-    waits   (rank, the operation in which it waits), for each waiting rank
+    waits   (rank, the operation in which the rank waits), for each waiting rank
 
-    Returns None unless exactly one waiting rank left its pattern, all other waiting ranks kept theirs, and these
-    patterns consist of the same operations.
+    Return None unless exactly one waiting rank left its pattern, all other waiting ranks kept their patterns, and the
+    patterns of all these ranks consist of the same operations.
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []

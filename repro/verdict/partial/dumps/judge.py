@@ -1,4 +1,4 @@
-"""Judge Flight Recorder dumps: which ranks wait in which operation for which ranks, and whether the waits form a cycle.
+"""Judge Flight Recorder dumps: which ranks wait for which, in which operation, and whether the waits form a cycle.
 
 On NCCL, the dumps show which operations the host queued. They do not show what the device is doing.
 """
@@ -76,7 +76,7 @@ def _all_there(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
     """Judge waits in an operation that every member with a dump has queued.
 
     The verdict is `stall` if all members are known and each has a dump with the arguments; otherwise it is
-    `inconclusive`.
+    `inconclusive`. Return None if no rank waits.
     """
     if not waits:
         return None

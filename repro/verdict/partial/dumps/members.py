@@ -9,11 +9,11 @@ from repro.trace.foreign.records import Group, GroupRecord, RecorderDump
 
 
 def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDump]:
-    """Complete the groups in the dumps: add members and names that are only in the dumps of other ranks.
+    """Complete the groups in each dump: add the members and names that only the dumps of other ranks show.
 
-    A gloo dump does not list the members of a group: then all ranks whose dumps have entries of this group count as
-    members. If a dump has only the counters of a group, it has the id of the group, but not its name: then another
-    rank's dump has the name for this id.
+    If a dump does not list the members of a group, as on gloo, all ranks whose dumps have entries of this group count
+    as members. If a dump has only the counters of a group, it has the id of the group, but no name. Then the name
+    comes from the dump of another rank that has a name for this id.
     """
     recorded: dict[str, set[int]] = {}
     names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that use this name
@@ -42,7 +42,7 @@ def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDum
 
 
 def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, GroupRecord]]:
-    """Return group -> rank -> what this rank recorded in the group, for all groups with several members."""
+    """Return, for each group with several members, a dict from rank to what the rank recorded in the group."""
     result: dict[Group, dict[int, GroupRecord]] = {}
     for rank, dump in recorders.items():
         for record in dump.groups:
@@ -53,5 +53,5 @@ def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, Gr
 
 
 def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:
-    """Whether a dump lists the members of the group. If none does, as on gloo, members without entries may exist."""
+    """Whether a dump lists the members of a group. If not, as on gloo, there can be members that recorded nothing."""
     return any(known.name == group.name and known.members for dump in recorders.values() for known in dump.configured)

@@ -1,5 +1,8 @@
-"""Sort the Flight Recorder dumps of each rank by time. Leave out dumps that are too old, that have a wrong rank in
-their file name, or that are of another job."""
+"""Sort the Flight Recorder dumps of each rank by time, and find the dumps that are not usable.
+
+A dump is not usable if it is older than the dumps of other ranks, if its file name has a wrong rank, or if the dumps of
+this rank are of several processes.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +71,9 @@ def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
 
 
 def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
-    """Return number of ranks in the default group -> the ranks whose dump has this number.
+    """Return, for each size of the default group, the ranks whose dumps have this size.
 
-    If there are several numbers, the dumps are of several jobs.
+    If there are several sizes, the dumps are of several jobs.
     """
     sizes: dict[int, list[int]] = {}
     for dump in dumps:
@@ -82,10 +85,10 @@ def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
 
 
 def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, str]:
-    """Find dumps that are older than the dumps of other ranks. Return rank -> why its dump is older.
+    """Return, for each rank whose dump is older than the dumps of other ranks, a sentence that shows this.
 
-    A dump is older if another member has completed an operation that needs all members, and the dump ends before this
-    operation.
+    The dump of a rank is older if another member of a group completed an operation that needs all members, and the dump
+    ends before this operation.
     """
     stale: dict[int, str] = {}
     for group, records in groups.items():
@@ -149,7 +152,7 @@ def _detail(dump: RecorderDump) -> tuple[int, int]:
 
 
 def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
-    """Return group -> (number of the last queued collective, number of the last completed one), from the entries."""
+    """Return, for each group in the entries, the numbers of the last queued and of the last completed collective."""
     result = {}
     for record in dump.groups:
         queued = record.calls.last_number()
@@ -166,7 +169,7 @@ def _same_moment(one: RecorderDump, two: RecorderDump) -> bool:
 def _same_process(before: RecorderDump, after: RecorderDump) -> bool:
     """Whether two dumps can be of the same process.
 
-    Entries that are in both dumps must have equal times. In no group may the last number of the later dump be lower.
+    Entries that are in both dumps must have equal times, and no group has a lower last number in the later dump.
     """
     old = {record.group.name: record.calls.times_by_number() for record in before.groups}
     for record in after.groups:

@@ -52,9 +52,9 @@ def _first_difference(
 ) -> tuple[int, Sides] | None:
     """Return the lowest sequence number under which members queued different operations, and these operations.
 
-    compared   returns the fields of a call that must be equal on all members
+    compared   a function that returns the fields of a call that must be equal on all members
 
-    Returns None if the operations do not differ. The time is linear in the number of calls.
+    Return None if no operations differ. The time is linear in the number of calls.
     """
     first: dict[int, tuple[object, ...]] = {}
     differing: set[int] = set()
@@ -108,7 +108,7 @@ def _sides(
 ) -> Diagnosis:
     """Make the diagnosis for members of a group that queued different operations under one sequence number.
 
-    is_first   whether it is certain that no earlier operation differed. Only then may a rank be named as the culprit
+    is_first   whether it is certain that no earlier operation differed. If this is not certain, there is no culprit
     """
     shown = replace(group, description=next(iter(records.values())).group.description)
     sides = sorted(sides, key=lambda side: (len(side), side[0][0]))

@@ -2,8 +2,8 @@
 
 The counters of a group are compared between its members. If a rank has completed fewer operations than the others,
 although it has queued more than it completed, its device stopped. If a rank has queued fewer operations than the others
-and waits for nothing, its host process stopped. A rank is named only if this is so in CONVINCING_GROUPS groups or more.
-Counters of gloo are not used: they may also differ between the members of a healthy group.
+and waits for nothing, its host process stopped. A rank is named only if the counters show this in CONVINCING_GROUPS
+groups or more. The counters of gloo are not used, because they can also differ between members of a healthy group.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupReco
 
 
 def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
-    """Whether these ranks may have stopped, as far as their stacks show.
+    """Whether the stacks of these ranks do not contradict that the host processes stopped.
 
-    This is not so if the last stack of one of them shows work, a wait for a lock, or a collective.
+    The last stack of a rank contradicts this if it shows work, a wait for a lock, or a collective.
     """
     stacks = [rows[-1] for rank, rows in job.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)

@@ -1,4 +1,4 @@
-"""Find from Flight Recorder dumps which rank waits in which operation for which ranks, and a cycle of such waits."""
+"""Find from Flight Recorder dumps which ranks wait for which, in which operation, and a cycle of such waits."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Wait:
 
 
 def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
-    """Return the waits of all ranks: in each group, the oldest unfinished collective and send or receive.
+    """Return the waits of all ranks: for each group, in the oldest unfinished collective and send (or receive).
 
-    A member whose complete dump has no entries of the group has queued nothing in it. If the oldest entries of a dump
-    were overwritten, some of them may have been of this group: then the member counts as unseen.
+    If the dump of a member is complete and has no entries of a group, the member has queued nothing in this group. But
+    if the oldest entries of the dump were overwritten, they may have been of this group: then the member is unseen.
     """
     waits = []
     wrapped = any(dump.wrapped for dump in dumps.values())
@@ -69,9 +69,9 @@ def _transfer_missing(
 
     Also return () if the peer is not known, or recorded nothing in this group.
 
-    The k-th send of a rank to its peer matches the k-th receive of the peer from this rank, so both are counted. If
-    ``wrapped``, the counts are not known. Then any unfinished receive (or send) of the peer from (or to) this rank is
-    taken as the matching one.
+    The k-th send of a rank to its peer matches the k-th receive of the peer from this rank. So count the sends of the
+    one and the receives of the other. If ``wrapped``, entries are missing and counting is not possible: then any
+    unfinished operation of the peer in the opposite direction counts as the matching one.
 
     place     the index of the send or receive in ``record.calls``
     record    what the rank queued in the group; ``records`` has this for each member whose dump has the group
@@ -89,7 +89,7 @@ def _transfer_missing(
 
 
 def cycle_of(waits: Sequence[Wait]) -> list[Wait]:
-    """Return waits that form a cycle: each is a wait for the rank of the next one. [] if there is no cycle."""
+    """Return waits that form a cycle: each is a wait for the rank of the next wait. [] if there is no cycle."""
     by_rank: dict[int, list[Wait]] = {}
     for wait in waits:
         by_rank.setdefault(wait.rank, []).append(wait)

@@ -1,4 +1,4 @@
-"""Judge answers of NCCL's RAS. They count the operations that the hosts launched, not those that devices completed."""
+"""Judge answers of NCCL's RAS, which counts the operations that hosts launched, not those that devices completed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
 
 
 def _largest(answer: RasAnswer) -> dict[str, int]:
-    """Return "communicator operation" -> the number of launches on the rank that launched most."""
+    """Return, for each "communicator operation", the number of launches on the rank that launched most."""
     result: dict[str, int] = {}
     for communicator in answer.communicators:
         for op, counts in communicator.launched.items():

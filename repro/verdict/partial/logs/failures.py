@@ -19,8 +19,8 @@ SURVIVED = re.compile(
 """Words in an error message that show that the program went on after the error, such as "retrying"."""
 
 _XID_OF_EXIT = re.compile(r"Xid 4[35]\b")
-"""Codes of GPU errors (Xid 43, 45) that the driver also logs if a process ends for another reason. They prove no cause.
-"""
+"""Codes of GPU errors (Xid 43, 45) that the driver also logs if a process ends for another reason. So these
+codes prove no cause."""
 
 ROOTS = ("memory", "device", "killed", "exception")
 _WEIGHT = {"memory": 0, "device": 0, "killed": 1, "exception": 2, "ended": 3}
@@ -57,8 +57,8 @@ def _has_ended(failure: Failure) -> bool:
 def _is_aftermath(failure: Failure, job: JobRecords) -> bool:
     """Whether an error cannot be the cause of the hang.
 
-    This is so if the rank went on after the error, if a time-out came before it, or if the line is of an earlier
-    process of the rank.
+    This is so if the rank went on after the error, if a time-out came before the error, if the line is of an earlier
+    process of the rank, or if it is a GPU error that the driver also logs when a process ends for another reason.
     """
     rank = failure.process.rank
     if SURVIVED.search(failure.text) or _XID_OF_EXIT.search(failure.text):
@@ -93,9 +93,9 @@ def _line(record: Failure | TimedOut) -> int:
 
 
 def _seen_waiting(job: JobRecords) -> set[int]:
-    """Return the ranks that were certainly alive during the hang.
+    """Return the ranks that certainly did not end before the hang.
 
-    A rank was alive if its main thread has stacks and the last one is not at the exit of the process, if its dump has
+    A rank did not end if its main thread has stacks and the last one is not at the exit of the process, if its dump has
     an unfinished operation, or if its watchdog and the watchdog of another rank reported the same time-out.
     """
     waiting = {rank for rank, dump in job.recorders.items() if any(record.pending for record in dump.groups)}
@@ -139,7 +139,7 @@ def _together(one: Failure, two: Failure) -> bool:
 
 
 def _has_consequence(job: JobRecords, failure: Failure) -> bool:
-    """Whether another record shows that the process ended, or that other ranks wait."""
+    """Whether the job also has a record of what follows such an error: an ended process, a time-out or a dump."""
     rank = failure.process.rank
     ended = [record for record in job.failures if record.kind in ("consequence", "timeout", "killed", "ended")]
     gone = [record for record in job.notes if record.kind in ("local rank", "torchrun") and record.value == str(rank)]

@@ -1,5 +1,7 @@
-"""Judge logs of NCCL_DEBUG=INFO. They show which operations each process launched on a communicator, but not which
-operations completed."""
+"""Judge logs of NCCL_DEBUG=INFO, which show the operations that each process launched on a communicator.
+
+These logs do not show which operations completed.
+"""
 
 from __future__ import annotations
 

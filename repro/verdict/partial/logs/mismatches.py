@@ -15,7 +15,8 @@ from repro.verdict.partial.words import arguments, ranks_of, verb
 def judge_mismatches(job: JobRecords) -> Diagnosis | None:
     """Judge reports of TORCH_DISTRIBUTED_DEBUG=DETAIL, which compares the arguments before each collective.
 
-    Each rank reports the first rank that differs from itself. The reported rank may be right, so it is only a suspect.
+    Each rank reports the first rank that differs from itself. The reported rank can be right, so there is no culprit.
+    The ranks with the rarest arguments are suspects, if they are fewer than the ranks with the most frequent arguments.
     """
     if not job.mismatches:
         return None
@@ -60,8 +61,9 @@ def judge_mismatches(job: JobRecords) -> Diagnosis | None:
 def judge_message_sizes(job: JobRecords) -> Diagnosis | None:
     """Judge a line in which NCCL reports a message of an unexpected size: two ranks called a collective differently.
 
-    A stopped device or network does not cause such a line. The line does not show which rank is wrong. This rule is not
-    used if an error ended a process, or if dumps show the different arguments: then other rules prove more.
+    A stopped device or network does not cause such a line. The line does not show which rank is wrong. Return None if
+    the logs have no such line. Also return None if an error ended a process, or if dumps show the different arguments,
+    because then other rules prove more.
     """
     rows = [note for note in job.notes if note.kind == "sizes"]
     ended = [record for record in job.failures if record.kind in ("memory", "device", "killed")]

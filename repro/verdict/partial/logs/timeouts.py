@@ -12,7 +12,7 @@ from repro.verdict.partial.job_records import JobRecords
 from repro.verdict.partial.words import call_in, ranks_of, verb
 
 Calls = Mapping[tuple[str, str, int | None], Mapping[int, TimedOut]]
-"""(group, operation, sequence number) -> rank -> the time-out that its watchdog reported."""
+"""For each (group, operation, sequence number), a dict from rank to the time-out that the rank's watchdog reported."""
 
 
 def judge_timeouts(job: JobRecords) -> Diagnosis | None:
@@ -85,7 +85,7 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 
 
 def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
-    """Return rank -> its counters in the group of ``row``, which is the group that hangs."""
+    """Return, for each rank, its counters in the hanging group, that of ``row``. If ``row`` is None, use any group."""
     same_group = [record for record in job.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}
 
@@ -150,7 +150,7 @@ def _absent(
 
 
 def _different_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis | None:
-    """Judge time-outs of one group under one sequence number, if the operations or sizes of the ranks differ."""
+    """Judge time-outs with equal group and number, but different operations or sizes. None if there are none."""
     by_number: dict[tuple[str, int], list[TimedOut]] = {}
     for (name, op, number), by_rank in calls.items():
         if name and number is not None and op not in UNKNOWN_INSIDE:
@@ -190,7 +190,6 @@ def _ranks(timeouts: Sequence[TimedOut]) -> list[int]:
 
 
 def _several_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
-    """Judge time-outs in several groups. The log lines do not list the members of these groups."""
     return _unordered(
         calls, rows, "The ranks wait in several groups, and the lines do not list the members of a group: some of "
                      "these waits may follow from others.",
@@ -276,7 +275,7 @@ def _same_call(
 def _group_ranks_only(job: JobRecords) -> Diagnosis:
     """Judge the time-outs that torch 2.1 and older print.
 
-    The lines have group ranks, but do not name the group. So equal sequence numbers may be of several groups.
+    The lines have group ranks, but do not name the group. So equal sequence numbers can belong to several groups.
     """
     ranks = sorted({record.group_rank for record in job.timeouts if record.group_rank is not None})
     calls = {(record.call.op, record.call.seq, record.call.sizes) for record in job.timeouts}

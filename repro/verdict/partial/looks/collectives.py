@@ -1,5 +1,8 @@
-"""Judge a job by the collectives in which its ranks wait at two looks: a cycle of sends and receives, different
-collectives, or no hang. A look is one observation of the processes by `hmr collect`."""
+"""Judge a job by the collectives in which its ranks wait at two looks.
+
+A look is one observation of the processes by `hmr collect`. The rules here find a cycle of sends and receives, ranks
+that wait in different collectives, and a job that does not hang.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,12 @@ MESSAGES = {"idle", "queue"}
 Key = tuple[str, str]
 """(operation, group) of the collective in which a rank waits."""
 ANY_DATA, ANYTHING = "any operation with data", "any operation"
-"""What `_key` returns as the operation if a stack does not show it."""
+"""What `_key` returns as the operation if a stack does not show the operation."""
 WITH_DATA = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", ANY_DATA}
 
 
 def judge_waiting_ranks(job: JobRecords) -> Diagnosis | None:
-    """Judge a job by the collectives in which its ranks wait. None unless every rank was observed and has a stack."""
+    """Judge a job by the collectives in which its ranks wait. None if a rank was not observed or has no stack."""
     looks = rank_looks(job)
     size = job.world_size()
     if len(looks) < 2 or (size is not None and len(looks) < size) or any(not look.stacks for look in looks.values()):
@@ -45,9 +48,9 @@ def judge_waiting_ranks(job: JobRecords) -> Diagnosis | None:
 
 
 def _ring(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Report `deadlock` if sends and receives form a cycle. None if they form none.
+    """Report `deadlock` if sends and receives form a cycle; otherwise return None.
 
-    In such a cycle each rank waits for its peer, whose own send or receive does not match.
+    In such a cycle each rank waits for its peer, and the peer's own send or receive does not match.
     """
     edges = {rank: peer for rank, peer in _transfers(looks) if peer in looks and not _matches(looks, rank, peer)}
     cycle = _cycle(edges)
@@ -91,9 +94,10 @@ def _cycle(edges: Mapping[int, int]) -> list[int]:
 
 
 def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Report `deadlock` if ranks wait in different collectives, and the groups of all of them contain all ranks.
+    """Report `deadlock` if ranks wait in different collectives, and each of these collectives needs all ranks.
 
-    Then no collective can complete. Return None if this is not certain.
+    Then none of these collectives can complete. A collective needs all ranks if its group contains all ranks. Return
+    None if this is not certain.
     """
     sides: dict[Key, list[int]] = {}
     for rank, look in looks.items():
@@ -127,7 +131,7 @@ def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | No
 def _key(look: RankLook) -> Key:
     """Return (operation, group) of the collective in which a rank waits.
 
-    If the stack does not show the operation, it is ANYTHING, or ANY_DATA if the operation certainly transfers data.
+    If the stack does not show the operation, return ANYTHING in its place, or ANY_DATA if it certainly transfers data.
     """
     stack = look.stack
     if stack is None or stack.detail in POLLING or stack.detail.startswith(("a wait", "wait ")):
@@ -138,7 +142,10 @@ def _key(look: RankLook) -> Key:
 
 
 def _differ(one: str, two: str) -> bool:
-    """Whether two keys of `_key` are certainly those of different operations. An unknown part differs from nothing."""
+    """Whether two operations, as `_key` returns them, are certainly different.
+
+    ANYTHING is not certainly different from any operation, and ANY_DATA not from any operation that transfers data.
+    """
     if ANYTHING in (one, two):
         return False
     return not {one, two} <= WITH_DATA if ANY_DATA in (one, two) else one != two

@@ -1,5 +1,8 @@
-"""Judge a rank for which the others wait, and which itself waits for no rank: it ended, is suspended (SIGSTOP or a
-debugger), works, or does nothing. A look is one observation of the processes by `hmr collect`."""
+"""Judge the rank for which the other ranks wait, if this rank itself waits for no rank.
+
+Such a rank has ended, is suspended (by SIGSTOP or a debugger), works, or does nothing. A look is one observation of the
+processes by `hmr collect`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from repro.verdict.partial.looks.ranks import (
 from repro.verdict.partial.words import ranks_of, verb
 
 RUNNING_CORES = 0.05
-"""If the main thread of a rank uses at least this share of a processor, the rank runs, and is not blocked."""
+"""If the main thread of a rank uses at least this share of a processor, the rank is running, not blocked."""
 LATER = "A third look, some seconds later, in which the waiting ranks have moved on."
 
 
@@ -35,7 +38,7 @@ def judge_hosts(job: JobRecords) -> Diagnosis | None:
 
 
 def judge_places_of_ranks(job: JobRecords) -> Diagnosis | None:
-    """Say where each rank is. This rule is used if no rule before it finds out which ranks wait for which."""
+    """Say where each rank is. This rule is used if no earlier rule finds out which ranks wait for which."""
     looks = [look for look in rank_looks(job).values() if look.stack is not None]
     if not looks:
         return None
@@ -88,7 +91,7 @@ def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _builds(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that build a kernel while all others wait: `slow`. Child processes or stacks show the build."""
+    """Judge ranks that build a kernel while all other ranks wait: `slow`. Child processes or stacks show the build."""
     builders = [rank for rank, look in looks.items() if look.compilers or look.activity in ("building", "compiling")]
     others = [look for rank, look in looks.items() if rank not in builders]
     if not builders or not others or not all(_stands(look) or look.activity == "lock" for look in others):
@@ -118,7 +121,7 @@ def _what_is_built(look: RankLook) -> str:
 
 
 def _absent(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that are in no collective while all others wait.
+    """Judge ranks that are in no collective while all other ranks wait.
 
     The verdict is `stall` if all of these ranks do nothing, and `slow` if at least one works.
     """

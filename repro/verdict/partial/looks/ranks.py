@@ -1,5 +1,7 @@
-"""Describe what each rank did between the first and the last look. A look is one observation of the processes by `hmr
-collect`."""
+"""Describe what each rank did between the first and the last look.
+
+A look is one observation of the processes by `hmr collect`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ STILL_SWITCHES_PER_S = 1.5
 thread that polls has about ten."""
 BUSY_CORES = 0.05
 SPINNING_LOOKS = 4
-"""If this many looks show a busy rank at the same line of a collective, it waits there by spinning."""
+"""If this many stacks show a rank at the same frames of a collective, the rank waits in the collective by spinning."""
 COMPILERS = (
     "nvcc", "cicc", "ptxas", "fatbinary", "cudafe++", "ninja", "cc1plus", "cc1", "g++", "gcc", "c++", "clang",
     "clang++", "hipcc", "ld", "collect2", "as", "cmake", "make", "nvlink", "lld",
@@ -89,8 +91,10 @@ class RankLook:
     def still(self) -> bool:
         """Whether the main thread and the child processes of the rank did nothing between the looks.
 
-        False if the process was ready to run but got no processor, because the machine is too busy: it was ready in
-        both looks, or in one of them, and its frames differ. A process that polls may be ready in one look.
+        Return False if the process probably could run but got no processor, because the machine is too busy. This is
+        so if the process was ready to run in both looks; or if it was ready to run in one look, and its frames differ
+        between the looks. With equal frames, one such look proves nothing, because a waiting process that polls is
+        ready to run now and then.
         """
         num_ready = (self.first.state, self.last.state).count("R")
         if num_ready == 2 or (num_ready and not self.same_frames):
@@ -148,7 +152,7 @@ class RankLook:
 
 
 def rank_looks(job: JobRecords) -> dict[int, RankLook]:
-    """Return rank -> what the looks show about its worker process. A rank with two worker processes is left out."""
+    """Return, for each rank, what the looks show about its worker process. A rank with two workers is left out."""
     rows: dict[int, list[ProcessLook]] = {}
     for record in job.process_looks:
         if record.process.rank is not None and record.process.role in ("worker", ""):
@@ -191,7 +195,7 @@ def call_of(look: RankLook) -> str:
 
 
 def build_lines(look: RankLook) -> list[str]:
-    """Return a sentence for each compiler that the rank runs, and one that says where the rank itself is."""
+    """Return a sentence for each compiler that the rank runs; and where the rank is, if its stack shows a build."""
     lines = [
         f"Rank {look.rank} has had the child process {child.pid} for {child.age_s:.0f} s, with {child.cpu_s:.1f} s of "
         f"processor time: {_short(child)} ({look.last.source})"

@@ -1,5 +1,8 @@
-"""Judge a job by stacks alone. A stack shows a place in the code, but no sequence number. So stacks rarely prove more
-than that a rank builds a kernel while the others wait."""
+"""Judge a job by stacks alone.
+
+A stack shows a place in the code, but no sequence number. So stacks rarely prove more than that a rank builds a kernel
+while the other ranks wait.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +50,8 @@ def _builder(
 ) -> Diagnosis | None:
     """Judge ranks that build, compile, load, save or read data, while other ranks wait.
 
-    The verdict is `slow`, and the ranks that work are the culprits. Return None if no rank works, if all ranks work, or
-    if no rank waits for a lock, for a message or in a collective.
+    The verdict is `slow`, and the ranks that work are the culprits. Return None if no rank works or if all ranks work.
+    Also return None if no rank waits for a lock, for a message or in a collective.
     """
     working = sorted(rank for name in WORKING for rank in by_activity.get(name, []))
     locked = by_activity.get("lock", [])
@@ -86,8 +89,8 @@ def _queues(
 ) -> Diagnosis | None:
     """Report `inconclusive` if every rank waits for a message or a request; otherwise return None.
 
-    If an engine waits for an answer of its workers, a message may be lost, or the stacks may have been taken between
-    two steps. If not, the server may be idle.
+    If an engine waits for an answer of its workers, either a message was lost, or the stacks were taken between two
+    steps. If no engine does, the server is possibly idle.
     """
     idle = by_activity.get("idle", [])
     if not idle or len(idle) < len(rows):

@@ -1,7 +1,7 @@
 """Judge a file lock for which ranks wait while no rank builds. The evidence is stacks, and dumps if there are any.
 
-A stack does not show which process holds a lock. A rank is named as the holder only if no other rank can hold it. So
-the stack of every rank must be known.
+A stack does not show which process holds a lock. A rank is named as the holder only if no other rank can hold the
+lock. So the stack of every rank must be known.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ HOLDER = "which process holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev
 
 
 def judge_lock_across(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge ranks that wait for a lock, while other ranks wait for them in a collective.
+    """Judge ranks that wait for a lock, while other ranks wait for these ranks in a collective.
 
     The stacks show the wait for the lock. The Flight Recorder dumps show the wait in the collective. Return None if no
-    rank waits for such a rank, or if a member of the groups in which ranks wait has no stack, works, or does something
-    unknown.
+    rank waits in a collective for a rank that waits for a lock. Also return None if a member of the group of such a
+    collective has no stack, works, or does something unknown.
     """
     stacks = {rank: rows[-1] for rank, rows in job.main_stacks().items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
@@ -89,10 +89,10 @@ def _across(
     evidence: Sequence[str],
     whole: bool,
 ) -> Diagnosis:
-    """Judge ranks that wait for a lock, while the ranks `inside` wait for them in a collective.
+    """Judge the ranks ``locked``, which wait for a lock, while the ranks ``inside`` wait for them in a collective.
 
-    whole   whether the evidence covers every rank. If so, a rank in the collective must hold the lock: `deadlock`. If
-            not, the verdict is `inconclusive`
+    whole   whether the evidence covers every rank. If it does, a rank in the collective must hold the lock: `deadlock`.
+            If it does not, the verdict is `inconclusive`
     """
     summary = (
         f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for {stacks[locked[0]].detail}, and "
@@ -153,5 +153,5 @@ def _place(stack: Stack) -> str:
 
 
 def _stands_still(looks: Sequence[Stack]) -> bool:
-    """Whether at least two stacks of a rank show the same wait. The innermost frames may differ: such a wait polls."""
+    """Whether a rank has two stacks or more, and all show the same wait. Their frames can differ, if the wait polls."""
     return len(looks) > 1 and len({(stack.activity, stack.detail) for stack in looks}) == 1

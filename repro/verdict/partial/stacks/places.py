@@ -25,10 +25,10 @@ class Place:
     """A collective that a program issues at one place only. The patterns match frames of a stack.
 
     name    the name of the collective
-    inside  the function that issues it
-    below   a function that never calls `inside`, directly or through others, such as a layer of the model
-    unless  an exception: the call is right if this function is between `inside` and `below`; None if there is no
-            exception
+    inside  pattern of the function that issues the collective
+    below   pattern of the functions that never call `inside`, directly or indirectly, such as the layers of a model
+    unless  pattern of an exception: if a function that matches it is between `below` and `inside`, the call is right;
+            None if there is no exception
     rule    a sentence that says where the program issues the collective
     """
 
@@ -58,7 +58,7 @@ PLACES = (
 
 
 def judge_places(job: JobRecords) -> Diagnosis | None:
-    """Judge ranks that issue a collective at a wrong place in the code, while all other ranks wait."""
+    """Judge ranks that issue a collective at a wrong place in the code (see `PLACES`), while all other ranks wait."""
     rows = job.main_stacks()
     found = {rank: match for rank, stacks in rows.items() if (match := _out_of_place(stacks[-1])) is not None}
     others = {rank: stacks for rank, stacks in rows.items() if rank not in found}

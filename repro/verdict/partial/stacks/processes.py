@@ -1,8 +1,8 @@
 """Judge a cycle of waits in a server whose ranks have several processes: an engine and a worker.
 
 An example: a worker waits for its engine, which waits in a collective for a second engine. The second engine waits for
-its own worker, which waits in a collective for the first worker. Flight Recorder and watchdog see only some of these
-waits; the stacks show all.
+its own worker, which waits in a collective for the first worker. Flight Recorder and watchdog show only some of
+these waits; the stacks show all of them.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def judge_processes(job: JobRecords) -> Diagnosis | None:
 def _asks_early(looks: Mapping[Place, Sequence[Stack]]) -> tuple[int, ...]:
     """Return the ranks whose worker is idle and whose engine asks the other engines whether any rank has requests.
 
-    The engines ask this together, after a fixed number of model executions. Return () unless the workers of all other
-    ranks are in a collective: only then have the returned ranks asked early.
+    All engines ask this question together, after a fixed number of model executions. Return () unless the workers of
+    all other ranks are in a collective: only in this case have the returned ranks asked too early.
     """
     workers = {rank: rows[-1].activity for (role, rank), rows in looks.items() if role == "worker"}
     early = tuple(

@@ -12,8 +12,8 @@ MOST_PLACES, MOST_PROCESSES = 6, 8
 def judge_unranked(job: JobRecords) -> Diagnosis | None:
     """Judge stacks of processes whose rank is unknown. Return None if there are none.
 
-    This is the last rule. If some ranks and what they do are known, an earlier rule has judged them: then the other
-    processes are launchers or front ends.
+    This is the last of the rules for stacks. If the stacks of some ranks show what these ranks do, an earlier rule has
+    judged them. Then the processes without a rank are launchers or front ends.
     """
     last: dict[int | str, Stack] = {}
     for stack in job.stacks:
