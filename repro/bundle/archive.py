@@ -1,4 +1,4 @@
-"""Write and read bundles as zip files. Equal files give equal bytes, and a zip from outside is not trusted.
+"""Write and read bundles as zip files. Equal files give an equal zip, and a zip from outside is not trusted.
 
 Only files whose names a bundle can have are read, up to a size limit. ``extractall`` is never used.
 """
@@ -28,10 +28,11 @@ MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
 MAX_TOTAL_BYTES = 1 << 30
 MAX_RATIO, MIN_RATED_BYTES, MIN_RATED_TOTAL = 200, 4 << 20, 64 << 20
-"""A zip of some kilobytes must not unpack to gigabytes. These are the largest allowed ratio of unpacked to compressed
-size, and the unpacked size from which the ratio is checked, for one entry and for the whole zip.
+"""Limits against a zip of some kilobytes that unpacks to gigabytes.
 
-Files of a run are 5 to 40 times as large as their entries. A damaged witness, which cannot be shortened, has 3 MB.
+MAX_RATIO is the largest allowed ratio of unpacked to compressed size. An entry without a limit in LIMITS is checked if
+it unpacks to more than MIN_RATED_BYTES, and the whole zip if it unpacks to more than MIN_RATED_TOTAL. Unpacked files of
+a run are 5 to 40 times as large as their entries. A damaged witness, which cannot be shortened, has 3 MB.
 """
 
 LIMITS = (
@@ -41,7 +42,7 @@ LIMITS = (
     (r"(?:.*/)?fr/.*", 32 << 20),
     (r"records\.jsonl", 128 << 20),
 )
-"""(form of the name, largest size in bytes) of files that are parsed or shown as a whole.
+"""(pattern of the name, largest size in bytes) for files that are parsed or shown as a whole.
 
 For all other files the limit is MAX_FILE_BYTES.
 """
@@ -59,8 +60,8 @@ class ArchiveError(ValueError):
 def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]:
     """Return the files of a zip. Raises ArchiveError if the zip does not look like a bundle.
 
-    This refuses names that no bundle has, links, encrypted files, two files of one name, and too many or too large
-    files.
+    A zip is refused if it has a file with a name that no bundle has, a link, an encrypted file, or two files of one
+    name; also if its files are too many or too large.
 
     where: the name of the zip for error messages
     """
@@ -108,10 +109,10 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
 
 
 def unpack(path: Path, into: Path) -> dict[str, str]:
-    """Unpack a zip into a new folder. Returns file -> SHA-256.
+    """Unpack a zip into a new folder. Returns, for each unpacked file, its SHA-256.
 
-    Raises ArchiveError if the file does not exist, is not a zip, is damaged, or contains anything that a bundle cannot
-    contain; ValueError if it is not a regular file.
+    Raises ArchiveError if `path` does not exist, is not a zip, is damaged, or contains anything that a bundle cannot
+    contain. Raises ValueError if `path` is not a regular file.
     """
     sums: dict[str, str] = {}
     if not path.exists():
@@ -147,7 +148,7 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
     """Return a line for each file that is missing, changed or not in MANIFEST.json.
 
     folder: an unpacked bundle, with its MANIFEST.json
-    sums: file -> SHA-256, of the unpacked files
+    sums: for each unpacked file, its SHA-256
     where: the name of the zip for error messages
 
     Raises ArchiveError if MANIFEST.json is missing or damaged.
@@ -181,11 +182,11 @@ def verify(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """Yield a run directory: ``path`` itself, or, if ``path`` is the file of a bundle, a temporary folder with the
-    content of the bundle, which is removed at the end of the ``with`` block.
+    """Yield ``path`` if it is a folder; if it is a bundle, yield a temporary folder with the bundle's content.
 
-    Raises ArchiveError for a zip that is not a bundle, is not safe to open, or differs from its manifest. An error of
-    the ``with`` block about an unusable file in the bundle is raised as ArchiveError, too.
+    The temporary folder is removed at the end of the ``with`` block. Raises ArchiveError for a zip that is not a
+    bundle, is not safe to open, or differs from its manifest. If the ``with`` block raises an error about an unusable
+    file in the bundle, this error is raised as ArchiveError, too.
     """
     if not path.is_file():
         yield path
@@ -203,7 +204,8 @@ def opened(path: Path) -> Iterator[Path]:
 def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
     """Write all files of a folder and their manifest into a zip. Returns the size of the zip in bytes.
 
-    Raises ArchiveError if the zip exceeds the limits for reading, OSError if it cannot be written.
+    Raises ArchiveError if the zip would be too large for the commands that read bundles, OSError if it cannot be
+    written.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     names = [str(file.relative_to(folder)) for file in files]
@@ -226,7 +228,7 @@ def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Add a file to the zip. Its time is always the same, so equal files give an equal zip."""
+    """Add a file to the zip. The time of the entry is always the same, so equal files give an equal zip."""
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     entry.external_attr = (0o755 if name.endswith((".sh", ".py")) else 0o644) << 16
     archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)

@@ -1,7 +1,7 @@
-"""Make the bundle of a run: copy what is recognised, judge the copy, draw the report from the copy, and pack it.
+"""Make the bundle of a run: copy what is recognised, judge the copy, draw the report from the copy, and pack the copy.
 
-The report, the text of the issue and the reproducer are made from the copy, so they contain nothing that the copy
-lacks. Before the zip is written, a plain search looks for the names of this machine and its user.
+The report, the text of the issue and the reproducer (repro.py) are made from the copy, so they contain nothing that the
+copy lacks. Before the zip is written, a plain search looks in all files for the names of this machine and its user.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLLECT_ENV_S = 60
 _MAX_LOG_BYTES = 512 << 10
 
 _FOLDERS = {"events": "wit", "fr": "json", "stacks": "txt", "logs": "log", "env": "txt", "outputs": "json"}
-"""Folders with one file for each rank -> the suffix of these files' names."""
+"""For each folder with one file for each rank, the suffix of these files' names."""
 _LOGS = ("logs/launcher.log", "logs/reference.log", "logs/watcher.log")
 _FILES = ("run.json", "config.json", "verdict.json", "reference.json")
 
@@ -69,8 +69,8 @@ class Made:
     """The result of making a bundle: the zip, and what it does not contain.
 
     size       size of the zip in bytes
-    left_out   kind of content (a key of recognise.LEFT_OUT) -> how many pieces were left out or replaced
-    notes      sentences about files that were left out or shortened, and what else the reader should know
+    left_out   for each kind of content (a key of recognise.LEFT_OUT), how many pieces were left out or replaced
+    notes      sentences for the user, for example about files that were left out or shortened
     """
 
     path: Path
@@ -96,11 +96,11 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: J
     """Write one bundle of the run at ``root`` and of the runs beside it that differ only in their variant.
 
     path: the zip to write; by default it is beside the main run and has that run's name
-    with_logs: also keep text that no rule recognises, if a search finds nothing in it that may be private
-    judge: gives the verdict on the redacted copy of each run; the bundle has the evidence and sentences of this verdict
+    with_logs: also keep text that no rule recognises, if a search finds nothing in it that could be private
+    judge: gives the verdict on the redacted copy of each run
 
-    The main run of the bundle is the one of variant `fault`, if there is one. Raises ConfigError if there is no run,
-    LeakError if a private name was found, OSError if the zip cannot be written.
+    The main run of the bundle is the run of variant `fault`; without such a run, it is the run at ``root``. Raises
+    ConfigError if there is no run, LeakError if a private name was found, OSError if the zip cannot be written.
     """
     root = root.resolve()
     family = _family(root)
@@ -152,7 +152,7 @@ def _family(root: Path) -> dict[str, Path]:
 
 
 def _hosts(run: Path) -> Iterator[str]:
-    """Yield the name of each rank's host. All are needed before a file is redacted, because it may name any host."""
+    """Yield the name of each rank's host. All names are needed before the first file is redacted: it can have any."""
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
@@ -187,11 +187,11 @@ def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[st
 
 
 def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -> bytes:
-    """Return a file's redacted bytes. Add to ``notes`` if the file is shortened.
+    """Return a file's redacted bytes. If the file is shortened, add a sentence to ``notes``.
 
     kind: the name of the file's folder in the run, such as "events"; for a file outside such folders, its own name
 
-    Raises ValueError if its content is not of this kind, OSError if it is unreadable.
+    Raises ValueError if the file's content is not of this kind, OSError if the file cannot be read.
     """
     if kind == "events":
         with open_regular(path, MAX_BYTES) as file:
@@ -212,8 +212,9 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
     """Judge the copy, and write evidence and sentences into the copy's verdict.json. Without this file, do nothing.
 
     Recognised lines of the run's own verdict.json are kept, because some of them are observations of the watcher, which
-    cannot be made again from the copy. The other lines are replaced by those of the new judgement. If the copy gives
-    another verdict, cause or culprits, or cannot be judged, this is added to ``notes``.
+    cannot be made again from the copy. The other lines are replaced by lines of the new judgement. If the copy cannot
+    be judged, or its verdict, cause or culprits differ from those of the run, a sentence about this is added to
+    ``notes``.
     """
     path = copy / "verdict.json"
     if not path.exists():
@@ -244,11 +245,12 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
 
 
 def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
-    """Return the lines of ``before``, each unrecognised one replaced by the line of ``again`` at the same place.
+    """Return the recognised lines of ``before``; for any other line, the line of ``again`` at the same place.
 
-    If this line is not recognised either, or does not exist, nothing takes the place.
+    If the line of ``again`` is not recognised either, or does not exist, the line of ``before`` is left out.
 
-    before: a list of lines from the run's verdict.json; again: the same list from the judgement of the copy
+    before: a list of lines from the run's verdict.json
+    again: the same list from the judgement of the copy
     """
     if not isinstance(before, list):
         return []
@@ -267,7 +269,7 @@ def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
 
 
 def _environment(recogniser: Recogniser) -> str:
-    """Run torch.utils.collect_env in a new process. Return its redacted output, or a line that says how it failed."""
+    """Run torch.utils.collect_env in a new process. Return its redacted output; if it fails, a line that says how."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     intro = (
         "torch.utils.collect_env, on the machine and at the time at which this bundle was made.\nThe files in env/ "
@@ -285,7 +287,7 @@ def _environment(recogniser: Recogniser) -> str:
 def _reproducer(data: RunData, others: list[RunData], notes: list[str]) -> str:
     """Return the source of one script that repeats the hang. Raises ReplayError if the run cannot be replayed.
 
-    With --fix the script repeats the run of the fix, if that run has the verdict `clean` and can be replayed.
+    If there is a run with the fix that has the verdict `clean` and can be replayed, the script repeats it with --fix.
     """
     if replay.is_that_of_ep_deadlock(data.verdict):
         return replay.EP_DEADLOCK.read_text()

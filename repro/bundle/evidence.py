@@ -29,8 +29,8 @@ def make_of_evidence(
     """Write the bundle of a job's evidence.
 
     with_logs: also keep text that is not known to be harmless, such as log messages, if a search finds nothing in it
-    that may be private
-    others: name -> evidence of a further run with one setting changed; if given, ISSUE.md has a table of all verdicts
+    that could be private
+    others: by name, the evidence of further runs with one setting changed; ISSUE.md then has a table of all verdicts
 
     Raises LeakError if a private name was found, OSError if the zip cannot be written.
     """
@@ -71,9 +71,9 @@ def _differences(after: Diagnosis, before: Diagnosis) -> Iterable[tuple[str, obj
 
 
 def _alone(runs: Mapping[str, Evidence], recogniser: Recogniser) -> dict[str, Diagnosis]:
-    """Diagnose each run by itself. Returns name of the run -> diagnosis.
+    """Return, for the name of each run, the diagnosis of only this run.
 
-    A name that is not recognised is replaced by the run's number.
+    A name that is not recognised is replaced by the number of the run.
     """
     return {
         recogniser.recognised(name) or f"run {number}": diagnose(redact_evidence(evidence, recogniser).records)

@@ -22,9 +22,9 @@ def _one_file(data: RunData) -> str:
 
 
 def commands_script(data: RunData) -> str:
-    """Return COMMANDS.sh: each command that can be repeated, with its purpose.
+    """Return the script COMMANDS.sh: each command that can be repeated, with its purpose.
 
-    A failing command does not stop the script.
+    If a command fails, the script goes on with the next command.
     """
     *again, (_, judge) = commands(data)
     found = [("judge the evidence in this bundle again", judge), *again]
@@ -151,8 +151,8 @@ def _line(text: str) -> str:
 
 
 def _fenced(text: str) -> str:
-    """Return an untrusted text as one line of a fenced code block, which the text cannot end.
+    """Return an untrusted text as one line of a fenced code block. The text cannot end the code block.
 
-    Nothing else is escaped, so that a user can copy the line.
+    Except for this, and for control characters, nothing is changed, so that a user can copy the line.
     """
     return escape_control_characters(text, 4000).replace("\n", " ").replace("```", "'''")

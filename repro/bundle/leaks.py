@@ -1,4 +1,4 @@
-"""Check a bundle before it is written: search its files for the names of this machine, its user and its hosts."""
+"""Check a bundle before it is written: search its files for the names of this machine, its user and the run's hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class LeakError(RuntimeError):
 
 
 def private_values(variables: Mapping[str, str]) -> set[str]:
-    """Return the user's name and home folder, and the values of variables whose names look like those of secrets."""
+    """Return the user's name and home folder, and the values of environment variables that are probably secrets.
+
+    The name of a variable shows that it is probably a secret, for example "MY_TOKEN".
+    """
     try:
         user = variables.get("USER") or getpass.getuser()
     except (KeyError, OSError):
@@ -33,11 +36,11 @@ def private_values(variables: Mapping[str, str]) -> set[str]:
 
 
 def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
-    """Raise LeakError if a file still has a private name.
+    """Raise LeakError if a file in `folder` still contains a name in `private`.
 
-    This search does not use the rules of redaction, so it also finds their mistakes. Names that could be there by
-    chance are not searched for: names that have only letters, in the files that this program writes itself, and names
-    of fewer than six characters, in witnesses.
+    This search does not use the rules of redaction, so it also finds mistakes of these rules. It ignores names that a
+    file can contain by chance: names of only letters, in files that this program writes itself; and names of fewer than
+    six characters, in witnesses.
     """
     patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
     page = [style().encode(), script().encode()]

@@ -1,8 +1,8 @@
-"""Write a run as one script to paste into an issue: it repeats each rank's collectives and locks in order.
+"""Write a run as one script to paste into an issue: the script repeats each rank's collectives and locks in order.
 
 Only the collectives and locks are kept, not the model. A hang that follows from the order of the ranks' collectives
 happens again. A hang that needs the model's arithmetic, a device, a race in a backend or the death of a rank cannot be
-replayed, and is refused.
+replayed: then ReplayError is raised.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from repro.watch.document import Document
 
 TEMPLATE = Path(__file__).parent / "replay_template.txt"
 EP_DEADLOCK = Path(__file__).parents[1] / "ep_deadlock.py"
-"""A script that shows the hang of metadata_rebuild, with a small model and the fix, on at most 8 ranks."""
+"""A script with a small model that repeats the hang of metadata_rebuild, and its fix, on at most 8 ranks."""
 
 _USAGE_OF_FIX = """\
     torchrun --standalone --nproc-per-node {} THIS_FILE --fix    the run with the fix, up to the same step, exits with 0
@@ -36,7 +36,12 @@ class ReplayError(ValueError):
 
 
 class Act(NamedTuple):
-    """One action of a rank: a collective, "acquire", "release", "ask" (for a lock that it never got), or "die"."""
+    """One action of a rank: a collective, or an action whose `op` is "acquire", "release", "ask" or "die".
+
+    name   the group of the collective, or the lock
+    op     "ask": the rank asked for a lock that it never got
+    where  step or phase, and layer
+    """
 
     name: str
     op: str
@@ -54,7 +59,7 @@ def is_that_of_ep_deadlock(verdict: Document) -> bool:
 
 
 def of_runs(fault: RunData, fix: Path | None) -> str:
-    """Return the source of a script that replays the faulty run, and with --fix the fixed run, up to the same step.
+    """Return the source of a script that replays the faulty run; with --fix, the fixed run up to the same step.
 
     fix: the run directory of the fixed run; None for a script without --fix
 
@@ -111,7 +116,7 @@ def _refuse_what_would_not_hang(verdict: Document) -> None:
 
 
 def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict[str, tuple[int, ...]]]:
-    """Return rank -> its actions before step ``steps`` (None: all actions), and group -> its members.
+    """Return, for each rank, its actions before step ``steps`` (None: all actions), and for each group its members.
 
     Raises ReplayError if a witness is missing or incomplete, or has an action that cannot be replayed.
     """
@@ -166,16 +171,16 @@ def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
 
 
 def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
-    """Return the locks that ranks asked for and that no rank held: something outside the job holds them."""
+    """Return the locks that ranks asked for and that no rank ever held, because something outside the job held them."""
     acts = {act for program in programs.values() for act in program}
     had = {act.name for act in acts if act.op in ("acquire", "release")}
     return sorted({act.name for act in acts if act.op == "ask"} - had)
 
 
 def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[Act, int]) -> str:
-    """Return the ranks' programs as Python source. Ranks with equal programs share one.
+    """Return the ranks' programs (lists of actions) as Python source. Ranks with equal programs share one.
 
-    name: the variable to which the source assigns the programs; number: action -> its number
+    name: the variable to which the source assigns the programs; number: for each action, its number
     """
     together: dict[tuple[int, ...], list[int]] = {}
     for rank, program in programs.items():

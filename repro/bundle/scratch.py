@@ -16,8 +16,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def scratch_folder(prefix: str) -> Iterator[Path]:
     """Yield a new folder for a ``with`` block, and remove it at the end of the block.
 
-    The first SIGINT, SIGTERM or SIGHUP of a command raises KeyboardInterrupt (repro.hosts.interrupt). While the folder
-    is created, this is delayed. If it happens during the removal, the removal is completed first.
+    The first SIGINT, SIGTERM or SIGHUP of a command raises KeyboardInterrupt (repro.hosts.interrupt). A signal that
+    arrives while the folder is created is delayed. If KeyboardInterrupt is raised during the removal, the removal is
+    completed first.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -1,6 +1,6 @@
 """The report of a run: report.html, timeline.svg and trace.json, made from the files that the run left.
 
-The report never imports torch. It trusts no file: its page lists what is missing or damaged.
+The report never imports torch. It trusts no file of the run: the page lists which files are missing or damaged.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FILES = ("report.html", "timeline.svg", "trace.json")
 def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> RunData:
     """Write the three files of the report into a run directory. Returns the data from which they were made.
 
-    beside: runs to show next to this one; by default the newest runs beside ``root`` that differ only in variant.
+    beside: runs to show next to this run; by default the newest runs beside ``root`` that differ only in their variant.
     place: the path to show in the commands of the report instead of ``root``, for example after the run has moved.
 
-    Raises ConfigError if the folder contains nothing of a run, OSError if it cannot be written to.
+    Raises ConfigError if the folder ``root`` contains nothing of a run, OSError if a file cannot be written there.
     """
     data = gather(root)
     data.place = place

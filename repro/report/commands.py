@@ -10,14 +10,17 @@ from repro.report.gather import RunData
 
 
 def commands(data: RunData) -> list[tuple[str, str]]:
-    """Return (purpose, shell command) for each command of run.json, and for the command that judges the files again."""
+    """Return (purpose, shell command) for each command in run.json, then for the command that judges the run again."""
     listed = data.description.commands if data.description else ()
     repeats = [(command.purpose, shlex.join(command.filled(place(data)))) for command in listed]
     return [*repeats, ("judge these files again", shlex.join(["python", "-m", "repro", "watch", place(data)]))]
 
 
 def place(data: RunData) -> str:
-    """Return the path of the run directory as a command should have it: relative if it is below the working folder."""
+    """Return the path of the run directory as commands show it: ``data.place``, if it is set.
+
+    Otherwise the path is relative if the run is below the working folder, else absolute.
+    """
     if data.place:
         return data.place
     relative = os.path.relpath(data.root)

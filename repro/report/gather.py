@@ -1,6 +1,6 @@
 """Read a run directory for a report.
 
-Its files are untrusted: missing and damaged files are listed, and raise no error.
+The files of the run are untrusted: missing and damaged files are listed in the report, and raise no error.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ class Named(msgspec.Struct, frozen=True):
 class RunData:
     """One run as the report sees it.
 
-    description  run.json; None if it is missing or damaged
-    named        what config.json says about the run, if there is one
-    verdict      verdict.json; an empty verdict if it is missing or damaged
+    description  the content of run.json; None if this file is missing or damaged
+    named        what config.json says about the run; empty fields without a config.json
+    verdict      the content of verdict.json; an empty verdict if this file is missing or damaged
+    lanes        for each rank, the spans of its witness
+    labels       the texts of these spans
     missing      a sentence for each file that is missing or damaged
     place        the path to show in the commands of the report instead of ``root``; "" to show ``root``
     """
@@ -72,18 +74,17 @@ class RunData:
 
     @property
     def stuck(self) -> bool:
-        """Whether some ranks had not finished when the verdict was given. A slow run may have ended normally later."""
+        """Whether some ranks had not finished at the time of the verdict. (A slow run can still have ended later.)"""
         hangs = class_of(self.verdict.verdict).hangs
         if hangs is None:
             return len(self.lanes) < self.num_ranks or not all(lane.done for lane in self.lanes.values())
         return hangs
 
     def span_ns(self) -> tuple[int, int]:
-        """Return the first and last time that the report shows, in ns of the shared clock; (0, 1) if nothing was
-        recorded.
+        """Return the first and last time that the report shows, in ns of the shared clock.
 
-        The first is the time of the first event. The last is the time of the verdict, or of a finished run's last
-        event.
+        The first time is that of the first event. The last time is that of the verdict or, if all ranks finished, of
+        the last event. The result is (0, 1) if no rank recorded an event.
         """
         starts = [lane.starts[0] for lane in self.lanes.values() if len(lane)]
         if not starts:
@@ -143,7 +144,7 @@ def _read_verdict(data: RunData) -> None:
 
 
 def _read(data: RunData, path: Path, reader: Callable[[Path], T], loss: str) -> T | None:
-    """Read a file of the run. If that fails, return None and add to ``missing`` a sentence that says what is lost."""
+    """Read a file of the run. If it cannot be read, return None and add a sentence with ``loss`` to ``missing``."""
     try:
         return reader(path)
     except FileNotFoundError:
@@ -177,9 +178,9 @@ def _read_lanes(data: RunData) -> None:
 
 
 def _look_for_rank_files(data: RunData) -> None:
-    """Add to ``missing`` which ranks lack a witness or a log, and what is wrong with unreadable files.
+    """Add sentences to ``missing``: which ranks lack a witness or a log, and what is wrong with unreadable files.
 
-    For a run whose ranks are stuck, do the same for stacks and Flight Recorder dumps; other runs have none.
+    If ranks of the run are stuck, do the same for stacks and Flight Recorder dumps. Other runs have none.
     """
     ranks, run_dir = range(min(data.num_ranks, MAX_RANKS)), data.run_dir
     kinds: list[tuple[str, Callable[[int], Path], Callable[[Path], object]]] = [("logs", run_dir.log, _check_log)]
@@ -197,7 +198,7 @@ def _look_for_rank_files(data: RunData) -> None:
 
 
 def _is_there(data: RunData, path: Path, check: Callable[[Path], object]) -> bool:
-    """Whether the file exists. ``check`` reads it; if that fails, the error is added to ``missing``."""
+    """Whether the file exists. ``check`` reads the file; if ``check`` fails, its error is added to ``missing``."""
     try:
         check(path)
     except FileNotFoundError:
@@ -249,9 +250,9 @@ def headline(verdict: Document) -> str:
 
 
 def siblings(root: Path, data: RunData) -> list[Path]:
-    """Return the runs beside ``root`` with its settings but another variant: the newest of each variant.
+    """Return the runs beside ``root`` that differ from it only in their variant: the newest run of each variant.
 
-    Only runs with a verdict.json are considered. [] if the run at ``root`` has no readable run.json.
+    Only runs with a verdict.json count. The result is [] if the run at ``root`` has no readable run.json.
     """
     described = data.description
     if described is None or not described.family:

@@ -17,8 +17,8 @@ from repro.watch.document import Document
 def write_junit(path: Path, documents: Sequence[Document]) -> None:
     """Write the verdicts to a file. An unexpected verdict is a failure, and a missing verdict is an error.
 
-    documents: the content of each run's verdict.json, sorted by scenario. A run whose ``skipped`` is not empty did not
-    take place.
+    documents: the content of each run's verdict.json, sorted by scenario. If its ``skipped`` is not empty, the run did
+    not take place.
 
     Raises OutputError.
     """

@@ -1,7 +1,7 @@
-"""Convert a rank's witness to time spans: phases, steps, collectives, locks and builds, on a clock shared by all ranks.
+"""Convert a rank's witness to time spans (phases, steps, collectives, locks, builds) on a clock that all ranks share.
 
-A lane is the row of one rank in the timeline. It keeps five numbers for each span, so that hundreds of ranks fit into
-memory.
+A lane is the row of one rank in the timeline. A lane keeps five numbers for each span, so that hundreds of ranks fit
+into memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ _MOST_SIZES = 16
 class Label(NamedTuple):
     """The text of a span.
 
-    kind: phase, step, call, async (an asynchronous call), lock (the rank waits for it), held (a lock), build or failed
+    kind   phase, step, call, async (an asynchronous call), lock (the rank waits for a lock), held (the rank holds a
+           lock), build or failed
+    name   the name of the phase, step, lock or build; for a collective, its operation
+    note   further details, such as the sizes of a collective
+    site   the place in the code that called a collective
     """
 
     kind: str
@@ -38,7 +42,7 @@ class Label(NamedTuple):
 class Span(NamedTuple):
     """One span. Times are in ns of the shared clock; ``end_ns`` is OPEN if the span has no end.
 
-    label  number of the span's text in Labels
+    label  number of the span's `Label` in `Labels`
     seq    number of the collective in its group; 0 for other spans
     step   number of the step to which the span belongs; -1 if there is none
     """
@@ -67,11 +71,13 @@ class Labels:
 
 @dataclass(slots=True)
 class Lane:
-    """The spans of one rank, ordered by their begin.
+    """The spans of one rank, ordered by their begin, as five columns: the fields of `Span`.
 
-    groups    name -> (members, number of collectives issued)
-    done      whether the rank finished all its work
-    problems  a line for each part of the witness that could not be read
+    groups       for each group name, (members, number of collectives that the rank issued)
+    first_event  number of the oldest event that the witness still has
+    last_ns      time of the last event
+    done         whether the rank finished all its work
+    problems     a line for each part of the witness that could not be read
     """
 
     rank: int
@@ -108,7 +114,7 @@ class Lane:
 
 
 class SharedClock:
-    """Converts a rank's monotonic time to a clock that all ranks share. Ranks of one host have the same offset."""
+    """Converts a rank's monotonic time to a clock that all ranks share. All ranks of a host get the same offset."""
 
     def __init__(self) -> None:
         self._offsets: dict[str, int] = {}
@@ -175,7 +181,7 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
 
 
 def _call_names(witness: Witness, labels: Labels) -> Callable[[str, Event], int]:
-    """Return a function that maps a collective to its label number. Equal calls share a label."""
+    """Return a function that maps (kind of span, event) to the number of its label. Equal collectives share a label."""
     numbers: dict[tuple[str, int, int, tuple[int, ...]], int] = {}
 
     def name(kind: str, event: Event) -> int:
@@ -193,7 +199,7 @@ def _call_names(witness: Witness, labels: Labels) -> Callable[[str, Event], int]
 
 
 def name_sizes(sizes: tuple[int, ...]) -> str:
-    """Format a vector of sizes so that it fits on a line."""
+    """Format a vector of sizes. If it has too many sizes for a line, give only their number, range and sum."""
     if not sizes:
         return ""
     if len(sizes) <= _MOST_SIZES:

@@ -1,4 +1,4 @@
-"""Where each rank of a live run is: a table that is redrawn in place on a terminal."""
+"""Show on a terminal where each rank of a live run is, in a table that is redrawn in place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Row:
 
 
 class LiveTable:
-    """Redraws the ranks' positions twice a second. It reads whole witnesses, which is slow; verdicts do not use it."""
+    """Redraws the ranks' positions twice a second. It reads whole witnesses, which is slow. Verdicts do not need it."""
 
     def __init__(self, title: str, live: Live, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._title = title
@@ -56,7 +56,7 @@ class LiveTable:
             self._live.update(self.draw(tails), refresh=True)
 
     def draw(self, tails: list[Tail]) -> Table:
-        """Make the table. Ranks of the run that have not opened their witnesses yet get a row, too."""
+        """Return the table. A rank of the run that has not opened its witness yet also gets a row."""
         rows = {tail.writer().rank: row_of(tail, self._now_ns()) for tail in tails}
         num_ranks = max((tail.writer().num_ranks for tail in tails), default=0)
         table = make_table("rank", "phase", "for", "step", "where", "for ", right=("rank", "for", "step", "for "))
@@ -69,7 +69,7 @@ class LiveTable:
 
 
 def row_of(tail: Tail, now_ns: int) -> Row:
-    """Return a rank's row in the table. tail: the reader of its witness; now_ns: the monotonic clock of its host"""
+    """Return a rank's row in the table. tail: the reader of the rank's witness; now_ns: its host's monotonic clock"""
     rank = tail.writer().rank
     try:
         witness = tail.witness()
@@ -115,10 +115,10 @@ def _phase_began_ns(witness: Witness) -> int:
 
 
 def _folded(rows: list[Row]) -> list[tuple[list[int], Row]]:
-    """Return (its ranks, row) for each row of the table.
+    """Return, for each row of the table, (ranks of this row, row).
 
-    With more than MOST_ROWS ranks, ranks with the same phase, step and place share a row, which has the longest times
-    of any of them.
+    With more than MOST_ROWS ranks, ranks with the same phase, step and place share a row. The shared row shows the
+    longest times among these ranks.
     """
     if len(rows) <= MOST_ROWS:
         return [([row.rank], row) for row in rows]

@@ -1,4 +1,4 @@
-"""Make tables with rich, for a terminal and as plain lines."""
+"""Make tables with the package rich, for a terminal or as plain lines."""
 
 from __future__ import annotations
 

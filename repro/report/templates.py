@@ -1,7 +1,7 @@
-"""Page templates: Jinja2 escapes every value and shows control characters as symbols.
+"""Fill the page templates: every value is escaped, and control characters become symbols.
 
-Only values of type ``Markup`` are not escaped: the pictures of report/pictures, and this program's style sheets and
-script.
+Only values of type ``Markup`` are not escaped. These are the pictures of report/pictures, and this program's own style
+sheets and script.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def read_own(name: str) -> Markup:
-    """Return the text of a style sheet or script of this program. name: its path in this folder."""
+    """Return the text of a style sheet or script of this program. name: the path of the file in this folder"""
     return Markup((_HERE / name).read_text(encoding="utf-8"))
 
 

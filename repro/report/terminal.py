@@ -30,7 +30,7 @@ class Display:
 
 @contextlib.contextmanager
 def display(console: Console, title: str) -> Iterator[Display]:
-    """Show a live table if the console is a terminal; otherwise print a line at the start and one for each notice."""
+    """Show a live table if the console is a terminal; else print a line at the start and a line for each notice."""
     if not console.is_terminal:
         say(console, title)
         yield Display(notice=lambda text: say(console, f"  {text}"))
@@ -54,7 +54,7 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def summary(console: Console, documents: Sequence[Document]) -> None:
-    """Print a row for each variant of a scenario, then where the ranks are, and which ranks wait for which."""
+    """Print a row for each variant of a scenario, then sentences: where ranks are, and which ranks wait for which."""
     say(console, f"{documents[0].scenario}, {documents[0].num_ranks} ranks")
     table = make_table("variant", *_COLUMNS, right=_NUMBERS)
     for document in documents:
@@ -66,7 +66,7 @@ def summary(console: Console, documents: Sequence[Document]) -> None:
 
 
 def overview(console: Console, documents: Sequence[Document]) -> None:
-    """Print a row for each run of several scenarios, and sentences only for runs with an unexpected verdict."""
+    """Print a row for each run of several scenarios, then sentences about the runs with an unexpected verdict."""
     num_scenarios = len({document.scenario for document in documents})
     say(console, f"{num_scenarios} scenarios, {documents[0].num_ranks} ranks, seed {documents[0].seed}")
     table = make_table("scenario", "variant", *_COLUMNS, right=_NUMBERS)
@@ -102,7 +102,7 @@ def _cells(document: Document) -> tuple[Text, ...]:
 
 
 def _culprits(document: Document) -> str:
-    """Format the culprits. If there are none, format the suspects, with a question mark: nothing is proven."""
+    """Format the culprits. If there are none, format the suspects with a question mark, because nothing is proven."""
     culprits, suspects = (shorten_rank_lists(list_ranks(ranks)) for ranks in (document.culprits, document.suspects))
     return culprits or (f"{suspects}?" if suspects else "-")
 

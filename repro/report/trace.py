@@ -1,6 +1,7 @@
 """Write trace.json: the run in the Trace Event Format, which Perfetto and chrome://tracing open.
 
-Each rank is shown as a process. It has a track for each group, and one track each for phases, steps, locks and builds.
+Each rank is shown as a process. A rank has a track for each of its groups, and one track each for phases, steps, locks,
+held locks and builds.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _track(label: Label) -> str:
 
 
 def _tracks(data: RunData, lane: Lane) -> dict[str, int]:
-    """Return the name of each track -> its thread id. Phases and steps come first."""
+    """Return, for the name of each track, its thread id. Phases and steps come first."""
     names = {_track(data.labels.table[number]) for number in set(lane.labels)}
     order = [*_OWN_TRACKS.values()]
     ordered = sorted(names, key=lambda name: (0, order.index(name)) if name in order[:2] else (1, 0))
@@ -98,7 +99,8 @@ def _spans(data: RunData, lane: Lane, start_ns: int, end_ns: int, skip: int) -> 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
     """Yield two events for a span, one for its begin and one for its end, from one event with a duration.
 
-    Events with a duration must not overlap partly in one track, but these spans may.
+    In the trace format, events with a duration must not overlap partly in one track. The spans for which this is called
+    can overlap.
     """
     dur = event.pop("dur")
     yield {**event, "ph": "b", "id": identity}
@@ -106,10 +108,10 @@ def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
 
 
 def _waiting_flows(data: RunData, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
-    """Yield the arrows of the verdict's wait-for graph: one from each place at which ranks wait to a rank that they
-    wait for.
+    """Yield the arrows of the verdict's wait-for graph.
 
-    A viewer draws arrows between spans, so a rank without an open call or lock has no arrow.
+    An arrow leads from one rank of each place at which ranks wait to one rank that they wait for. A viewer draws arrows
+    between spans, so a rank without an open call or lock has no arrow.
     """
     stuck = _stuck_spans(data)
     for number, wait in enumerate(data.verdict.waits, start=1):
@@ -126,7 +128,7 @@ def _waiting_flows(data: RunData, start_ns: int, end_ns: int) -> Iterator[dict[s
 
 
 def _stuck_spans(data: RunData) -> dict[int, int]:
-    """Return rank -> the index of its last call or wait for a lock that has no end, for ranks that have one."""
+    """Return, for each rank with a call or a wait for a lock that never ended, the index of the last such span."""
     kinds = [label.kind for label in data.labels.table]
     return {
         lane.rank: place

@@ -1,4 +1,4 @@
-"""Redact the JSON files of a run: keep the known fields, and redact their strings as in the witnesses."""
+"""Redact the JSON files of a run: keep the known fields, and redact their strings like the strings of a witness."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from repro.bundle.redact.words import KNOWN
 from repro.store.description import RUN_FOLDER
 
 VERDICT = frozenset(KNOWN["fields"]["verdict"])
-"""Fields of verdict.json that are kept. Its evidence and sentences are made again from the redacted witnesses."""
+"""Fields of verdict.json that are kept. Evidence and sentences are dropped here; `assemble` adds them after judging."""
 
 RECORDER = frozenset(KNOWN["fields"]["recorder"])
 """Fields of a Flight Recorder dump that are kept."""
 
 CONFIG = frozenset(KNOWN["fields"]["config"]) | {f.name for kind in (ModelConfig, EngineConfig) for f in fields(kind)}
-"""Fields of config.json that are kept. All settings of a model and an engine are kept: numbers as they are, texts if
-their words are known."""
+"""Fields of config.json that are kept, among them all settings of a model and an engine. Numbers stay as they are;
+texts stay if their words are known."""
 
 RUN = frozenset(KNOWN["fields"]["run"])
 """Fields of run.json that are kept."""
@@ -90,13 +90,13 @@ _OF_KIND: Mapping[str, Callable[[Recogniser, Any], Any]] = {
     "planned": lambda recogniser, value: _planned(str(value), recogniser),
     "detail": lambda recogniser, value: _detail(str(value), recogniser),
 }
-"""Fields whose names show what they contain -> how to redact them."""
+"""For fields whose names show what they contain: how to redact their value."""
 
 
 def _known(value: Any, names: frozenset[str], recogniser: Recogniser) -> Any:
-    """Redact a JSON value: keep the fields with these names, and redact their strings.
+    """Redact a JSON value: keep the fields whose names are in `names`, and redact their strings.
 
-    Keys that are numbers also stay, because they are ranks or groups.
+    Fields whose names are numbers also stay, because these names are ranks or groups.
     """
     if isinstance(value, list):
         return [_known(item, names, recogniser) for item in value]
@@ -157,9 +157,9 @@ def _references(text: str, recogniser: Recogniser) -> str:
 
 
 def _command(words: Any, recogniser: Recogniser) -> list[str]:
-    """Return the program and arguments of a command; [] if one of them is not recognised.
+    """Return the words of a command; [] if one of its words is not recognised.
 
-    Without that argument the command would do something else.
+    Without this word, the command would do something different.
     """
     before = ""
     for word in map(str, words) if isinstance(words, list) else ():

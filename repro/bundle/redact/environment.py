@@ -1,6 +1,7 @@
-"""Redact a machine's versions, hardware and variables: keep known names whose value has a known form.
+"""Redact descriptions of a machine (versions, hardware, variables): keep a line if its name and its value are known.
 
-Two descriptions are redacted: env/rank000.txt from repro.lab.rank.software, and the report of torch.utils.collect_env.
+There are two such descriptions: the files env/rank000.txt, … that repro.lab.rank.software writes, and the report of
+torch.utils.collect_env.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _FORMS = (
     ),
 )
 COLLECTED = tuple((re.compile(names), re.compile(form)) for names, form in _FORMS)
-"""(name, form of the value) of each line of collect_env that is kept. Only the part of the value that fits stays."""
+"""(patterns of name and value) of the lines of collect_env to keep. Only the part of a value that fits is kept."""
 
 HEADINGS = frozenset(["Collecting environment information...", "CPU:", "Versions of relevant libraries:"])
 
@@ -72,7 +73,8 @@ _LIBRARY = re.compile(
 
 PREFIXES = tuple(KNOWN["variable_prefixes"])
 NAMES = frozenset(KNOWN["variables"])
-"""Variables that are kept, by name. (Others are kept by prefix, if the rest of the name consists of known words.)"""
+"""Names of variables that are kept. A variable with a name that begins with one of PREFIXES is also kept, if the rest
+of its name consists of known words."""
 
 _INTERFACE = (
     r"(?:eth|ib|ens|eno|enp\d{1,3}s|bond|lo|docker|mlx4_|mlx5_|hsn|rdma|roce|bnxt_re|efa|wlan)"

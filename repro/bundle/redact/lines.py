@@ -1,4 +1,4 @@
-"""Redact logs, stacks and machine descriptions line by line: rebuild each line of known form from its parts.
+"""Redact logs, stacks and machine descriptions line by line: rebuild each line from its recognised parts.
 
 A line keeps its prefix (rank, level, time, the file that logged it) if the prefix has a known form, and its text if
 every word is known. A frame keeps the path below its package, the line and the function. An exception keeps its type.
@@ -39,7 +39,7 @@ _EXCEPTION = re.compile(r"(?P<type>[A-Za-z_][\w.]{1,160})(?:: (?P<message>.*))?"
 
 
 def log(text: str, recogniser: Recogniser) -> str:
-    """Redact a log. At each place where lines were dropped, a line says how many."""
+    """Redact a log. Where lines are dropped, the result has a line that says how many lines were left out."""
     return _joined(_log_lines(text, recogniser))
 
 
@@ -55,7 +55,7 @@ def _log_lines(text: str, recogniser: Recogniser) -> Iterator[str | None]:
 
 
 def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
-    """Rebuild one line from its recognised parts. Returns None if no part is recognised. before: the line above."""
+    """Rebuild one line from its recognised parts. Returns None if no part is recognised. before: the line above it"""
     if not line.strip():
         return ""
     prefix, rest = _prefix(plain(line), recogniser)
@@ -86,7 +86,10 @@ def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
 
 
 def _rebuilt(match: re.Match[str], recogniser: Recogniser) -> str:
-    """Rebuild a prefix. A host name becomes a stand-in. A path is shortened, or becomes "file" if not recognised."""
+    """Rebuild a prefix. A host name becomes a stand-in; a path is shortened, or becomes "file" if not recognised.
+
+    The name and pid of a process become "(pid)" if the name is not a known word.
+    """
     text, names = match[0], match.groupdict()
     if (host := names.get("host")) is not None:
         return text.replace(host, recogniser.hosts.get(host, "host"), 1)
@@ -125,7 +128,7 @@ def stack(text: str, recogniser: Recogniser) -> str:
 
 
 def _joined(lines: Iterable[str | None]) -> str:
-    """Join the lines. None is a dropped line: one line, "[N lines left out]", replaces consecutive ones."""
+    """Join the lines. None stands for a dropped line; "[N lines left out]" replaces N consecutive dropped lines."""
     kept: list[str] = []
     gone = 0
     for line in (*lines, ""):
@@ -142,7 +145,8 @@ def _joined(lines: Iterable[str | None]) -> str:
 def machine(text: str, keep: Callable[[str], str | None], recogniser: Recogniser) -> str:
     """Redact a machine description: replace each line by the result of ``keep``.
 
-    If that is None, keep the line only if the search of ``recogniser`` finds nothing in it that may be private.
+    If this result is None, the line is kept only with --with-logs, and only if the search of ``recogniser`` finds
+    nothing in it that could be private.
     """
     kept: list[str] = []
     before, line = "", ""

@@ -1,7 +1,8 @@
-"""Keep the recognised strings of a run, and replace the others by stand-ins: equal strings by equal stand-ins.
+"""Keep the recognised strings of a run, and replace or leave out all other strings.
 
-Stand-ins ("text-003", "host-1") keep different strings different. So ranks that issued different collectives still
-differ, and the verdict stays the same. Other text that is not recognised, such as a log line, is left out and counted.
+A name that is not recognised is replaced by a stand-in ("name-003", "host-1"). Equal names get equal stand-ins, and
+different names get different stand-ins. So ranks that issued different collectives still differ, and the verdict stays
+the same. Text that is not recognised, such as a log line, is left out and counted.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ LEFT_OUT = {
     "fields": "fields of JSON files",
     "files": "files that runs of this program do not leave",
 }
-"""The kinds of content that are counted when they are left out -> their description."""
+"""Kinds of content that are counted when they are left out or replaced, and a description of each kind."""
 
 GONE = "(left out)"
 MAX_TEXT = 4000
-"""Longest text that is examined, in characters. Texts of this program are shorter."""
+"""Longest text in characters that can stay; longer lines of logs are cut. Texts of this program are shorter."""
 _MEMBERS = re.compile(r"\d{1,5}(?:,\d{1,5})*")
 _SITE = re.compile(r"(?P<path>[^\n]+?):(?P<line>\d{1,7}) (?P<function>\S+)")
 _RUN = re.compile(r"\d{8}T\d{6}\.\d{3}Z-(?P<scenario>[a-z0-9_]+)-(?:control|fault|fix)-\d{1,7}")
@@ -46,9 +47,10 @@ class Recogniser:
     """Redacts the strings of one bundle. All files share one recogniser, so that equal strings get equal stand-ins.
 
     private    names that are never recognised, even if they consist of known words: "gpu-node"
-    search     decides about text that is not recognised: True keeps the text. Without a search, all of it is left out
-    left_out   kind of content (a key of LEFT_OUT) -> how many pieces were left out or replaced
-    hosts      host name -> its stand-in
+    search     called with text that is not recognised; returns True to keep the text. Without a search, such text is
+               left out
+    left_out   for each kind of content (a key of LEFT_OUT), how many pieces were left out or replaced
+    hosts      for each host name, its stand-in
     """
 
     private: frozenset[str] = frozenset()
@@ -70,7 +72,7 @@ class Recogniser:
     # -- identity ----------------------------------------------------------------------------------------------------
 
     def host(self, name: str) -> str:
-        """Return the stand-in of a host name, and count the name as redacted."""
+        """Return the stand-in of a host name, and count the name in ``left_out``."""
         if not name:
             return name
         self.left_out["identity"] += 1
@@ -132,17 +134,17 @@ class Recogniser:
         """Redact a function name. A name that is not recognised gets a stand-in.
 
         With a search (--with-logs), such a name is kept if one of its words is known and the search finds nothing in
-        it that may be private.
+        the name that could be private.
         """
         partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
         known = is_name(text) and not self.is_private(text)
         return text if known or (partly and self._is_free(text)) else self.stand_in("function", text)
 
     def path(self, text: str) -> str:
-        """Shorten a path to the part below its package.
+        """Shorten a path to the part that begins at its package, if the package is known.
 
-        Outside packages, keep a recognised file name in a stand-in folder; otherwise replace the whole path by a
-        stand-in, which keeps the extension if it is .py, .so, .cpp or .lock.
+        For any other path with a recognised file name, keep the file name and replace the folder by a stand-in. Replace
+        any other path as a whole by a stand-in; the extensions .py, .so, .cpp and .lock stay.
         """
         if re.fullmatch(r"<frozen [a-z_.]{1,40}>", text):
             return text if is_name(text[8:-1]) else "<frozen>"
@@ -156,7 +158,7 @@ class Recogniser:
         return self.stand_in("file", text) + (extension[0] if extension else "")
 
     def stand_in(self, noun: str, text: str) -> str:
-        """Return noun-001, noun-002, … in the order in which the strings were first seen."""
+        """Return the stand-in of `text`: noun-001 for the first such string, noun-002 for the second, and so on."""
         self.left_out["text" if noun in ("text", "message") else "names"] += 1
         known = self._stand_ins.get((noun, text))
         if known is None:
@@ -168,10 +170,11 @@ class Recogniser:
     # -- text that may be dropped ------------------------------------------------------------------------------------
 
     def line(self, text: str, before: str = "") -> str:
-        """Return a line of prose, redacted. A line that may not stay is counted in ``left_out`` and becomes "".
+        """Return a line of prose, redacted. A line that is left out is counted in ``left_out`` and becomes "".
 
-        A recognised line stays. Another line stays only if a search was requested and finds nothing in it, or in the
-        line above (``before``), that may be private: a line may be the value of a secret that the line above names.
+        A recognised line stays. Any other line stays only if there is a search, and the search finds nothing private
+        in this line or in the line above (``before``). The line above matters because it can name a secret whose value
+        is in this line.
         """
         kept = self._text(text) if not before or self._is_free(before) else self.recognised(text)
         if kept is None:
@@ -179,10 +182,13 @@ class Recogniser:
         return kept or ""
 
     def recognised(self, text: str) -> str | None:
-        """Return the text with shortened paths; None if it is not recognised.
+        """Return the text with shortened paths; None if the text is not recognised.
 
-        That is so if one of its tokens is not recognised, if it contains a private name or the digits of a telephone
-        or credit card, or if it is longer than MAX_TEXT.
+        A text is not recognised in these cases:
+
+        - one of its tokens is not recognised;
+        - it contains a private name, or digits that look like a telephone number or a credit card number;
+        - it is longer than MAX_TEXT.
         """
         if len(text) > MAX_TEXT or _GROUPED.search(text):
             return None
@@ -208,8 +214,10 @@ class Recogniser:
     def _is_stand_in(self, bare: str) -> bool:
         """Whether a token is a stand-in of this bundle.
 
-        A file name and a line ("folder-001/runner.py:7"), or the two ranks of a point-to-point transfer
-        ("name-001:0>1"), may follow. bare: the token without the punctuation around it.
+        The token can also have, after the stand-in, a file name and a line ("folder-001/runner.py:7") or the two ranks
+        of a point-to-point transfer ("name-001:0>1").
+
+        bare: the token without the punctuation around it
         """
         match = _STAND_IN.fullmatch(bare)
         return (
@@ -225,15 +233,15 @@ class Recogniser:
         return kept
 
     def free(self, text: str, before: str = "") -> str | None:
-        """Return an unrecognised text, cleaned by `plain`; None if it may not stay.
+        """Return an unrecognised text, cleaned by `plain`; None if the text must be left out.
 
-        It may stay only if a search was requested and finds nothing in it, or in the line above (``before``), that may
-        be private: the text may be the value of a secret that the line above names.
+        The text stays only if there is a search, and the search finds nothing private in the text or in the line above
+        (``before``). The line above matters because it can name a secret whose value is in this text.
         """
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
-        """Whether unrecognised text may stay: only if a search was requested and finds nothing that may be private."""
+        """Whether unrecognised text can stay: there is a search, and it finds nothing that could be private."""
         return self.search is not None and len(text) <= MAX_TEXT and self.search(text)
 
 
@@ -257,7 +265,7 @@ def distinct(names: Iterable[str]) -> frozenset[str]:
 def form_of(name: str) -> str:
     """Return a search pattern for a private name.
 
-    A short name must be a whole word; a longer name may be part of a word.
+    A name of fewer than six characters is found only as a whole word; a longer name also as a part of a word.
     """
     plain = re.escape(name)
     return plain if len(name) >= 6 else rf"(?<![A-Za-z0-9]){plain}(?![A-Za-z0-9])"

@@ -1,7 +1,7 @@
 """Redact the records of a job's evidence: numbers stay, and unrecognised strings are replaced by stand-ins.
 
-The judge compares strings of the evidence with each other, and searches for a few words in them. So equal strings get
-equal stand-ins, different strings get different stand-ins, and the names of files keep their order.
+The judge compares strings of the evidence with each other, and searches the strings for a few words. So equal strings
+get equal stand-ins, different strings get different stand-ins, and the names of files keep their order.
 """
 
 from __future__ import annotations
@@ -151,15 +151,15 @@ class _Redactor:
         return replace(record, **changed)
 
     def refusal(self, text: str) -> str:
-        """Redact a remark about a file that was not understood, of the form "file:offset: what"."""
+        """Redact a remark about a file that no reader understood. The remark has the form "file:offset: reason"."""
         name, _, rest = text.partition(":")
         offset, _, what = rest.partition(": ")
         return f"{self.files[name]}:{offset if offset.isdecimal() else 0}: {self.text(what)}"
 
     def text(self, text: str) -> str:
-        """Redact a message. If a word is not recognised, keep the parts before the unrecognised one; ": " ends a part.
+        """Redact a message. If it is not recognised as a whole, keep the recognised parts at its start.
 
-        The rest of such a message is redacted as a string, and usually becomes a stand-in.
+        A part ends at ": ". What follows the recognised parts is redacted as a string, and usually becomes a stand-in.
         """
         kept = self._of.recognised(text)
         if kept is not None or not text:
@@ -247,10 +247,10 @@ def _files_of(records: Iterable[Observation]) -> set[str]:
 
 
 def _stand_ins_of_files(names: Iterable[str], recogniser: Recogniser) -> Mapping[str, str]:
-    """Return file name -> redacted name.
+    """Return, for each file name, its redacted name.
 
-    If any name is not recognised, each name is replaced by its position in the sorted list and its recognised parts, so
-    that the names keep their order.
+    If all names are recognised, they stay. Otherwise each name is replaced by its position in the sorted list and the
+    recognised parts of its last component, so that the names keep their order.
     """
     ordered = sorted(names)
     reduced = {name: _reduced(name, recogniser) for name in ordered}

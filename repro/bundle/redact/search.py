@@ -1,8 +1,12 @@
 """Search free text for private content. A line in which a search finds something is dropped completely.
 
-This is used only with --with-logs. A dropped line costs little, and a published password costs much. There are three
-independent searches: for words that introduce a secret, a person or a machine; for forms that no plain sentence has;
-and the detectors of the package detect-secrets.
+This is used only with --with-logs. A dropped line costs little, and a published password costs much. There are four
+independent searches:
+
+- for texts that are known to be private on this machine, such as values of environment variables;
+- for words that introduce a secret, a person or a machine;
+- for forms that no plain sentence has, and for words that nobody can pronounce;
+- with the detectors of the package detect-secrets.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ CONTEXT = {
     "|mac\\b|uuid|serial|ipv|\\bip\\b|dns|fqdn|vpn|subnet|gateway|proxy|bucket|remote|origin|registry|repo\\b|branch",
     "commands": "curl|wget|scp|rsync|mysql|psql|redis|mongo|docker|kubectl|argv|command|export |cd ",
 }
-"""Kind -> words, or beginnings of words, after which a line may name a secret, a person or a machine."""
+"""For each kind of private content: words, or beginnings of words, that often stand before such content."""
 
 FORMS = (
     r"[^\x20-\x7e]",  # look-alike letters and control characters
@@ -36,7 +40,7 @@ FORMS = (
     r"\d{2,6}(?: \d{2,6}){2}",  # a credit card or telephone number
     r"[A-Za-z0-9+/_-]{24,}={0,2}",  # base64
 )
-"""Forms for which a line is dropped, wherever in the line they are."""
+"""A line that contains text of one of these forms is dropped."""
 
 _CONTEXT = re.compile("|".join(CONTEXT.values()), re.IGNORECASE)
 _FORM = re.compile("|".join(f"(?:{form})" for form in FORMS))
@@ -47,7 +51,7 @@ MIN_LITERAL = 4
 
 
 class Search:
-    """Decides whether a line of text may be published.
+    """Decides whether a line of text can be published.
 
     literals   texts that are known to be private on this machine: values of variables, names of hosts and users
     """
@@ -57,7 +61,7 @@ class Search:
         self._literals = re.compile("|".join(map(re.escape, wanted)), re.IGNORECASE) if wanted else None
 
     def __call__(self, text: str) -> bool:
-        """Whether the searches find nothing in the text that may be private."""
+        """Whether the searches find nothing in the text that could be private."""
         text = plain(text)
         if self._literals is not None and self._literals.search(text):
             return False
@@ -67,9 +71,9 @@ class Search:
 
 
 def literals_of(environment: Mapping[str, str]) -> set[str]:
-    """Return the values of environment variables that may be secret, and the parts of these values.
+    """Return the values of environment variables that could be secret, and the parts of these values.
 
-    A log may show only a part, such as the password of a URL.
+    The parts are needed because a log can show only a part of a value, such as the password in a URL.
     """
     values = [value for value in environment.values() if not is_value(value)]
     pieces = (piece for value in values for piece in re.split(r"[\s:/@,;=&?'\"]+", value))
@@ -93,7 +97,7 @@ def _is_pronounceable(word: str) -> bool:
 
 @functools.cache
 def _detectors() -> list[Any]:
-    """Load the detectors of detect-secrets that examine text. Its checks over the network are not used.
+    """Load the detectors of detect-secrets that examine text. Checks over the network are not used.
 
     Raises ModuleNotFoundError if detect-secrets is not installed.
     """

@@ -1,4 +1,4 @@
-"""Redact witness files: replace identity and strings, and keep every number of an event."""
+"""Redact witness files: replace the identity of hosts and the strings, and keep every number of an event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:
 
     Each string keeps its number, because events refer to strings by number.
 
-    Raises WitnessError if the file is not a witness, ValueError if the new strings take more space than a file has.
+    Raises WitnessError if the data is not a witness, ValueError if the new strings need more space than a witness has.
     """
     writer, _ = parse_header(data, name)
     writer = replace(

@@ -1,7 +1,7 @@
-"""Recognise names and text by a list of words, words.txt, and by forms of numbers and punctuation.
+"""Recognise names and text by a list of words (words.txt), and by forms of numbers and punctuation.
 
-Text that consists of listed words, small numbers and punctuation is recognised. All other text is not, whatever it
-looks like, because a list of forms to reject would never be complete.
+Text that consists of listed words, small numbers and punctuation is recognised. All other text is not recognised. This
+module does not try to list what is private, because such a list would never be complete.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WORDS = frozenset(word for line in _FILE.read_text().splitlines() if not line.st
 
 NAMES = frozenset(KNOWN["names"]) | frozenset(KNOWN["scenarios"])
 PACKAGES = frozenset(KNOWN["packages"])
-"""Packages whose files keep their path below the package."""
+"""Packages whose files keep the part of their path that begins at the package."""
 
 EXTENSIONS = frozenset(KNOWN["extensions"])
 
@@ -66,8 +66,7 @@ def is_name(text: str) -> bool:
 
 
 def _is_identifier(text: str) -> bool:
-    """Whether a name in snake or camel case consists of listed words and single letters, and not more letters than
-    words."""
+    """Whether a name in snake or camel case consists of listed words, and of no more single letters than words."""
     if text in NAMES or _SPECIAL.fullmatch(text):
         return True
     parts = [part for part in text.split("_") if part]
@@ -89,7 +88,7 @@ def is_file(text: str) -> bool:
 
 
 def below_package(path: str) -> str | None:
-    """Return the part of a path that begins at a known package; None if there is no such part that is recognised."""
+    """Return the part of a path that begins at a known package; None if there is no such part, or it is unknown."""
     for mark in ("/site-packages/", "/dist-packages/"):
         if mark in path:
             inside = path.rpartition(mark)[2]
@@ -111,7 +110,7 @@ def _is_path(path: str) -> bool:
 
 
 def is_token(text: str) -> bool:
-    """Whether a piece of text between spaces is recognised. Punctuation around it is ignored."""
+    """Whether a token (a piece of text between spaces) is recognised. Punctuation around the token is ignored."""
     if len(text) > MAX_NAME:
         return False
     if text in _MARKS or set(text) <= set("-=*_.^~#") or _LOOPBACK.fullmatch(text.rstrip(".,;:")):

@@ -32,7 +32,7 @@ def write(
 ) -> None:
     """Write the folder of a diagnosis. Raises OSError.
 
-    alone: path -> the diagnosis of this path's files alone, for a table of runs that differ in one setting
+    alone: for each path, the diagnosis of only this path's files, for a table of runs that differ in one setting
     closing: the last line of ISSUE.md
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write_page(folder: Path, diagnosis: Diagnosis, evidence: Evidence) -> Path:
 
 
 def document(diagnosis: Diagnosis, evidence: Evidence) -> dict[str, Any]:
-    """Return the content of verdict.json and of `diagnose --json`: the fields of a run plus those of a diagnosis."""
+    """Return the content of verdict.json and of `diagnose --json`: the fields of a run's verdict and of a diagnosis."""
     verdict = Verdict(
         diagnosis.verdict, diagnosis.cause, diagnosis.culprits, diagnosis.suspects,
         evidence=diagnosis.evidence, confidence=diagnosis.confidence,

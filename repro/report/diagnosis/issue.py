@@ -17,7 +17,7 @@ MAX_TREE, MAX_ROWS = 60, 64
 def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, job: JobRecords, apart: Mapping[str, str]) -> str:
     """Return the bug report as Markdown.
 
-    apart: path -> headline of the diagnosis of this path's files alone, for a table of runs
+    apart: for each path, the headline of the diagnosis of only this path's files, for a table of runs
     """
     lines = [f"# Hang: {headline}", "", *diagnosis.summary, ""]
     lines += _listed("Why", diagnosis.evidence)
@@ -48,7 +48,7 @@ def _runs(apart: Mapping[str, str]) -> list[str]:
 
 
 def _tree(job: JobRecords) -> list[str]:
-    """Draw the stacks of the last look as a tree, and name the processes that were elsewhere in the first look."""
+    """Draw the stacks of the last look as a tree, and name the processes whose place differs in the first look."""
     roles = ("worker", "engine", "front end")  # a process without a role is listed under each role
     looks = list({
         str(rows[0].process): rows for role in roles for rows in job.main_stacks(role).values() if rows
@@ -73,7 +73,7 @@ def _place(stack: Stack) -> tuple[str, str]:
 def _counters(job: JobRecords) -> list[str]:
     """Make a table of the highest sequence numbers that each rank has queued and completed in each group.
 
-    It has the numbers of the rank's last dump and, if there is one, of an earlier dump.
+    The table has these numbers from the rank's last dump and, if there is an earlier dump, also from this one.
     """
     rows = []
     for rank, dump in job.recorders.items():

@@ -1,7 +1,7 @@
 """Merge the stacks of all ranks into one tree, outermost frame first, as STAT does (Arnold et al., IPDPS 2007).
 
-Ranks that share a path form one class. A small class at the end of a branch differs from the others, which is only an
-observation: its ranks may be the only ones that work as intended.
+Ranks that share a path form one class. A small class at the end of a branch does not prove that its ranks are at fault:
+perhaps these ranks are the only ones that work as intended.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MAX_DEPTH = 120
 class Node:
     """A frame of the tree.
 
-    names   the processes whose stacks have this frame and all frames of the tree between the root and it
-    ends    those of them whose innermost frame this is
+    names   the processes whose stacks have this frame, below all frames of the tree between the root and this frame
+    ends    the processes among `names` whose innermost frame is this frame
     """
 
     frame: str
@@ -32,7 +32,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the tree: consecutive frames that all processes of `names` share, and the depth of the branch."""
+    """A line of the tree: consecutive frames that all processes of `names` share, and the depth of their branch.
+
+    ends    the processes whose innermost frame is the last of these frames
+    """
 
     depth: int
     frames: tuple[str, ...]
@@ -74,14 +77,14 @@ def lines(root: Node) -> list[Line]:
 
 
 def _ordered(node: Node) -> list[Node]:
-    """Return the children, the one with the most processes last: `lines` takes nodes from the end of a list."""
+    """Return the children, the child with the most processes last, because `lines` takes nodes from the end."""
     return sorted(node.children.values(), key=lambda child: (len(child.names), child.frame))
 
 
 def text(root: Node, frames_a_line: int = 2) -> list[str]:
     """Return the tree as lines of text: "[ranks 0-2,4-7] acquire (filelock/_api.py)".
 
-    frames_a_line   how many frames of a line are shown, the innermost ones; the others are only counted
+    frames_a_line   how many frames of a line to show, the innermost ones; the other frames are only counted
     """
     out = []
     for line in lines(root):
@@ -101,7 +104,7 @@ def name_all(names: Sequence[str]) -> str:
 
 
 def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
-    """Return (what a thread does, its two innermost frames) -> the processes with such a thread.
+    """Return the classes of equal stacks: for each (activity, two innermost frames), the processes of the class.
 
     The class with the most processes comes first.
     """

@@ -1,6 +1,6 @@
 """Prepare the data for the page's script: names and the wait-for graph as JSON, each rank's lane as columns of numbers.
 
-Each lane is an HTML element of its own, so that the script unpacks it only when the lane becomes visible.
+Each lane is an HTML element of its own. So the script unpacks a lane only when the lane becomes visible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NEVER = 0xFFFFFFFF
 
 
 def script_data(data: RunData) -> dict[str, Any]:
-    """Return the data as JSON values. Times count from the first event, in units whose length in ns is in ``unit``."""
+    """Return the data as JSON values. Times count from the first event; ``unit`` is the length of their unit in ns."""
     start_ns, end_ns = data.span_ns()
     unit_ns = _unit_ns(data)
     verdict = data.verdict
@@ -43,10 +43,15 @@ def script_data(data: RunData) -> dict[str, Any]:
 
 
 def pack_lanes(data: RunData) -> Iterator[tuple[int, str]]:
-    """Yield (rank, base64 of the deflated columns of its lane).
+    """Yield, for each rank, (rank, the columns of its lane, deflated and in base64).
 
-    There are five columns of 32-bit integers, each with one number for each span: start (minus the start of the
-    previous span), length, label, sequence number, step + 1.
+    There are five columns of 32-bit integers. Each column has one number for each span:
+
+    1. the start, minus the start of the previous span
+    2. the length
+    3. the label
+    4. the sequence number
+    5. the step + 1
     """
     start_ns, unit_ns = data.span_ns()[0], _unit_ns(data)
     for lane in data.lanes.values():

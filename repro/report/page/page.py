@@ -1,4 +1,4 @@
-"""Render report.html: one file without network access or external fonts, in which strings of a run cannot run as code.
+"""Render report.html: one file that needs no network and no fonts, and in which no string of a run can run as code.
 
 The page is complete without its script. With the script, the timeline can be moved and zoomed.
 """
@@ -36,7 +36,7 @@ _SCRIPTS = (
 
 @dataclass(frozen=True)
 class Card:
-    """A card for one of the runs shown side by side. link: the address of its report; "" for the run of this page."""
+    """A card for one of several runs side by side. link: the address of the run's report; "" for this page's run."""
 
     verdict: Document
     kind: str
@@ -88,7 +88,7 @@ def style() -> Markup:
 
 
 def script() -> Markup:
-    """Return the page's script as it appears in the page: the files of script/ share one scope."""
+    """Return the page's script as it appears in the page: all files of script/, in one function, so in one scope."""
     parts = Markup("\n").join(templates.read_own(f"page/script/{name}.js") for name in _SCRIPTS)
     return Markup('"use strict";\n(() => {{\n{}}})();\n').format(parts)
 

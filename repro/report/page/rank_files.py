@@ -16,7 +16,7 @@ _MOST_BYTES = 20_000
 
 @dataclass(frozen=True)
 class RankText:
-    """A text, and the ranks that left this same text."""
+    """A text, and all ranks that left exactly this text."""
 
     ranks: tuple[int, ...]
     text: str
@@ -46,7 +46,7 @@ def launcher_log(data: RunData) -> str:
 
 
 def environments(data: RunData) -> list[RankText]:
-    """Return what each rank loaded: versions and paths."""
+    """Return, for each rank, the software that it loaded: versions and paths."""
     return _merge(data, lambda rank: read_text(data.run_dir.environment(rank)))
 
 

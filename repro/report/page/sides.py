@@ -1,6 +1,6 @@
-"""Show in columns what ranks issued around the divergence, the first place where they differ.
+"""Show in columns what the ranks issued around the divergence, the first place where the ranks differ.
 
-The first column is the declared schedule. The others are the sides: a side is the ranks that issued the same entries.
+The first column is the declared schedule. Each further column is a side: the ranks that issued the same entries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _BEFORE, _AFTER = 4, 5
 
 @dataclass(frozen=True)
 class Row:
-    """One position of the schedule: the declared entry, and the entry that each side issued there; "" is no entry."""
+    """One position of the schedule: the declared entry, and the entry that each side issued there; "" means no entry.
+
+    diverges: for each side, whether its entry differs from the schedule
+    """
 
     planned: str
     issued: tuple[str, ...]
@@ -39,7 +42,7 @@ class SideBySide:
     """The part of the schedule around the divergence.
 
     heads    a heading for each side: "ranks 0,6 issued"
-    step     the number of the step that is shown
+    step     the number of the step that the rows belong to
     planned  the schedule's entry at the divergence; "" after the end of the schedule
     cut      how many earlier rows of the step are left out
     """
@@ -63,7 +66,7 @@ class SideBySide:
 def side_by_side(data: RunData) -> SideBySide | None:
     """Compare, around the divergence, what each side issued with the declared schedule.
 
-    None if the verdict names no divergence, or if the step cannot be read from any side's witness.
+    Returns None if the verdict names no divergence, or if no side's witness gives the step.
     """
     sides = [side for side in data.verdict.sides if side.ranks][:MAX_SIDES]
     steps = [_read_step(data, side.ranks[0], side.step) for side in sides]
@@ -113,9 +116,9 @@ def name_entry(entry: Entry) -> str:
 
 
 def _read_step(data: RunData, rank: int, number: int) -> Step | None:
-    """Return the rank's step with this number, or its last step if there is no such step.
+    """Return the step of `rank` with this number; its last step if it has no step with this number.
 
-    None if the witness has no steps or cannot be read.
+    Returns None if the rank's witness has no steps or cannot be read.
     """
     try:
         witness = read(data.run_dir.witness(rank))
@@ -128,7 +131,8 @@ def _read_step(data: RunData, rank: int, number: int) -> Step | None:
 def _align(plan: Sequence[Entry], issued: Sequence[Entry]) -> tuple[dict[int, list[Entry]], set[int]]:
     """Align the entries that a side issued with the declared schedule (``plan``).
 
-    Returns (index in the plan -> extra entries that were issued before it, indices of the plan that were issued).
+    Returns two results: for an index of the plan, the extra entries that the side issued before this index; and the
+    indices of the plan whose entries the side issued.
     """
     extras: dict[int, list[Entry]] = {}
     matched: set[int] = set()

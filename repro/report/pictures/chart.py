@@ -16,7 +16,7 @@ _NARROW_PX = 2.0
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the lanes are in the picture, in pixels. labels: whether there is room for names and phases."""
+    """Where the lanes are in the picture, in pixels. labels: whether to draw the ranks' names and phases."""
 
     left: float
     right: float
@@ -26,7 +26,7 @@ class Frame:
 
 
 class Chart:
-    """Draws lanes into an Svg. merged: whether some narrow bars were drawn as one bar."""
+    """Draws lanes into an Svg. The attribute ``merged`` says whether some narrow bars were drawn as one bar."""
 
     def __init__(self, svg: Svg, data: RunData, window_ns: tuple[int, int], frame: Frame, ranks: Sequence[int]) -> None:
         self._svg, self._data, self._frame, self._ranks = svg, data, frame, ranks
@@ -153,7 +153,10 @@ def group_names(data: RunData) -> list[str]:
 
 
 def find_call(data: RunData, rank: int, group: str, seq: int) -> int | None:
-    """Return the index of the span, in the rank's lane, of collective ``seq`` of a group; None if there is none."""
+    """Return the index of a collective's span in the lane of `rank`; None if the lane has no such span.
+
+    seq: the number of the collective in `group`
+    """
     lane = data.lanes.get(rank)
     if lane is None:
         return None

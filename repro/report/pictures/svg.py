@@ -8,7 +8,7 @@ from pathlib import Path
 from repro.store.text import escape_control_characters
 
 NUM_GROUP_COLOURS, NUM_PLACE_COLOURS = 6, 4
-"""Number of colours for groups (classes g0 to g5 of style.css) and for places at which ranks wait (n0 to n3)."""
+"""Number of colours for groups (classes g0 to g5 in style.css), and for places at which ranks wait (n0 to n3)."""
 
 _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 
@@ -16,7 +16,7 @@ _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 class Svg:
     """One picture, for a file of its own or for a page. Lengths are in pixels.
 
-    key: a prefix for the ids of this picture's pattern and arrow heads, because a page shows several pictures
+    key: a prefix that makes the ids in this picture (pattern, arrow heads) unique, because a page has several pictures
     """
 
     def __init__(self, key: str, title: str) -> None:
@@ -55,7 +55,7 @@ class Svg:
     def arrow(self, colour: int, commands: str) -> None:
         """Draw a path with an arrow head.
 
-        colour     number of the colour of the place at which the ranks wait, from 0
+        colour     number of the colour, from 0; each place at which ranks wait has its own colour
         commands   the path in the syntax of SVG: "M5,5 h10"
         """
         self.path(f"n{colour} arrow", commands).set("marker-end", f"url(#{self._key}-head{colour})")

@@ -69,9 +69,9 @@ def interesting_ns(data: RunData) -> tuple[int, int]:
 
 
 def choose_ranks(data: RunData, most: int) -> list[int]:
-    """Choose at most ``most`` ranks, some from each place at which ranks wait.
+    """Choose at most ``most`` ranks to draw, some from each place at which ranks wait.
 
-    Places with few ranks are served first, so that a single rank that differs is shown.
+    Ranks are chosen first from places with few ranks, so that a single rank that differs is shown.
     """
     if len(data.lanes) <= most:
         return list(data.lanes)
