@@ -1,7 +1,8 @@
 """The agent of a host: it observes, signals and ends the ranks of its host for a watcher on another host.
 
 A process can be inspected, signalled and ended only on its own host. So one host runs the watcher, which gives the
-verdict, and every other host runs an agent. They communicate through files in the run directory, which all hosts see:
+verdict, and every other host runs an agent. Watcher and agents communicate through files in the run directory, which
+all hosts see:
 
 evidence_request     the number of the watcher's latest request for evidence; the first request has the number 1
 agents/rank008.json  the last status of one agent, named after the first rank of its host. The status has the number of
@@ -194,11 +195,11 @@ class RemoteHosts:
         return facts
 
     def any_ended(self) -> bool:
-        """Whether a rank of another host has ended."""
+        """Whether a rank on a host of an agent has ended, according to the agent's last status."""
         return any(not alive for status in self.statuses() for alive in status.facts.alive.values())
 
     def any_running(self) -> bool:
-        """Whether a rank of another host runs."""
+        """Whether a rank on a host of an agent runs, according to the agent's last status."""
         return any(alive for status in self.statuses() for alive in status.facts.alive.values())
 
     def request_evidence(self) -> int:

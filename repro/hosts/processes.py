@@ -52,7 +52,7 @@ def _is_hidden(pid: int) -> bool:
 
 
 def _has_ended(process: psutil.Process) -> bool:
-    """Whether the process has ended. It may still exist as a zombie."""
+    """Whether the process has ended. A zombie counts as ended."""
     try:
         return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:

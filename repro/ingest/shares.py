@@ -65,7 +65,7 @@ def _size_of(path: Path) -> int:
 
 
 def _num_processors() -> int:
-    """Return how many processes may read at the same time: one for each processor that this process may use.
+    """Return how many processes can read at the same time: one for each processor that this process can use.
 
     Return 1 if this process has several threads, because `_child` makes processes by fork, which is not safe with
     threads. Return 1 also on systems other than Linux.

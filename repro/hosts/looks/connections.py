@@ -28,7 +28,7 @@ class Connection:
     """One end of a TCP connection.
 
     pid              the process at this end
-    peer             pid of the process at the other end; 0 if it is none of the processes that were examined
+    peer             pid of the process at the other end; 0 if this process was not examined
     receive_queue    bytes that arrived and that `pid` has not read
     send_queue       bytes that `pid` sent and that the other end has not acknowledged
     closed_by_peer   whether the other end has closed the connection

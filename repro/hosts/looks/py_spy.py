@@ -79,7 +79,7 @@ def _try_dump(command: list[str]) -> Answer:
 
 
 def _reason(printed: str) -> str:
-    """Return py-spy's error message without the backtrace that may follow."""
+    """Return py-spy's error message without a backtrace."""
     lines = [line.removeprefix("Error:").strip() for line in printed.partition("Stack backtrace")[0].splitlines()]
     reason = "; ".join(dict.fromkeys(line for line in lines if line))[:200]
     hint = "; py-spy may be too old for this Python: pip install -U py-spy" if "ython version" in reason else ""

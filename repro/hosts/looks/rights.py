@@ -1,4 +1,4 @@
-"""Explain why this user may not inspect a process, and what to do about it."""
+"""Explain why this user is not allowed to inspect a process, and how to get the permission."""
 
 from __future__ import annotations
 

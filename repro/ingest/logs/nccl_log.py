@@ -62,7 +62,7 @@ class _Communicator:
 
 
 class NcclLog:
-    """Reads the NCCL lines of one file, to which several processes may write."""
+    """Reads the NCCL lines of one file. Several processes can write to this file."""
 
     def __init__(self) -> None:
         self._communicators: dict[tuple[str, int | None, str], _Communicator] = {}

@@ -202,7 +202,7 @@ def _pyspy_frame(text: str, bare: bool) -> str:
 
     bare: whether a line with only a function's name is a frame, see `_frame`
 
-    The names of native functions and of files may contain brackets, so only the last pair of brackets counts.
+    The names of native functions and of files can contain brackets, so only the last pair of brackets counts.
     """
     depth = 0
     for place in range(len(text) - 1, -1, -1) if text.endswith(")") else ():
@@ -215,7 +215,7 @@ def _pyspy_frame(text: str, bare: bool) -> str:
 
 
 def _runs_the_program(frames: Sequence[str]) -> bool:
-    """Whether a stack is that of the main thread, or that of TensorRT-LLM's main loop, which runs in another thread.
+    """Whether a stack belongs to the main thread, or to TensorRT-LLM's main loop, which runs in a thread of its own.
 
     The stack of a main thread has Python frames, and does not begin in `threading`.
     """

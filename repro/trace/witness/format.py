@@ -225,10 +225,10 @@ class Identity:
         return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
 
     def clock_ahead_ns(self, other: Identity) -> int:
-        """Return how many ns the monotonic clock of this writer's host is ahead of that of the other writer's host.
+        """Return how many ns this writer's monotonic clock is ahead of the other writer's monotonic clock.
 
-        0 if both have the same boot id (one host), or if a boot id is unknown. Otherwise the result is computed from
-        the wall clocks of the two hosts. If these clocks differ, the result is wrong by their difference.
+        0 if both writers have the same boot id (one host), or if a boot id is unknown. Otherwise the result is computed
+        from the wall clocks of the two hosts. If these wall clocks differ, the result is wrong by their difference.
         """
         if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:
             return 0

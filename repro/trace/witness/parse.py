@@ -309,7 +309,7 @@ def _may_be_torn(record: memoryview, number: int) -> bool:
 def _number(record: memoryview, slot: int, capacity: int) -> int:
     """Return the number of the event at an index (``slot``) of the ring buffer; 0 if there is no intact event.
 
-    Also returns 0 for an event whose number belongs to another index.
+    Also returns 0 if the number of the event belongs to a different index.
     """
     if not is_whole(record):
         return 0

@@ -41,7 +41,7 @@ class Witness:
     """The events that one rank recorded, and how far it has come in each group.
 
     last         the newest readable event
-    num_events   number of the newest readable event; events are counted from 1, so overwritten ones are included
+    num_events   number of the newest readable event; events are counted from 1, so overwritten events count, too
     first_event  number of the oldest readable event; if it is above 1, older events were overwritten
     complete     False if the file is damaged, its last record is incomplete, or the members of a group are unknown
     damaged      whether some bytes do not match their checksums, so that no certain conclusion is possible
