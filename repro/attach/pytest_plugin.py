@@ -29,7 +29,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _required_gpus(n: int = 1) -> int:
-    """Return the n of the marker ``requires_gpus(n)``. Python raises TypeError if the marker has other arguments."""
+    """Return the number n of the marker ``requires_gpus(n)``. If the marker has other arguments, Python raises
+    TypeError."""
     return int(n)
 
 

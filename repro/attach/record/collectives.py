@@ -45,7 +45,7 @@ class _Thread(threading.local):
     """The recorder's state in one thread.
 
     inside     whether a replaced method runs; what that method calls is not recorded again
-    coalesced  the calls of the coalescing block that is open in this thread; None if none is open
+    coalesced  the calls of the coalescing block that is open in this thread; None if no block is open
     """
 
     inside = False

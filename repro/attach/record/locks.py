@@ -41,7 +41,8 @@ def hook_fcntl(module: ModuleType) -> None:
 
 
 def hook_filelock(module: ModuleType) -> None:
-    """Hook filelock's base class. If a process acquires a lock that it holds already, this is not recorded."""
+    """Hook filelock's base class. If a process acquires a lock that it already holds, the recorder ignores this
+    call."""
     owner = module.BaseFileLock
 
     def acquiring(original: Any) -> Any:

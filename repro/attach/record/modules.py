@@ -68,7 +68,7 @@ def hook_pipeline(module: ModuleType) -> None:
 def hook_schedule(module: ModuleType) -> None:
     """Hook the pipeline schedules, which send and receive tensors between the passes of the stages.
 
-    These transfers get the names of all stages of the rank, because they belong to no single stage.
+    Such a transfer belongs to no single stage, so its record names all stages of the rank.
     """
 
     def name(schedule: Any) -> str:

@@ -42,7 +42,7 @@ JOB = "job"
 
 
 class _Thread(threading.local):
-    """The name of the module that runs in each thread."""
+    """The state of one thread: ``layer`` is the name of the module that runs in it."""
 
     layer = ""
 

@@ -30,7 +30,7 @@ class Hook(NamedTuple):
               replaced
     make      makes the replacement from the original
     shows     what the record lacks without this hook
-    versions  versions of vLLM that are known to have the attribute; another version may lack it
+    versions  versions of vLLM that are known to have the attribute; other versions possibly lack it
     """
 
     module: str

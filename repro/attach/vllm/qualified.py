@@ -54,7 +54,7 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
 
 
 def at_exit(verdict: Verdict) -> str:
-    """Return a sentence about programs that cannot end; "" if there are none.
+    """Return a sentence about ranks whose program cannot end; "" if there are no such ranks.
 
     At exit, the front end of such a program waits until its engine ends, but the engine waits for requests.
     """
@@ -101,7 +101,7 @@ def _all_idle(verdict: Verdict, asleep: set[int]) -> Verdict:
     if starved := [at.rank for at in verdict.ranks if at.phase == waits]:
         lines.append(
             f"the front end of {name_ranks(starved)} waits for outputs that its engine does not work on: a message "
-            "between them may be lost"
+            "between them is perhaps lost"
         )
     if exits := at_exit(verdict):
         lines.append(exits)

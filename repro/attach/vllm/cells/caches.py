@@ -55,6 +55,6 @@ def environment(folder: Path, environ: dict[str, str]) -> dict[str, str]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a cache folder that :func:`make` made. Other folders are not removed."""
+    """Remove a cache folder if :func:`make` made it. Leave any other folder."""
     if (folder / MARK).is_file() and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,7 +30,7 @@ def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[st
             )
         elif warm and not cold:
             text = (
-                "only the warm start stalls, so no build is the cause; the ranks may find different things in the "
+                "only the warm start stalls, so no build is the cause; perhaps the ranks find different things in the "
                 "cache (H4)"
             )
         elif warm:

@@ -67,7 +67,9 @@ class Machine:
         if not self.gpus:
             lines.append("this machine has no GPU: nothing here shows what happens on GPUs")
         elif min(self.gpus) != HOPPER:
-            lines.append(f"the report's GPUs have compute capability {HOPPER}; here vLLM may choose other kernels")
+            lines.append(
+                f"the report's GPUs have compute capability {HOPPER}; vLLM possibly chooses other kernels here"
+            )
         return lines
 
     def variables(self) -> dict[str, str]:

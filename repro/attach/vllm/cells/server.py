@@ -31,7 +31,7 @@ class Server:
     """A program that serves HTTP on ``port`` of this host, together with the processes that the program starts."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], port: int, log: Path) -> None:
-        """Start the program. Raises OSError if it cannot start or the log cannot be written."""
+        """Start the program. Raises OSError if the program cannot start or the log cannot be written."""
         self.port, self.log = port, log
         with log.open("ab") as file:
             self._child = subprocess.Popen(

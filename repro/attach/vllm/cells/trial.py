@@ -212,7 +212,7 @@ class Trial:
         self.say(f"{self.name}: {text}")
 
     def _bundles(self, record: RunDir) -> tuple[str, ...]:
-        """Pack the recording, and what the last `collect` wrote. Returns the names of the zips."""
+        """Pack the recording, and the folder that the last `collect` wrote. Returns the names of the zip files."""
         if self._state == outcome.INTERRUPTED:
             return ()
         zips = self.folder.parent.parent / "bundles"

@@ -151,7 +151,7 @@ def raise_or_say(stop: Stop, why: str) -> None:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap WorkerProc.shutdown, to announce that this worker ends normally."""
+    """Wrap WorkerProc.shutdown, to announce to the other processes that this worker ends normally."""
 
     @wraps(original)
     def shutdown(self: Any, *args: Any, **options: Any) -> Any:

@@ -25,7 +25,7 @@ class Process:
     """One process of the server.
 
     name   a unique name: "worker of rank 1"
-    rank   its rank; for an engine or a front end, the rank of its first worker
+    rank   the rank of a worker; for an engine or a front end, the rank of the engine's first worker
     ticks  start time of the process in clock ticks since boot
     host   identifies the host, see :func:`host`
     """
@@ -98,7 +98,7 @@ class Peers:
         return [process.name for process in self._far]
 
     def beat(self, name: str, number: str) -> None:
-        """Note the number (heartbeat) of a process on another host."""
+        """Note the heartbeat of a process on another host. number: the number that the process wrote last"""
         process = self.known[name]
         if process in self._far and self._far[process][0] != number:
             self._far[process] = number, self._clock()

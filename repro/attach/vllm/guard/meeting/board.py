@@ -45,7 +45,7 @@ class Field(enum.IntEnum):
 
 
 class Board:
-    """The numbers of one engine. ``board[Field.COUNTED]`` reads or sets a number."""
+    """The board of one engine. ``board[Field.COUNTED]`` reads or sets a number."""
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self._bytes = memoryview(buffer)

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 @functools.lru_cache(maxsize=65536)
 def entry_of(group: str, op: str, layer: str) -> Entry:
-    """Return the entry with these fields. The same arguments give the same object."""
+    """Return the entry with these fields. For the same arguments, the same object is returned."""
     return Entry(group, op, layer, digest_of(f"{group}\0{op}\0{layer}"))
 
 

@@ -38,7 +38,7 @@ CALL_S = 0.2
 TELL_S = 0.3
 """Seconds between a refusal and the exception, in which all other processes must read the reason from the store.
 
-The server of the store may run in this process, which ends after the exception.
+If the server of the store runs in this process, the store is gone after the exception.
 """
 
 T = TypeVar("T")
@@ -49,8 +49,8 @@ class Guard:
 
     members    the ranks of the DP group that issues C1, in the order of C1's columns
     meeting    the connection to the store for the thread that runs the model
-    board      the board of this rank's engine; None if the engine has none
-    num_ranks  the number of ranks of the server; 0 if the server has no ranks but ``members``
+    board      the board of this rank's engine; None if the engine has no board
+    num_ranks  the number of ranks of the server; 0 if these are just ``members``
     """
 
     def __init__(
