@@ -1,6 +1,6 @@
-"""The scenarios, one file for each way to hang. A file has the faulty policy, the fix, and the expected verdict.
+"""The scenarios: ways to hang, one file each. A file has the faulty policy, the fix, and the expected verdict.
 
-"Upstream" in the docstring of a scenario names the reports whose hang the scenario rebuilds.
+In the docstring of a scenario, "Upstream" gives the reports of the hang that the scenario rebuilds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from repro.lab.settings import RunSettings
 
 @dataclass(frozen=True)
 class Expected:
-    """The expected verdict of a variant. A field that is None is not checked.
+    """The expected verdict on a variant.
 
-    step, layer    the position of every culprit; if there is no culprit, the position of every rank
+    A field that is None is not checked. ``cause`` is always checked; None means that the verdict has no cause.
+
+    step, layer    the position of every culprit; if the verdict names no culprit, the position of every rank
     error          the type of the exception that every living rank raises
     planned        the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"
-    suspects       the ranks that differ from the others, if no culprit can be proven
-    or_else        another verdict that is accepted, because a race in the backend decides between the two
+    suspects       the ranks that behave unlike the other ranks, if no culprit can be proven
+    or_else        another verdict that is accepted, because the timing of the run decides between the two
     """
 
     verdict: str
@@ -44,7 +46,7 @@ class Expected:
     def to_json(self) -> dict[str, Any]:
         """Return the content of the field `expected` of verdict.json.
 
-        It always has the keys verdict and cause, and the other keys only if they are set.
+        The keys `verdict` and `cause` are always there. Any other field that is None has no key.
         """
         optional: dict[str, Any] = {
             "step": self.step, "layer": self.layer, "planned": self.planned, "error": self.error,
@@ -54,7 +56,7 @@ class Expected:
         return {"verdict": self.verdict, "cause": self.cause, **{k: v for k, v in optional.items() if v is not None}}
 
     def words(self) -> str:
-        """Return verdict and cause: "deadlock, extra"; with alternatives: "crash or deadlock, sizes"."""
+        """Return verdict and cause as text: "deadlock, extra", or with an alternative "crash or deadlock, sizes"."""
         choices = [self]
         while (other := choices[-1].or_else) is not None:
             choices.append(other)
@@ -68,28 +70,28 @@ def _listed(ranks: tuple[int, ...] | None) -> list[int] | None:
 
 CLEAN = Expected("clean")
 REFUSED = Expected("crash", "error", error="ScheduleMismatch")
-"""The verdict on a fault that the schedule guard refuses: every rank stops with the same error instead of hanging."""
+"""The expected verdict if `checks` is "agree" or "strict": all ranks stop with the same error instead of hanging."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A fault and its fix. Each callable is a pure function: its result depends only on its arguments.
+    """A fault and its fix.
 
-    Callables are described as "arguments -> result".
+    The callables are given as "(arguments) -> result". The result of each depends only on its arguments.
 
     summary    one line that says what goes wrong
-    source     the upstream issue or change whose hang the scenario rebuilds
-    policies   (settings, rank) -> the engine's policies
-    hang       (settings) -> the expected verdict on the fault without the guard, computed from the workload
-    refused    (settings) -> the expected verdict on the fault with the guard (`checks` is "agree" or "strict")
+    source     the upstream issue or change with the hang that the scenario rebuilds
+    policies   (settings, rank) -> the policies (objects that decide for the engine) of this rank
+    hang       (settings) -> the expected verdict on the fault if `checks` is "observe", computed from the workload
+    refused    (settings) -> the expected verdict on the fault if `checks` is "agree" or "strict"
     fixed      (settings) -> the expected verdict on the fix; a crash if a server can end this run only by an error
-    server     (settings, rank) -> the rank's engine configuration; by default the same on all ranks
+    server     (settings, rank) -> the server's configuration on this rank; by default the same on all ranks
     requests   (settings, rank) -> the requests that reach this rank
-    before     (settings, cache folder of the run) -> nothing; it prepares what an earlier start would have left there
+    before     (settings, cache folder of the run) -> None; puts there what an earlier start of the server would leave
     missing    (settings) -> why the scenario cannot run on this machine; "" if it can
     starts     how often the server starts in one run; the cache folder is kept between the starts
     defaults   the settings in which this scenario differs from the usual defaults, as in config.json; a user's file
-               overrides them
+               overrides these settings
     """
 
     name: str
@@ -119,19 +121,19 @@ class Scenario:
 
 
 def struck_rank(settings: RunSettings) -> int:
-    """Return the rank that has the fault, for scenarios in which only one rank has it. The seed decides which one."""
+    """Return the rank that has the fault, in scenarios in which only one rank has the fault. The seed chooses it."""
     return random.Random(settings.seed).randrange(settings.num_ranks)
 
 
 def names() -> list[str]:
-    """Return the names of all scenarios, sorted. They are the names of the scenarios' files."""
+    """Return the names of all scenarios, sorted. A scenario has the name of its file, without ".py"."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load(name: str) -> Scenario:
-    """Return the scenario with this name; config1, config2 and tp8 (`repro.lab.configurations`) are scenarios, too.
+    """Return the scenario with this name. config1, config2 and tp8 (`repro.lab.configurations`) are scenarios, too.
 
-    Raises ConfigError, with the nearest name, for an unknown name.
+    Raises ConfigError for an unknown name; the error suggests the most similar name.
     """
     if name not in names():
         from repro.lab.configurations import CONFIGURATIONS  # imported here, because it imports this module
@@ -147,7 +149,10 @@ def load(name: str) -> Scenario:
 def settings_of(flags: Mapping[str, Any], document: Mapping[str, Any] | None = None, where: str = "") -> RunSettings:
     """Return the settings of one run of the scenario that the flags name.
 
-    A user's document overrides the scenario's defaults, and the flags override both. where: the document's file. Raises
-    ConfigError with the path of the wrong value, or for an unknown scenario.
+    A user's document overrides the scenario's defaults, and the flags override both.
+
+    where: the path of the document's file, for error messages
+
+    Raises ConfigError for an unknown scenario, or with the path of a wrong value.
     """
     return RunSettings.from_document(document or {}, flags, where, load(flags["scenario"]).defaults)

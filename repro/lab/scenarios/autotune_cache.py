@@ -1,10 +1,10 @@
 """A rank that finds its tuning result in a cache skips the all-reduces of tuning: the second start hangs.
 
 Upstream: vLLM issues 57423, 54618 and pull request 57579. Tuning measures several tactics (ways to run a kernel) and
-averages the time of each over the ranks, with one all-reduce per tactic. Only rank 0 saves the result, and every rank
-reads that file at the next start. The file's entries name the experts that a rank holds, so only rank 0 finds its
-entry. Rank 0 skips all timings and goes on to the next collective, while the others wait for it in the first timing.
-The first start, with an empty cache, does not hang.
+averages the time of each over the ranks, with one all-reduce per tactic. Only rank 0 saves its result in the cache
+file, and at the next start every rank reads this file. An entry of the file names the experts of the rank that saved
+it, so only rank 0 finds an entry for its experts. Rank 0 skips all timings and goes on to the next collective, while
+the other ranks wait for rank 0 in the first timing. The first start, with an empty cache, does not hang.
 
 The run starts the server twice in the same ranks, with one cache folder.
 
@@ -26,7 +26,7 @@ SAVER = 0
 
 
 class SavedByOne(Tuning):
-    """The trigger: one rank saves the tuning result for all ranks, under a key that only this rank looks for."""
+    """The trigger: one rank saves its tuning result for all ranks, under a key that no other rank looks for."""
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
         return tuner.load("experts.json", _key(tuner))
@@ -57,7 +57,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
     control: Each rank saves its own tuning result.
     fault: One rank saves its result for all ranks.
-    fix: One rank saves its result for all ranks, and the ranks vote on whether to use it.
+    fix: One rank saves its result for all ranks, and the ranks vote on whether to use the cache.
     """
     return {
         "control": Policies(),
@@ -69,7 +69,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock in the second start.
 
-    The rank that saved the result waits in the agreement of step 1. The others wait in step 0, which is the tuning.
+    The rank that saved its result waits in the agreement of step 1. The other ranks wait in step 0, the tuning.
     """
     return Expected("deadlock", "skipped", (SAVER,), 1, "step")
 

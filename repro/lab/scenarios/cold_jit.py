@@ -1,14 +1,14 @@
-"""One rank compiles kernels in the middle of the first step, while the others wait for its lock and log nothing.
+"""One rank compiles kernels in the middle of the first step; the other ranks wait for its lock and log nothing.
 
 Upstream: vLLM issues 41865 ("worker 0 compiles for 172 s, the others hang") and 46764. On Hopper the GDN prefill is by
 default a kernel that is compiled at its first use. Under expert parallelism the kernels of the experts are also
-compiled at their first use, which is after the dispatch of layer 0. One rank builds. The others wait for a lock file,
-without a time limit and without a log line. No rank makes progress, which looks like a deadlock. But no rank departs
-from the schedule, and the rank with the lock does not wait in a collective. The wait ends when the compiler ends, so
-the verdict must never be a deadlock.
+compiled at their first use, which is after the dispatch of layer 0. One rank compiles. The other ranks wait for its
+lock file, without a time limit and without a log line. No rank makes progress, which looks like a deadlock. But every
+rank follows the schedule, and the rank that holds the lock does not wait in a collective. The wait ends when the
+compiler ends, so the verdict must never be a deadlock.
 
-The control is the same server on a warm cache. The fix: build before the first collective, log the build and send
-heartbeats, and name the building rank to the ranks that wait.
+The control is the same server with a warm cache. The fix: compile before the first collective, and tell the waiting
+ranks which rank compiles, with heartbeats and log lines.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class BuildAtFirstUse(KernelBuilds):
 
 @dataclasses.dataclass(frozen=True)
 class BuildEarly(KernelBuilds):
-    """The fix: build before the first collective. The engine does this by default; here each rank may have a cache of
-    its own."""
+    """The fix: build before the first collective, as the engine does by default.
+
+    Unlike the engine's own policy, use a cache for each rank if the run's kernel cache is split.
+    """
 
     settings: RunSettings
     rank: int
@@ -63,7 +65,7 @@ class BuildEarly(KernelBuilds):
 def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank.
 
-    control: Kernels would be built at first use, but the cache is warm.
+    control: Kernels would be built at first use, but the cache is warm, so none is built.
     fault: Kernels are built at first use, because the cache is cold.
     fix: Kernels are built before the first collective.
     """
@@ -72,8 +74,11 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the verdict `slow` in the step that first uses the kernels. With a long quiet window the verdict may also
-    be `clean`. With a cache per rank and a group timeout, predict a crash."""
+    """Predict the verdict `slow` in the step that first uses the kernels, or `clean` if no kernel is built.
+
+    With a quiet window of more than 1 s, accept `clean` instead of `slow`. With a split kernel cache and a group
+    timeout, predict a crash.
+    """
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN
     if settings.effective_kernel_cache == "split" and settings.group_timeout_s:
@@ -83,7 +88,7 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def missing(settings: RunSettings) -> str:
-    """Return why the kernels cannot be compiled here; "" if they can be compiled, or if the run compiles none."""
+    """Return why this machine cannot compile the kernels; "" if it can, or if the run compiles no kernels."""
     if settings.backend == "nccl" and settings.engine.moe_backend == "jit":
         return "the compiled experts are C++ for a CPU: with --backend nccl, use --moe-backend auto"
     return extension.missing() if settings.engine.compiles_kernels else ""

@@ -1,9 +1,9 @@
-"""Only one rank runs torch.compile, in the first step that needs it, and the others wait: slow, not a deadlock.
+"""Only one rank runs torch.compile, in its first step, and the other ranks wait for it: slow, not a deadlock.
 
-Upstream: nanochat issue 722, where only the first rank compiles and the others wait in the next collective. That takes
-seconds for a small model and minutes for a large one, prints nothing, and looks like a hang. The rank finishes and all
-ranks go on, unless the collective's timeout is shorter than the compilation. With `--group-timeout 3` the slow start
-becomes a failure; with `--group-timeout 60` it does not.
+Upstream: nanochat issue 722, where only the first rank compiles and the others wait in the next collective. The
+compilation takes seconds for a small model and minutes for a large one, prints nothing, and looks like a hang. When the
+compilation ends, all ranks go on. But if the collective's timeout is shorter than the compilation, the waiting ranks
+fail: here they fail with `--group-timeout 3`, and not with `--group-timeout 60`.
 
 The fix: compile before any rank waits in a collective. One rank of the host compiles under a lock, and the others wait
 for this lock and then load the result. The lock names the rank that compiles, and has a deadline. No rank is in a
@@ -31,7 +31,7 @@ LIKELY_S = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class CompileAtFirstUse(Compilation):
-    """The fault: only one rank compiles. It compiles each part of the model at the first use of this part."""
+    """The fault: only one rank compiles. This rank compiles each part of the model when it first uses this part."""
 
     rank: int
 
@@ -41,8 +41,10 @@ class CompileAtFirstUse(Compilation):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In the fault, one rank compiles at first use. Control and fix use the engine's own
-    policies."""
+    """Return the policies of a rank.
+
+    In the fault, one rank compiles at first use. Control and fix use the engine's own policies.
+    """
     return Policies(compilation=CompileAtFirstUse(struck_rank(settings))) if settings.variant == "fault" else Policies()
 
 
@@ -55,8 +57,12 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the verdict `slow`; the culprit is the rank that compiles. If the group timeout is shorter than the
-    compilation, predict a crash; which waiting rank fails first is not predicted."""
+    """Predict the verdict `slow` with the compiling rank as culprit, or a crash if the group timeout is too short.
+
+    A group timeout of at most LIKELY_S is too short: the waiting ranks give up before the compilation ends. The
+    prediction names no culprit of the crash, because any waiting rank can be the first to fail. With a quiet window of
+    more than 1 s, accept `clean` instead of `slow`.
+    """
     if 0 < settings.group_timeout_s <= LIKELY_S:
         return Expected("crash", "error")
     may_be_quick = CLEAN if settings.quiet_window_s > 1 else None
@@ -72,7 +78,7 @@ def fixed(settings: RunSettings) -> Expected:
 
 
 def missing(settings: RunSettings) -> str:
-    """Return a sentence if torch.compile lacks the C++ compiler that it needs on a CPU; else ""."""
+    """Return why torch.compile cannot work here, for want of a C++ compiler; "" if it can, or is not needed."""
     compiler = os.environ.get("CXX", "g++")
     if settings.backend == "nccl" or settings.variant == "control" or shutil.which(compiler):
         return ""

@@ -1,9 +1,9 @@
 """A rank whose requests are about to end skips the drafter (the MTP layer that drafts tokens), which contains experts.
 
 Upstream: vLLM issues 44185 and 49027, and pull requests 29422, 40589 and 44954. Near the maximum length no draft fits
-any more, so the rank skips the drafter. The other ranks run it, and idle ranks run a dummy batch through it. The MTP
-layer contains an MoE, so all ranks must run it together. The others wait in the dispatch of the MTP layer, and the rank
-that skipped the layer waits in the agreement of the next step.
+any more, so the rank skips the drafter. The other ranks run the drafter, the idle ones with a dummy batch. The MTP
+layer contains an MoE, so all ranks must run this layer together. The ranks that run it wait in its dispatch, and the
+rank that skipped it waits in the agreement of the next step.
 
 The fix: every rank takes part. The number of passes is a setting of the server, and unneeded drafts are discarded.
 """
@@ -27,8 +27,11 @@ class SkipWhenNothingFits(DraftPolicy):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In the fault, each rank decides by itself whether it runs the drafter. Control and
-    fix use the engine's own policies, in which every rank runs the same number of passes."""
+    """Return the policies of a rank.
+
+    In the fault, each rank decides by itself whether it runs the drafter. Control and fix use the engine's own
+    policies, with which every rank runs the same number of passes.
+    """
     return Policies(drafts=SkipWhenNothingFits()) if settings.variant == "fault" else Policies()
 
 

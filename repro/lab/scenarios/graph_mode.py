@@ -2,16 +2,16 @@
 
 Upstream: vLLM pull request 25906 (a dummy run selected the graph for its own, unpadded number of tokens) and
 vllm-ascend pull request 13827 (the ranks' modes were not synchronised, which hung when some ranks were idle and others
-still ran). A graph's collectives have the size that was captured. A rank that replays a graph passes the graph's sizes.
-A rank that runs eagerly passes the agreed sizes. In the first step in which the ranks need different graphs, their
-sizes differ in the dispatch of the first layer.
+still ran). The collectives of a graph have the sizes with which the graph was captured. A rank that replays a graph
+passes these sizes; a rank that runs eagerly passes the agreed sizes. In the first step in which the ranks need
+different graphs, the sizes differ between ranks in the dispatch of the first layer.
 
-The result depends on the backend. gloo ends a rank that receives more data than its buffer holds, and the other ranks
-fail after it. NCCL uses different operations for equal and unequal sizes, so there it is a hang (not yet run on two
+The result depends on the backend. gloo ends a rank that receives more data than its buffer holds, and then the other
+ranks fail, too. NCCL uses different operations for equal and unequal sizes, so we expect a hang (not yet run on two
 GPUs).
 
-The fix is a vote: the mode is the MIN of all ranks' modes, the size is the MAX of all ranks' sizes, and every rank
-uses the result.
+The fix is a vote. All ranks run eagerly if one rank must; otherwise all ranks replay a graph, of the largest size that
+any rank proposes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from repro.lab.settings import RunSettings
 
 
 class OwnGraph(GraphChoice):
-    """The fault: a rank runs the mode and size that it proposed, whatever the others proposed."""
+    """The fault: a rank that proposed a graph replays this graph, whatever the ranks agreed on."""
 
     def choose(self, plan: StepPlan, agreed: AgreedStep) -> AgreedStep:
         if plan.mode == EAGER:
@@ -36,8 +36,10 @@ class OwnGraph(GraphChoice):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In the fault, each rank decides by itself. Control and fix use the engine's own
-    policies."""
+    """Return the policies of a rank.
+
+    In the fault, each rank decides by itself which graph to replay. Control and fix use the engine's own policies.
+    """
     return Policies(graphs=OwnGraph()) if settings.variant == "fault" else Policies()
 
 
@@ -50,10 +52,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a failure in the first step in which the ranks' choices differ.
-
-    With gloo the failure is a crash, with NCCL a deadlock.
-    """
+    """Predict a crash (gloo) or a deadlock (NCCL) in the first step in which the ranks pass different sizes."""
     verdict = "crash" if settings.backend == "gloo" else "deadlock"
     sizes = settings.engine.graph_sizes
     first_step = 1 + 2 * len(sizes)  # after the profile step, and two steps of capture for each size
@@ -67,11 +66,11 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def _provable(stated: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the ranks that are provably wrong.
+    """Return the ranks that provably pass a wrong size.
 
     Rank r is wrong if it passes a size for rank q that differs from the size that q itself and all other ranks pass. If
-    several ranks replay graphs of different sizes, nothing is proven: the sizes differ, but do not show which rank
-    departed from the agreement.
+    several ranks replay graphs of different sizes, no rank is provably wrong: the sizes do not show which rank did not
+    use the agreed size.
 
     stated: stated[r][q] is the size that rank r passes to the dispatch for rank q
     """
@@ -86,7 +85,7 @@ def _provable(stated: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 SCENARIO = Scenario(
     name="graph_mode",
-    summary="each rank by itself decides between graph and eager, and the size, instead of by the lowest mode of all",
+    summary="each rank decides by itself whether to replay a graph, and of which size, without a vote of all ranks",
     source="vllm#25906, vllm-ascend#13827",
     policies=policies,
     hang=hang,

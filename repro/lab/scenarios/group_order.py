@@ -2,8 +2,8 @@
 
 Upstream: torchrec issue 4149, where collectives of two groups overlap and their order depends on rank-local timing.
 Here every layer all-reduces the number of tokens of each expert over the dp group. A rank with many rows sends these
-statistics before its dispatch, to overlap the two. A rank with few rows sends them after the combine. Within each group
-the order is the same on every rank, so neither group looks wrong by itself.
+statistics before its dispatch, so that both overlap. A rank with few rows sends them after the combine. Within each
+group the order is the same on every rank, so neither group alone looks wrong.
 
 The fix: the agreed schedule decides when a collective is issued, not the local load.
 """
@@ -28,7 +28,7 @@ MANY_ROWS = 4
 
 @dataclass(frozen=True)
 class CountTokens(AllGatherReduceScatter):
-    """The trigger: each layer sums the number of tokens of its experts over all ranks, after the combine."""
+    """The trigger: after the combine, each layer sums over all ranks how many tokens each expert got."""
 
     counted: dict[str, Any] = field(default_factory=dict)
 
@@ -50,7 +50,10 @@ class CountTokens(AllGatherReduceScatter):
         return y_NH
 
     def counts_early(self) -> bool:
-        """Whether to send the statistics before the dispatch, not after the combine. All ranks must return the same."""
+        """Whether to send the statistics before the dispatch. If not, they are sent after the combine.
+
+        All ranks must return the same.
+        """
         return False
 
     def count(self) -> None:

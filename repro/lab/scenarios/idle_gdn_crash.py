@@ -2,8 +2,8 @@
 
 Upstream: SGLang issue 31594 (fixed by 31794). An idle rank runs a step of zero tokens. The linear-attention kernel
 cannot be launched without sequences, and the loop for idle batches treats the exception as the end of the batch. So the
-rank has skipped every dispatch and combine of the step. It waits for the others in the agreement of the next step, and
-they wait for it in the dispatch of the first layer.
+idle rank skips every dispatch and combine of the step, and waits in the agreement of the next step. The other ranks
+wait for the idle rank in the dispatch of the first layer.
 
 The fix: every rank takes part. A rank without sequences launches no kernel and continues the step.
 """
@@ -34,7 +34,10 @@ class IdleWithZeroTokens(IdlePolicy):
 
 
 class SwallowIdleErrors(IdleWithZeroTokens):
-    """The second half of the fault: an error in a batch without requests is only logged."""
+    """One half of the fault: an error in a batch without requests is only printed.
+
+    The other half, the cause of the error, is in :class:`LaunchOverSequences`.
+    """
 
     def run(self, execute: Callable[[], None]) -> None:
         try:
@@ -51,9 +54,9 @@ class LaunchOverSequences(StateBinding):
         return agreed
 
     def grid(self, plan: StepPlan) -> tuple[int, int]:
-        """Return (number of chunks of the longest sequence, number of sequences).
+        """Return the launch grid: (number of chunks of the longest sequence, number of sequences).
 
-        This is the first half of the fault: without sequences there is no longest one, and the computation fails.
+        This is one half of the fault: without sequences there is no longest sequence, and this raises an error.
         """
         return -(-int(self.lengths(plan).max()) // CHUNK), len(self.lengths(plan))
 
@@ -92,7 +95,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock in the first step in which some ranks are idle; the idle ranks are the culprits.
 
-    They skip the rest of this step, and wait in the agreement of the next step.
+    The idle ranks skip the rest of this step, and wait in the agreement of the next step.
     """
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):

@@ -1,8 +1,8 @@
 """A rank with nothing scheduled returns before the step's agreement instead of running a dummy batch.
 
 Upstream: vLLM issues 43547 (a rank without tokens returns an empty output, except with one executor backend, and so
-never joins the collective of the step) and 28224. Here a rank that has served all its requests leaves. The others wait
-for it in the agreement of the next step.
+never joins the collective of the step) and 28224. Here a rank that has served all its requests takes part in no further
+step. The other ranks wait for it in the agreement of the next step.
 
 The fix: every rank takes part. A rank without work runs the smallest possible batch.
 """
@@ -23,15 +23,18 @@ class LeaveWhenFinished(IdlePolicy):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In the fault, idle ranks leave. Control and fix use the engine's own policies, in
-    which idle ranks take part."""
+    """Return the policies of a rank.
+
+    In the fault, a rank without requests takes part in no further step. Control and fix use the engine's own policies,
+    with which an idle rank takes part in every step.
+    """
     return Policies(idle=LeaveWhenFinished()) if settings.variant == "fault" else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock. The culprits are the ranks that run out of requests first.
 
-    They stop taking part, and the others wait for them in the agreement of the next step.
+    These ranks take part in no further step, and the other ranks wait for them in the agreement of the next step.
     """
     live = live_ranks(settings.requests(), settings.engine)
     last_live_step = [

@@ -4,10 +4,10 @@ Upstream: vLLM issue 48720 (as of its July update) and FlashInfer issue 2623, wh
 rank has issued the same operation, and the order of collectives is not the cause. A CPU has no such kernel. In gloo a
 separate thread, which gloo calls its device, moves the data through the sockets. Here a signal stops this thread for
 good in every rank: the signal's handler never returns. The main threads are healthy, enter the next collective and wait
-for ever. The symptom is the same as in the upstream issues, but the mechanism is another one.
+for ever. The symptom is the same as in the upstream issues, but its mechanism differs.
 
 A server cannot continue without its transport, but it can stop with an error. With a time limit for one collective, the
-first rank that reaches the limit stops all ranks, and names the layer.
+first rank that reaches the limit stops all ranks with an error that names the layer.
 """
 
 from __future__ import annotations
@@ -51,15 +51,19 @@ def stop_threads(name: str) -> None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In fault and fix, gloo's device stops in every rank. The fix differs from the
-    fault by its time limit for a collective (`server`)."""
+    """Return the policies of a rank.
+
+    In fault and fix, gloo's device stops in every rank. The fix also has a time limit for a collective, which
+    :func:`server` sets.
+    """
     return Policies() if settings.variant == "control" else Policies(binding=StopDevice())
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the configuration. The fix adds a time limit for one collective, here just below the quiet window.
+    """Return the configuration. It has a time limit for one collective, which is shorter than the quiet window.
 
-    A run applies the limit only if `checks` is "agree" or "strict". By default a fault runs with "observe".
+    The limit is set only if `checks` is "agree" or "strict". This is so by default in the fix, but not in the fault.
+    The control has no limit.
     """
     config = settings.server()
     if settings.variant == "control" or settings.effective_checks == "observe":
@@ -84,7 +88,7 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """Predict a crash: every rank raises the same error, which names the layer."""
+    """Predict the verdict with a time limit: a crash, in which every rank raises the same error CollectiveStalled."""
     return Expected("crash", "error", error="CollectiveStalled")
 
 

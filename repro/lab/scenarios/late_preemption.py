@@ -1,17 +1,18 @@
 """A rank finds in the middle of a step that its cache is full, preempts a request, and begins another step.
 
-No upstream report describes exactly this. But there are reports on engines in which the free pages of a rank decide
-which collectives it issues: TensorRT-LLM pull request 14020 (ranks whose free blocks differ by one take part in
-different collectives), sglang issue 30760 (a loop contains a collective, and the free pages of a rank decide when it
-leaves the loop), and TensorRT-LLM pull request 9659 (a rank cannot run the batch that another rank scheduled, because
-its own cache is full).
+No upstream report describes exactly this. But in some reports the free cache pages of a rank decide which collectives
+this rank issues:
+
+- TensorRT-LLM pull request 14020: ranks whose free blocks differ by one take part in different collectives.
+- sglang issue 30760: a loop contains a collective, and the free pages of a rank decide when this rank leaves the loop.
+- TensorRT-LLM pull request 9659: rank A cannot run the batch that rank B scheduled, because the cache of A is full.
 
 Here a rank takes the pages of a step when the model needs them, which is after the ranks have agreed on the step. If no
-page is free, the rank preempts a request and schedules again. The other ranks expect its rows: they wait for it in the
-first dispatch, and it waits for them in the agreement of the next step.
+page is free, the rank preempts a request, begins another step, and waits in the agreement of this next step. The other
+ranks expect the rows of this rank, and wait for it in the first dispatch of the old step.
 
-The fix: a rank counts the pages of a step, and preempts, before the agreement. Then a preemption changes only the
-rank's number of rows.
+The fix: before the agreement, a rank counts the pages that the step needs, and preempts a request if necessary. Then a
+preemption only makes the rank's number of rows smaller.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class PreemptInTheStep(Preemption):
-    """The fault: pages are requested when the model needs them. So a full cache is noticed in the middle of a step."""
+    """The fault: a rank takes pages when the model needs them. So it notices a full cache in the middle of a step."""
 
     def before_step(self, make_room: Callable[[], None]) -> None:
         """Do nothing. The fault is to assume that there are enough pages."""
@@ -47,21 +48,27 @@ class PreemptInTheStep(Preemption):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In the fault, a rank preempts within the step. In control and fix, it preempts
-    before the step."""
+    """Return the policies of a rank.
+
+    In the fault, a rank preempts within the step. In control and fix, a rank preempts before the step.
+    """
     return Policies(preemption=PreemptInTheStep()) if settings.variant == "fault" else Policies()
 
 
 def pressed(settings: RunSettings) -> EngineConfig:
-    """The trigger: a cache with pages for only two new requests. A request with more tokens than fit into a page needs
-    one more page."""
+    """Return the engine configuration with the trigger: a cache with pages for only two new requests.
+
+    If two requests run, and one of them grows beyond a page of tokens, it needs a further page, but no page is free.
+    """
     pages = settings.page_layout()
     return dataclasses.replace(settings.engine, num_pages=2 * pages.pages_for(pages.tokens))
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the configuration. In the control, the cache is never full. In fault and fix, it becomes full on some
-    ranks."""
+    """Return the configuration.
+
+    In the control, the cache is never full. In fault and fix, the cache becomes full on some ranks.
+    """
     config = settings.server()
     return config if settings.variant == "control" else dataclasses.replace(config, engine=pressed(settings))
 

@@ -1,14 +1,14 @@
-"""A rank holds the build lock while it enters a collective that the others reach only after the lock.
+"""A rank holds the build lock in a collective, which the other ranks enter only after they had the same lock.
 
-No single upstream report describes this. But build locks and collective tuning are both common (the tuner's all-reduce
-per tactic is vLLM issue 54618), and a server that does both under one lock can hang like this. At the first use of the
-experts a rank takes the lock and compiles the extension of the experts. It then measures several ways to run the
-extension and averages the times by an all-reduce, while it still holds the lock. The others wait for the lock before
-that all-reduce. The lock names its holder, has a deadline and checks the holder's heartbeats, but none of this prevents
-the hang.
+No single upstream report describes this. But build locks are common, and so is tuning with collectives (vLLM issue
+54618 has an all-reduce for each tactic that the tuner times). A server that does both under one lock can hang like
+this. At the first use of the experts a rank takes the lock and compiles the extension of the experts. The rank then
+measures several ways to run the extension and sums up the times by an all-reduce, while it still holds the lock. The
+other ranks wait for the lock, and so do not reach the all-reduce. The lock names its holder, has a deadline and checks
+the holder's heartbeats, but none of this prevents the hang.
 
-The fix: the lock protects only the build, and is released before the ranks communicate. Build and tuning are done
-before the first step.
+The fix: a rank holds the lock only during the build, and releases it before the ranks communicate. Build and tuning
+come before the first step.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ LOCK = "experts.lock"
 
 
 def tune(extension: Extension, place: BuildPlace) -> None:
-    """The trigger: all ranks must run the experts in the same way. So an all-reduce averages the time of each way, and
-    all ranks choose the fastest.
+    """Choose the fastest way to run the experts, the same on all ranks. All ranks must call this.
 
-    place: has the all-reduce as its callback `sum_up`
+    This is the trigger: to choose the same way, the ranks sum up their times by an all-reduce (``place.sum_up``).
     """
     from hybrid_moe_kernels.lab import moe_experts
 
@@ -43,7 +42,7 @@ def tune(extension: Extension, place: BuildPlace) -> None:
 
 
 class TuneUnderLock(KernelBuilds):
-    """The fault: at the first use of the experts, a rank builds and then tunes by an all-reduce, under one lock."""
+    """The fault: at the first use of the experts, a rank builds and tunes under one lock. Tuning has an all-reduce."""
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
         pass
@@ -60,7 +59,7 @@ class TuneUnderLock(KernelBuilds):
 
 
 class TuneAfterLock(KernelBuilds):
-    """The fix: build under the lock, release it, then all-reduce, all before the first step."""
+    """The fix: build under the lock, release the lock, then tune, all before the first step."""
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
         for extension in extensions:

@@ -1,14 +1,15 @@
 """A Gated DeltaNet layer rebuilds the step's metadata, which takes a collective that idle ranks do not join.
 
-Upstream: ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, a GDN layer that connects its recurrent
-state to the requests ("binds" it) sets a new forward context, and this builds the data-parallel metadata by an
-all-reduce over the DP CPU group. Only ranks with requests have GDN metadata and bind state; a rank with a dummy batch
-does not. While every rank is busy, all ranks join the extra all-reduce, and the server works. In the first step with an
-idle rank, the busy ranks wait for it in the all-reduce, and it waits for them in the expert dispatch of the same layer.
-The cycle spans two groups. An observer of one group sees only that some of its ranks are absent.
+Upstream: ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, a GDN layer connects its recurrent state
+to the requests ("binds" the state). For this the layer sets a new forward context, which builds the data-parallel
+metadata by an all-reduce over the DP CPU group. Only ranks with requests have GDN metadata and bind state; a rank with
+a dummy batch does not. As long as every rank has requests, all ranks join the extra all-reduce, and the server works.
+In the first step with an idle rank, the ranks with requests wait for the idle rank in the all-reduce, and the idle rank
+waits for them in the expert dispatch of the same layer. The cycle spans two groups. In each group alone, it looks as if
+some ranks were only late.
 
-The fix does not skip the second call. It makes the call local: there is one agreement per step, and later callers get
-the result of this agreement without communication.
+The fix keeps the rebuild, but makes it local. The ranks agree once per step, and a later rebuild in this step uses the
+result of the agreement, without communication.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class RebindWithMetadata(StateBinding):
-    """The trigger: a rank with requests connects ("binds") the recurrent state of these requests to the GDN layer. This
-    rebuilds the step's metadata."""
+    """The trigger: to connect ("bind") recurrent state to its requests, a rank with requests rebuilds the metadata."""
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         has_state = plan.num_live > 0
@@ -34,7 +34,7 @@ class RebindWithMetadata(StateBinding):
 
 
 class AgreeOnEveryCall(StepAgreement):
-    """The fault: every build of the metadata communicates, even the second one in a step."""
+    """The fault: every build of the metadata issues an all-reduce, even the second build in a step."""
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         return exchange(plan, layer)
@@ -44,8 +44,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank.
 
     control: No layer rebuilds the metadata.
-    fault: A layer rebuilds the metadata, and this communicates.
-    fix: A layer rebuilds the metadata from the result of the step's agreement, without communication.
+    fault: On ranks with requests a layer rebuilds the metadata by an all-reduce.
+    fix: On ranks with requests a layer rebuilds the metadata from the result of the step's agreement.
     """
     return {
         "control": Policies(),

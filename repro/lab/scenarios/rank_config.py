@@ -1,9 +1,9 @@
 """One rank was started with a different flag, so its steps contain other collectives than those of the other ranks.
 
 Upstream: vLLM issue 26187, where a flag of the expert load balancer differed between leader and workers, and only some
-of them issued an all-reduce. Here one rank runs without expert parallelism. It holds all experts, dispatches nothing,
-and goes on to the next step's agreement, while the others wait for it in the dispatch of the first layer. Every rank
-follows its own schedule, so the schedules prove no culprit; the rank that differs is a suspect.
+ranks issued an all-reduce. Here one rank runs without expert parallelism. This rank holds all experts, dispatches
+nothing, and goes on to the next step's agreement, while the other ranks wait for it in the dispatch of the first layer.
+Every rank follows its own schedule, so the schedules prove no culprit; the rank that differs is a suspect.
 
 The fix: the ranks first compare a digest of their configurations, and refuse to start if two differ. A server cannot
 know which configuration is the intended one.
@@ -35,8 +35,10 @@ class OmitDigest(Ballot):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In the fault, the ranks do not compare their configurations. In control and fix,
-    they do."""
+    """Return the policies of a rank.
+
+    In control and fix, the ranks compare their configurations before the start. In the fault, they do not.
+    """
     return Policies(ballot=OmitDigest()) if settings.variant == "fault" else Policies()
 
 
@@ -46,7 +48,7 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def refused_at_start(settings: RunSettings) -> Expected:
-    """Predict a crash: every rank refuses to start."""
+    """Predict the verdict on the fix: a crash, because every rank refuses to start."""
     return Expected("crash", "error", error="PrepareFailed")
 
 

@@ -1,11 +1,11 @@
 """A rank is killed in the middle of a step, and the other ranks wait for it in the next collective.
 
-Upstream: vLLM issue 39942. The process may be ended by the out-of-memory killer, an operator, or a fault in a driver.
-It logs nothing, and the backend reports little. NCCL waits for ever. gloo fails with a closed connection on the ranks
-that were connected to the dead one, and the rest wait for those.
+Upstream: vLLM issue 39942. The out-of-memory killer, an operator or a fault in a driver can end the process. The
+process logs nothing, and the backend reports little. With NCCL all other ranks wait for ever. With gloo the ranks that
+were connected to the dead rank fail because the connection is closed, and all further ranks wait for the failed ranks.
 
-A server cannot finish this step, but it can stop with an error. A waiting rank checks whether the processes of the
-other ranks still exist. The first rank that misses one stops all ranks and names it.
+A server cannot finish this step, but it can stop with an error. Each waiting rank checks whether the processes of the
+other ranks still exist. The first rank that finds a process missing stops all ranks; the error names the dead rank.
 """
 
 from __future__ import annotations
@@ -32,23 +32,22 @@ class KilledInStep(StateBinding):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank: the objects that decide for its engine.
+    """Return the policies of a rank.
 
-    In fault and fix, the policy `binding` of one rank kills this rank. In the fix, the setting `checks` makes every
-    waiting rank check that the other ranks still exist.
+    In fault and fix, the policy `binding` of one rank kills this rank. The fix differs from the fault by its default of
+    `checks` ("agree"), with which every waiting rank checks that the processes of the other ranks still exist.
     """
     killed = settings.variant != "control" and rank == struck_rank(settings)
     return Policies(binding=KilledInStep()) if killed else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a crash with the dead rank as culprit. The other ranks wait, or fail with a broken connection, only
-    because this rank died."""
+    """Predict a crash with the dead rank as culprit. The other ranks wait or fail only because this rank died."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP)
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """Predict a crash with the dead rank as culprit. Every living rank raises the same error, which names it."""
+    """Predict a crash with the dead rank as culprit. Every living rank raises the same error, which names this rank."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP, error="PeerLost")
 
 

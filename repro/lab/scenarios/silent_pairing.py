@@ -2,14 +2,15 @@
 
 Nothing hangs, but the numbers are wrong.
 
-Upstream: NCCL issue 1417 asks why mismatched all-reduces hang in some cases, and return wrong numbers in others. Under
-tensor parallelism a step is a sequence of all-reduces of one shape in one group. A rank that issues one all-reduce too
-many does not hang. For the rest of the run, each all-reduce adds this rank's output of one layer to the others' output
-of the next layer. Here the fused all-reduce of one rank fails for a single row after it has summed, and the plain
-all-reduce that replaces it sums the result again.
+Upstream: NCCL issue 1417 asks why mismatched all-reduces hang in some cases, and return wrong numbers in other cases.
+Under tensor parallelism a step is a sequence of all-reduces of one shape in one group. A rank that issues one
+all-reduce too many does not hang. For the rest of the run, each all-reduce adds this rank's output of one layer to the
+other ranks' output of the next layer. Here one rank has a fused all-reduce that does not support a batch of one row: it
+fails after it has summed. The plain all-reduce, which the rank then issues instead, sums the result again.
 
-The fix: choose the path before anything is sent. The guard refuses the extra all-reduce, because it is not the next
-entry of the schedule. The strict check compares the layers before each all-reduce.
+The fix: choose between the fused and the plain all-reduce before anything is sent. With `--checks agree`, a rank
+refuses the extra all-reduce, because it is not the next entry of the schedule. With `--checks strict`, the ranks also
+compare their layers before each all-reduce.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LAYER = "layers.0.moe"
 
 @dataclass(frozen=True)
 class FallBack(SumOverRanks):
-    """The trigger: the fused path of one layer does not support a single row, and fails at the first one."""
+    """The trigger: the fused all-reduce of one layer fails at the first batch of one row, which it does not support."""
 
     failed: set[str] = field(default_factory=set)
 
@@ -44,16 +45,16 @@ class FallBack(SumOverRanks):
         return self.fall_back(partial_NH)
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
-        """Sum a single row, which the fused path does not support. In the fix, only the plain path sums it."""
+        """Sum a batch of one row after the fused all-reduce has failed. Here only the plain all-reduce sums it."""
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
-        """Sum by one all-reduce, fused or plain."""
+        """Sum over the tp group by one all-reduce, which stands for the fused or the plain one."""
         return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
 
 
 class AddAgain(FallBack):
-    """The fault: the fused path fails after it has summed, and the plain path sums its result again."""
+    """The fault: the fused all-reduce fails after it has summed, and the plain all-reduce sums the result again."""
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
         return self.add_up(self.add_up(partial_NH))
@@ -62,9 +63,9 @@ class AddAgain(FallBack):
 def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank.
 
-    control: No rank has a fused path.
-    fault: The fused path of one rank fails after its all-reduce.
-    fix: The fused path of one rank fails before its all-reduce.
+    control: No rank has a fused all-reduce.
+    fault: The fused all-reduce of one rank fails after it has summed.
+    fix: The fused all-reduce of one rank fails before it sends anything.
     """
     if settings.variant == "control" or rank != struck_rank(settings):
         return Policies()
@@ -72,9 +73,9 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the verdict `corrupt`: the numbers are wrong from the first batch of a single row on.
+    """Predict the verdict `corrupt`: from the first batch of one row on, the numbers are wrong.
 
-    At the end, the culprit waits in the last all-reduce of the run, which the others have completed.
+    At the end, the culprit waits in the last all-reduce of the run, which the other ranks have completed.
     """
     num_steps = protocol_of(settings.engine).last_step(len(step_rows(settings.requests(), settings.engine)))
     layer = f"layers.{settings.model.num_layers - 1}.moe"

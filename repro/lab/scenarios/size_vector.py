@@ -1,14 +1,17 @@
 """One rank dispatches with the sizes that all ranks had in an earlier step, because its own size has not changed.
 
 Upstream: TensorRT-LLM issue 16745. If all ranks have the same number of rows, the dispatch is one all-gather, else one
-broadcast per rank. Each rank decides this from a list of all ranks' sizes. It keeps this list for the next steps, and
-to see whether the list is still valid, it checks only its own size. A rank with a stale list may issue another
-operation than the others, or the same operation with other lengths. The result depends on the backend. NCCL hangs. gloo
-hangs if the operations differ, ends a rank by SIGABRT if it receives more bytes than its buffer holds, and returns
-wrong data if the buffer is too large.
+broadcast per rank. Each rank decides this from a list of all ranks' sizes, and keeps this list for the next steps. To
+see whether its list is still valid, a rank checks only its own size. A rank with a stale list issues a different
+operation than the other ranks, or the same operation with different lengths. The result depends on the backend:
 
-The fix: every rank and every layer uses the sizes of the step agreement (the first all-reduce of a step). The guard
-refuses any other sizes before they are issued, and the strict check detects them too.
+- NCCL hangs.
+- gloo hangs if the operations differ. If a rank receives more bytes than its buffer holds, gloo ends this rank by
+  SIGABRT. If the buffer is too large, gloo returns wrong data.
+
+The fix: every rank and every layer uses the sizes of the step agreement (the first all-reduce of a step). With
+`--checks agree`, a rank refuses to issue a collective with different sizes. With `--checks strict`, the ranks also
+compare their sizes before each collective.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class GatherOrBroadcast(AllGatherReduceScatter):
 
 @dataclass(frozen=True)
 class KeepSizes(GatherOrBroadcast):
-    """The fault: a rank that has as many rows as in an earlier step reuses the whole list of that step."""
+    """The fault: a rank that has as many rows as in an earlier step reuses the list of sizes of that step."""
 
     kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
@@ -51,7 +54,10 @@ class KeepSizes(GatherOrBroadcast):
 
 
 def first_stale(settings: RunSettings) -> tuple[int, int] | None:
-    """Return (serve step, rank): the first step with a stale list, and a rank that has one, drawn from the seed."""
+    """Return (serve step, rank): the first step in which a rank would use a stale list, and this rank; None if none is.
+
+    If several ranks would use a stale list in this step, the seed decides between them.
+    """
     kept: list[dict[int, list[int]]] = [{} for _ in range(settings.num_ranks)]
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
         sizes = [num_rows or 1 for num_rows in rows]  # an idle rank has a dummy row
@@ -62,16 +68,18 @@ def first_stale(settings: RunSettings) -> tuple[int, int] | None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank. In the fault, one rank reuses the sizes of an earlier step. In control and fix,
-    all ranks use the sizes agreed for this step."""
+    """Return the policies of a rank.
+
+    In the fault, one rank reuses the sizes of an earlier step. In control and fix, all ranks use the agreed sizes.
+    """
     first = first_stale(settings) if settings.variant == "fault" else None
     return Policies(dispatch=KeepSizes if first is not None and first[1] == rank else GatherOrBroadcast)
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a deadlock on NCCL, and a crash on gloo, where a deadlock or the verdict `corrupt` is accepted, too.
+    """Predict a deadlock with NCCL and a crash with gloo. With gloo, `deadlock` and `corrupt` are accepted, too.
 
-    The culprit is the rank with the stale list, because the lists of all other ranks are equal.
+    The culprit is the rank with the stale list: the lists of all other ranks are equal.
     """
     first = first_stale(settings)
     if first is None:

@@ -4,7 +4,8 @@ Upstream: InferenceX issue 1360 and PyTorch issue 189245. Before torch 2.14, tor
 processes by a lock file ("baton"), which it creates with O_EXCL and removes at the end. A builder that is killed in
 between, by the out-of-memory killer or an orchestrator's timeout, leaves the file in a cache that outlives containers.
 From then on all ranks of every start wait for the file to disappear, without a time limit or a log line. The file is
-empty and names no process. But its creator keeps it open, so a file that no process has open is stale.
+empty and names no process. But the process that created the file keeps it open. So if no process has the file open, it
+is stale.
 
 Here a real builder is killed while it holds the lock, before the ranks start.
 
@@ -32,8 +33,10 @@ PATIENCE_S = 60.0
 
 
 def kill_a_builder(settings: RunSettings, cache: Path) -> None:
-    """The trigger: start a builder and kill it in the middle of its build. This stands for an earlier start of the
-    server that was killed."""
+    """The trigger: start a builder and kill it in the middle of its build.
+
+    The builder stands for an earlier start of the server that was killed. In the control, do nothing.
+    """
     if settings.variant == "control":
         return
     parent = os.getpid()
@@ -51,7 +54,7 @@ def kill_a_builder(settings: RunSettings, cache: Path) -> None:
 
 
 def main() -> None:
-    """Act as the builder: take the loader's lock, print a line, and wait to be killed."""
+    """Act as the builder that is killed: take the loader's lock, print a line, and wait until the process is killed."""
     from hybrid_moe_kernels.lab.gdn_prefill import PREFILL
 
     def on_event(event: str, name: str, holder: int) -> None:

@@ -2,10 +2,10 @@
 
 This implements the hypothesis of the report, vLLM issue 41862: ranks set up their Mamba or GDN state in different
 orders relative to the expert dispatch. vLLM's own state set-up contains no collective, so there is no evidence that
-this happened there (docs/ROOT-CAUSE.md, H5). If it contained one, the server would hang like this. Here the ranks agree
-in every step on how many entries of the state cache ("slots", one for each sequence) to clear. A rank whose batch size
-has changed issues the collective of this agreement before the first dispatch. A rank whose batch size is the same as in
-the last step issues it after the dispatch.
+this happened there (docs/ROOT-CAUSE.md, H5). If vLLM's state set-up contained a collective, the server could hang like
+this. Here the ranks agree in every step on how many entries of the state cache ("slots", one for each sequence) to
+clear. A rank whose batch size has changed issues the collective of this agreement before the first dispatch. A rank
+whose batch size is the same as in the last step issues this collective after the dispatch.
 
 The fix: the agreed schedule decides when a collective is issued, not the needs of one rank.
 """
@@ -31,8 +31,10 @@ STATE = ScheduleEntry("dp", "all_reduce", "state")
 
 @dataclass(frozen=True)
 class InitialiseState(AllGatherReduceScatter):
-    """The trigger: once per step, before the first dispatch, the ranks agree on how many entries of the state cache
-    to clear."""
+    """The trigger: in every step, before the first dispatch, the ranks agree on how many cache entries to clear.
+
+    A cache entry is the recurrent state of one sequence.
+    """
 
     rows: list[int] = field(default_factory=lambda: [-1])
 
@@ -52,11 +54,14 @@ class InitialiseState(AllGatherReduceScatter):
         return gathered
 
     def before_dispatch(self, num_rows: int) -> bool:
-        """Whether to issue the collective of the state set-up before the dispatch. All ranks must return the same."""
+        """Whether to issue the collective of the state set-up before the dispatch. If not, it is issued after it.
+
+        All ranks must return the same.
+        """
         return True
 
     def initialise(self, like: Tensor) -> None:
-        """Agree on the greatest number of cache entries that any rank must clear."""
+        """Agree, by an all-reduce, on the largest number of cache entries that any rank must clear."""
         self.comm.all_reduce("dp", like.new_zeros(1, device="cpu"), "max", layer=STATE.layer)
 
 

@@ -1,11 +1,11 @@
 """One rank does housekeeping (writes metrics) between two steps while all others wait for it: slow, not a deadlock.
 
-Upstream: vLLM issue 46764 and similar reports, where all ranks but one wait in a collective and the server looks dead.
-That rank is only late: it writes metrics or a cache to a slow file system, collects garbage, or is throttled. All ranks
-but the straggler are in the same collective, and the straggler is in none. While it works there is no deadlock. The
-right verdict names the straggler and how long it has been working.
+Upstream: vLLM issue 46764 and similar reports, where all ranks but one (the straggler) wait in a collective and the
+server looks dead. But the straggler is only late: it writes metrics or a cache to a slow file system, collects garbage,
+or is throttled. All other ranks are in the same collective, and the straggler is in no collective. While the straggler
+works, there is no deadlock. The right verdict names the straggler and how long it has been working.
 
-The fix: work that no rank waits for must not delay a step. The rank lets a thread do this work and goes on.
+The fix: a rank lets a thread do work whose result no step needs, and begins the next step without delay.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the verdict `slow` with the straggler as culprit, for any quiet window.
+    """Predict the verdict `slow` with the straggler as culprit. The straggler is late by QUIET_WINDOWS quiet windows.
 
-    The guard does not change the verdict, because the straggler keeps to its schedule.
+    The setting `checks` does not change the verdict, because the straggler keeps to its schedule.
     """
     return Expected("slow", None, (struck_rank(settings),), STEP)
 

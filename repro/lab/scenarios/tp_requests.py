@@ -2,15 +2,15 @@
 
 Upstream: SGLang issue 27221, where each tp rank ran its own scheduler and dropped timed-out requests by its own clock,
 so the ranks of one tp group ran different batches. The ranks of a tp group hold parts of the same layers, so a sum over
-them is correct only if all of them process the same tokens. The result depends on the shapes. If the batch of one rank
-has another size, the first all-reduce has a size mismatch; this caused the hang upstream. If the batch has the same
-size, nothing hangs or crashes: the ranks sum parts of different sequences and serve wrong tokens. This scenario is the
-second case, which no timeout and no comparison of collectives can detect.
+these ranks is correct only if all of them process the same tokens. If the batch of one rank has a different size, the
+first all-reduce has a size mismatch; this caused the hang upstream. If all batches have the same size, nothing hangs or
+crashes: the ranks sum parts of different sequences and serve wrong tokens. This scenario is the second case, which no
+timeout and no comparison of collectives can detect. The first request of one rank has a different prompt of the same
+length.
 
-Here one rank receives its first request with another prompt of the same length.
-
-The fix: the step agreement also compares, within a tp group, a hash of the requests and tokens that each rank is about
-to run. A server cannot know which rank is right, so all ranks stop with an error that names the ranks that differ.
+The fix: in the step agreement, the ranks of a tp group also compare a hash of the requests and tokens that each rank is
+about to run. A server cannot know which rank is right. So if the hashes differ, all ranks stop with an error that names
+the ranks that differ.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from repro.lab.settings import RunSettings
 
 
 def requests(settings: RunSettings, rank: int) -> list[Request]:
-    """Return the requests of a rank. In fault and fix, the first prompt of one rank begins with another token than on
-    the other ranks of the tp group."""
+    """Return the requests of a rank.
+
+    In fault and fix, the first prompt of one rank begins with a different token than on the other ranks.
+    """
     own = settings.requests()[rank]
     if settings.variant == "control" or rank != struck_rank(settings):
         return own
@@ -35,9 +37,10 @@ def requests(settings: RunSettings, rank: int) -> list[Request]:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the engine's own policies.
+    """Return the engine's own policies, in all variants.
 
-    The variants differ in the requests of a rank, and in whether ranks compare them.
+    The variants differ by the requests of one rank (:func:`requests`), and by the setting `checks`, which decides
+    whether the ranks compare their requests.
     """
     return Policies()
 

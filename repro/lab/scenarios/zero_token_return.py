@@ -1,8 +1,8 @@
 """An EP backend returns early from the dispatch of a rank that has no tokens.
 
-Upstream: uccl issue 940. With zero tokens the rank has nothing to send, but the other ranks still need it in the same
-collectives: they wait for its message of size zero, and for its experts to process their tokens. The rank goes on to
-the agreement of the next step and waits there, while the others wait for it in the dispatch of the first layer.
+Upstream: uccl issue 940. With zero tokens a rank has nothing to send, but the other ranks still need it in the same
+collectives: they wait for its message of size zero, and for the results of its experts. The rank without tokens goes on
+to the agreement of the next step and waits there, while the other ranks wait for it in the dispatch of the first layer.
 
 The fix: a rank with zero tokens takes part in every collective, with size zero.
 """
@@ -32,7 +32,7 @@ class IdleWithZeroTokens(IdlePolicy):
 
 
 class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
-    """The fault: a rank without rows returns before the collective."""
+    """The fault: on a rank without tokens, dispatch and combine return before their collective."""
 
     def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         return super().dispatch(experts, args) if len(args[0]) else args
@@ -58,7 +58,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock in the first step in which some ranks are idle; the idle ranks are the culprits.
 
-    They skip the MoE of every layer, and wait in the agreement of the next step.
+    The idle ranks skip the MoE of every layer, and wait in the agreement of the next step.
     """
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
