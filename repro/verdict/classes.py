@@ -21,7 +21,7 @@ class VerdictClass:
     hangs     whether some ranks have not finished; None if this differs from run to run
     final     whether the watcher stops at this class, because no rank can change the verdict any more
     decided   whether the evidence was enough for a verdict
-    causes    name of a cause -> how a headline describes the cause; a verdict of this class may also have no cause
+    causes    name of a cause -> how a headline describes the cause; a verdict of this class can also have no cause
     outside   the events outside the job (INTERRUPT, END) that leave the same evidence as this class. If one of them
               ended the job, the verdict becomes inconclusive
     live      whether a run of this class can end normally: then its files look `clean`, and only a watcher that watched

@@ -14,7 +14,7 @@ class Facts:
     only the ranks for which there is something to report.
 
     alive          whether the process exists
-    excused        why the process cannot make progress, whatever its witness shows: "stopped by a signal"
+    excused        why the process cannot make progress, whatever the rank's witness shows: "stopped by a signal"
     lock_holders   (the lock for which the rank waits, pid of the process that holds the lock; 0 if no process holds it)
     cores          how many processors the process and its descendants kept busy since the previous observation
     starved        share of the time since the previous observation in which the threads of the process could run but

@@ -29,7 +29,7 @@ class Position:
     state      missing (no witness), hidden (the witness does not show what the rank does), starting, running (outside
                any collective), building (a kernel), locked (waits for a lock), blocked (waits in a collective), done,
                failed or dead
-    layer, group, seq, op, sizes    the collective in which the rank began to wait, if it has not left it; else empty
+    layer, group, seq, op, sizes    the collective in which the rank began to wait; empty if the rank has left it
     detail     depends on the state: the lock, the build, the error message, or what the operating system reports
     since_s    for how many seconds the rank has been in this state
     site       where the program called the collective: "file:line function"
@@ -202,7 +202,7 @@ _SINGULAR = {
 
 
 def say(ranks: Collection[int], words: str) -> str:
-    """Make a sentence from ranks and words. The words begin with a plural verb, which one rank turns into the singular.
+    """Make a sentence from ranks and words that begin with a plural verb. For one rank, the verb becomes singular.
 
     say([3], "wait in dp all_reduce #41") -> "rank 3 waits in dp all_reduce #41".
     """

@@ -141,7 +141,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     sentences            what each rank does: one sentence for all ranks in the same position
     expected             the verdict that the lab's scenario expects; None outside the lab
     matches_expected     whether the verdict is the expected one; None outside the lab
-    watcher              the process that judged the run; None if the file does not name it
+    watcher              the process that judged the run; None if the file names no watcher
     system               the facts that were judged together with the witnesses
     notes                other observations of the watcher, in sentences
     judged               rank -> how much the rank's witness contained when the run was judged. The rank may have

@@ -347,5 +347,5 @@ class Watch:
 
 
 def _verdict_bytes(num_ranks: int) -> int:
-    """Return an upper limit of the size of a verdict.json in bytes. A rank may list one size for each group member."""
+    """Return an upper limit of the size of a verdict.json in bytes. A rank can list one size for each group member."""
     return (64 << 10) + num_ranks * (4096 + 16 * num_ranks)

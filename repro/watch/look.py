@@ -22,7 +22,7 @@ from repro.watch.flight_recorder import compare_dumps
 class Look:
     """A look at a run: everything that a watcher knows about the run at one moment.
 
-    watcher     the process that took the look; now_ns and ``facts.died`` are times on the clock of its host
+    watcher     the process that took the look; now_ns and ``facts.died`` are times on the clock of this process's host
     now_ns      the monotonic clock just before the files were read, so the time of reading does not count as quiet time
     witnesses   rank -> witness; ranks whose witness could not be read are absent
     notes       further observations of the watcher, in sentences. Only verdict.json keeps them

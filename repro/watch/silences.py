@@ -54,12 +54,12 @@ class Silences:
         the silence without the time in which the awaited ranks lacked a processor: in that time the machine was busy,
         and the job itself was not slow.
 
-        Nothing is remembered in each of these cases:
+        In each of these cases, nothing is remembered:
 
         - The verdict is not `slow`, or fewer ranks wait than are awaited.
         - All awaited ranks are suspended (by SIGSTOP or a debugger).
         - A longer wait for the same ranks is already known.
-        - A rank has sent a heartbeat in the last quiet window. This does not count if all awaited ranks build a kernel.
+        - A rank has sent a heartbeat in the last quiet window, and not all awaited ranks build a kernel.
 
         alive_s   seconds since the last heartbeat of any rank
         """

@@ -115,7 +115,7 @@ class Ledger:
         return self._differing[key][seq]
 
     def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
-        """Find the first collective that ranks issued with different arguments. A backend may never complete it.
+        """Find the first collective that ranks issued with different arguments: possibly it never completes.
 
         over, upto   search the sequence numbers over + 1 to upto
 
@@ -222,7 +222,7 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
 
 
 def _shown(witness: Witness, call: Call) -> Call:
-    """Return the call with UNKNOWN in each field that the rank's witness does not record."""
+    """Return the call with UNKNOWN, UNKNOWN_ROOT or () in each field that the rank's witness does not record."""
     signature = call.signature
     if Knows.LAYERS not in witness.knows:
         signature = signature._replace(layer=UNKNOWN)

@@ -17,7 +17,7 @@ GroupKey = tuple[str, tuple[int, ...]]  # name and members: two groups may have 
 
 @dataclass(slots=True)
 class RankState:
-    """The position of one rank, and what the wait-for graph needs to know about it."""
+    """The position of one rank, and what the wait-for graph needs to know about this rank."""
 
     position: Position
     group: GroupKey | None = None  # the group of the collective that the rank is blocked in
@@ -51,8 +51,8 @@ class RankState:
     def gave_up(self, key: GroupKey, seq: int) -> bool:
         """Whether the rank began to wait for a collective, did not complete it, and went on.
 
-        This happens if the program catches an exception. False for an asynchronous collective for which the rank has
-        never waited.
+        This happens if the program catches an exception. Return False for an asynchronous collective for which the
+        rank has never waited.
         """
         if self.left.get(key, 0) >= seq or not self.seen or self.witness is None or self.state in ("dead", "failed"):
             return False
@@ -174,7 +174,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
 def _host_of(writer: Identity) -> str:
     """Return a name for the system in which a pid is unique: the host, and the pid namespace within it.
 
-    Containers on one host have the same boot id, but the same pid may be a different process in each.
+    Containers on one host have the same boot id, but one pid can be a different process in each container.
     """
     return f"{writer.boot_id}/{writer.hostname}/{writer.pid_namespace}"
 
@@ -244,10 +244,10 @@ def clocks(
     """Return, for each rank, the judged moment on the monotonic clock of the rank's host; and lines of evidence.
 
     now_ns   the judged moment on the clock of one host, or rank -> this moment on the clock of the rank's host
-    home     if ``now_ns`` is one number: a process of the host whose clock gave it; by default that of the lowest rank
+    home     a process of the host of this one clock; by default the process of the lowest rank
 
-    If ``now_ns`` is one number, the moment on the clocks of other hosts is computed by means of the wall clocks. It is
-    only as exact as the wall clocks agree, and a line of evidence says so.
+    If ``now_ns`` is one number, the moment on the clocks of other hosts is computed by means of the wall clocks. The
+    result is only as exact as the wall clocks agree, and a line of evidence says so.
     """
     if isinstance(now_ns, Mapping):
         return {rank: now_ns[rank] for rank in witnesses}, []

@@ -18,7 +18,7 @@ def with_pids(diagnosis: Diagnosis, job: JobRecords) -> Diagnosis:
     """Replace the words PID and PIDS in the commands of a diagnosis by process ids.
 
     If the line with the command names ranks, PID means the processes of these ranks. Otherwise PID means the processes
-    of the culprits, or of the suspects if there are no culprits. If no id of these processes is known, PID stays.
+    of the culprits, or of the suspects if there are no culprits. If no id of these processes is known, PID remains.
     PIDS means the processes of all ranks. If no id or more than MAX_PIDS ids are known, a pgrep command replaces PIDS.
     """
     pids = _pids_by_rank(job)

@@ -129,7 +129,7 @@ class JobRecords:
         return dict(sorted(result.items()))
 
     def ranks(self) -> list[int]:
-        """Return, in ascending order, each rank with a dump, a main stack, a time-out, counters, an error or a note."""
+        """Return, in ascending order, each rank with a dump, main-thread stack, time-out, counter, error or note."""
         seen: set[int] = set(self.recorders) | set(self.main_stacks())
         named = [record.rank for record in self.timeouts] + [record.rank for record in self.progress]
         named += [record.process.rank for record in self.failures] + [record.process.rank for record in self.notes]

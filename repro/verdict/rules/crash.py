@@ -45,7 +45,7 @@ def victims(case: Case) -> set[int]:
 
 
 def crash(case: Case) -> Verdict:
-    """Judge a run in which a rank died or failed: `crash`. That other ranks wait is a consequence.
+    """Judge a run in which a rank died or failed: `crash`. If other ranks wait, their wait is a consequence.
 
     The verdict is `inconclusive` if the user interrupted the ranks that ended first.
     """

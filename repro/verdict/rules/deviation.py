@@ -16,9 +16,10 @@ from repro.verdict.result import Finding, name_ranks, shorten
 def deviation_finding(
     deviations: Sequence[Deviation], rank_states: Mapping[int, RankState], all_steps: Mapping[int, Sequence[Step]]
 ) -> Finding | None:
-    """Name the ranks that left their declared schedule first as culprits, or as suspects if the order is not certain.
+    """Name the ranks that left their declared schedule first as culprits.
 
-    Return None if no rank left its schedule, or if all members of the group left their schedules in the same way.
+    If it is not certain which rank was first, all ranks that left their schedules are suspects. Return None if no rank
+    left its schedule, or if all members of the group left their schedules in the same way.
     """
     if not deviations:
         return None

@@ -104,7 +104,7 @@ def _completed(
     rank_states: Mapping[int, RankState],
     waits: Waits,
 ) -> Finding:
-    """Add the first divergence to a finding, if it has none. If it is undecided, also say how to get more evidence.
+    """Add the first divergence to a finding that has none. To an undecided finding, add how to get more evidence.
 
     finding   None counts as a finding without a cause
     """

@@ -1,7 +1,7 @@
 """Find the ranks that the user interrupted. Python raises KeyboardInterrupt after Ctrl-C, or another SIGINT.
 
-torchrun also sends SIGINT to its ranks if the user presses Ctrl-C. So a rank that ends with
-KeyboardInterrupt has not crashed.
+torchrun also sends SIGINT to its ranks if the user presses Ctrl-C. So a rank that ends with KeyboardInterrupt has not
+crashed.
 """
 
 from __future__ import annotations

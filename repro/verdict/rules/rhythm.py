@@ -64,10 +64,10 @@ class _Break:
 def rhythm_finding(
     witnesses: Mapping[int, Witness], awaited: Collection[int], until: tuple[GroupKey, int] | None = None
 ) -> Finding | None:
-    """Name the rank that left its repeating pattern, if it is the only one and other ranks wait for it.
+    """Name the rank that left its repeating pattern, if no other rank did so and other ranks wait for this rank.
 
-    If the operation with which the rank left its pattern occurs in the pattern, the rank is the culprit; otherwise it
-    is only a suspect. Return None if no rank is named, or if a rank has no pattern.
+    If the operation with which the rank left its pattern occurs in the pattern, the rank is the culprit; otherwise the
+    rank is only a suspect. Return None if no rank is named, or if a rank has no pattern.
 
     awaited  the ranks for which other ranks wait
     until    (group, sequence number) under which ranks issued different collectives, and some ranks completed them;
@@ -118,7 +118,7 @@ def _rhythm(issued: Sequence[Event]) -> tuple[bool, _Break | None]:
 
 
 def _comes_after(witness: Witness, left: _Break, until: tuple[GroupKey, int]) -> bool:
-    """Whether the operation with which the rank left its pattern is a later one of the same group as ``until``."""
+    """Whether the operation with which the rank left its pattern follows ``until`` in the same group."""
     (name, _), seq = until
     first = left.events[0]
     same = witness.signature(first.sig).group == name

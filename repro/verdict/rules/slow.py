@@ -17,7 +17,7 @@ processor use and missing events prove little."""
 
 
 def slow(case: Case, movers: Sequence[int]) -> Finding:
-    """Name the ranks that work while the others wait for them (``movers``), with the evidence that they work.
+    """Name the ranks ``movers``, for which other ranks wait, as culprits, and show the evidence that they work.
 
     The confidence is ``likely`` if one of these ranks shows no sign of work, or if one of them or of the waiting ranks
     lacked a processor.

@@ -1,4 +1,4 @@
-"""Judge waits in a collective that every member has issued: `stall`, unless it may still make progress."""
+"""Judge waits in a collective that every member has issued: `stall`, unless it can still make progress."""
 
 from __future__ import annotations
 

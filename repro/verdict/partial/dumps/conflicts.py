@@ -21,7 +21,7 @@ ELSEWHERE = (
 
 
 def stacks_against_dumps(job: JobRecords) -> list[str]:
-    """Return a sentence for each rank whose stack and dump disagree: only one of them shows an unfinished operation."""
+    """Return a sentence for each rank whose stack and dump disagree: only one of both shows an unfinished operation."""
     lines = []
     for rank, stacks in job.main_stacks().items():
         dump = job.recorders.get(rank)

@@ -56,7 +56,7 @@ class _Rhythm:
 
 
 def left_rhythm(job: JobRecords, waits: Sequence[tuple[int, Call]]) -> HabitBreak | None:
-    """Find the waiting rank whose unfinished operation is not the one that its earlier operations predict.
+    """Find the waiting rank whose unfinished operation is not the one that the rank's earlier operations predict.
 
     waits   (rank, the operation in which the rank waits), for each waiting rank
 

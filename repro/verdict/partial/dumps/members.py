@@ -1,4 +1,4 @@
-"""Join the process groups of all dumps: which ranks are members of a group, and what each member recorded in it."""
+"""Join the process groups of all dumps: which ranks are members of a group, and what each member recorded."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, Gr
 
 
 def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:
-    """Whether a dump lists the members of a group. If not, as on gloo, there can be members that recorded nothing."""
+    """Whether any dump lists the members of a group. If none does, as on gloo, a member can be missing in all dumps."""
     return any(known.name == group.name and known.members for dump in recorders.values() for known in dump.configured)

@@ -65,9 +65,9 @@ def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupReco
 
 
 def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
-    """Whether the stacks of these ranks do not contradict that the host processes stopped.
+    """Whether the stacks of these ranks agree with the conclusion that their host processes stopped.
 
-    The last stack of a rank contradicts this if it shows work, a wait for a lock, or a collective.
+    A rank's last stack does not agree if it shows work, a wait for a lock, or a collective. A missing stack agrees.
     """
     stacks = [rows[-1] for rank, rows in job.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)

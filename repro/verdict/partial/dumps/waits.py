@@ -28,10 +28,10 @@ class Wait:
 
 
 def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
-    """Return the waits of all ranks: for each group, in the oldest unfinished collective and send (or receive).
+    """Return the waits of all ranks: in the oldest unfinished collective, and send or receive, of each group.
 
     If the dump of a member is complete and has no entries of a group, the member has queued nothing in this group. But
-    if the oldest entries of the dump were overwritten, they may have been of this group: then the member is unseen.
+    if the oldest entries of the dump were overwritten, they were possibly of this group: then the member is unseen.
     """
     waits = []
     wrapped = any(dump.wrapped for dump in dumps.values())

@@ -1,4 +1,4 @@
-"""Judge lines of torch's watchdog: which ranks wait in a collective, and which have not queued it."""
+"""Judge lines of torch's watchdog: which ranks wait in a collective, and which ranks have not queued it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 
 
 def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
-    """Return, for each rank, its counters in the hanging group, that of ``row``. If ``row`` is None, use any group."""
+    """Return, for each rank, its counters in the group of ``row``, which hangs; of any group if ``row`` is None."""
     same_group = [record for record in job.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}
 
