@@ -1,1 +1,1 @@
-"""Reproduce hangs of expert-parallel servers, find the causes of hangs from outside the processes, and test fixes."""
+"""Reproduce and test the hangs of expert-parallel servers, and find out from evidence why a job hangs."""

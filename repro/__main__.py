@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> int:
-    """Run the command line; return its exit code."""
+    """Run the command that the command line names; return the exit code."""
     # During the imports below, Ctrl-C ends the process at once. The command line then installs its own handler.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 

@@ -11,14 +11,15 @@ layer runs Gated DeltaNet (GDN, without communication) and an MoE, whose tokens 
 and reduce-scattered back. A rank without requests runs a dummy batch of one token, so that it takes part in all
 collectives.
 
-THE FAULT  A rank with requests prepares GDN state, and this builds the step's metadata again, with one more all-reduce.
-           As long as all ranks have requests, all of them issue it. The first rank without requests has no state to
-           prepare. It goes on to the all-gather and waits there for the others, which wait for it in the all-reduce.
-THE CURE   The ranks agree once per step. A layer that needs the metadata again gets the result of that agreement.
+THE FAULT  A rank with requests prepares GDN state, and for this builds the step's metadata again, by one more
+           all-reduce. As long as all ranks have requests, all ranks issue this all-reduce. The first rank without
+           requests has no state to prepare. This rank goes on to the all-gather and waits there for the other ranks,
+           which wait for it in the all-reduce.
+THE CURE   The ranks agree once per step. A layer that needs the metadata again gets the result of this agreement.
 
-It shows that this fault (ROCm/ATOM pull request 1690) causes a hang without an error, in which collectives the ranks
-then wait, and that the cure serves the same requests with the right numbers. It does not show that the hang of any
-other server has this cause, and it shows nothing about speed.
+This file shows that the fault (ROCm/ATOM pull request 1690) causes a hang without an error, and in which collectives
+the ranks then wait. It also shows that with the cure the ranks finish the same requests with the right numbers. It does
+not show that this fault caused the hang of any other server, and it shows nothing about speed.
 """
 
 import argparse
@@ -73,8 +74,7 @@ def at(where):
 
 
 def watch():
-    """Wait until no rank has moved for --quiet seconds. Then rank 0 prints the position of each rank, and all ranks
-    end."""
+    """Watch all ranks. If no rank moves for --quiet seconds, rank 0 prints where each rank waits, and all ranks end."""
     seen, since = None, time.monotonic()
     while True:
         time.sleep(0.25)
@@ -128,7 +128,7 @@ class MoE(torch.nn.Module):
         self.experts = torch.nn.Parameter(torch.randn(world * EXPERTS_PER_RANK, HIDDEN, HIDDEN) / HIDDEN**0.5)
 
     def partial(self, x, first, last):
-        """Return the contribution of experts first..last-1 to each token."""
+        """Return what the experts first to last-1 contribute to the output of each token."""
         weights, chosen = self.router(x).softmax(-1).topk(TOP_K)
         y = torch.zeros_like(x)
         for expert in range(first, last):

@@ -1,7 +1,7 @@
 """The exit codes of every command."""
 
 EXPECTED = 0
-"""The expected verdict. For `diagnose`, and for `watch` of a job that is not ours, any verdict but inconclusive."""
+"""The expected verdict. Of a job that is not ours (`diagnose`, `collect`, `watch`): any verdict but inconclusive."""
 
 UNEXPECTED = 1
 """A verdict other than the expected one."""

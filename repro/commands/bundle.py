@@ -1,4 +1,4 @@
-"""``bundle RUN``: make a bundle of a run or of another job's evidence, or compare a bundle with its manifest."""
+"""``bundle RUN``: make a bundle of a run, or of the evidence of any other job, or check a bundle by its manifest."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make a bundle and print what was left out of it, or verify a bundle.
+    """Make a bundle and print what it does not contain. With --verify, compare a bundle with its own manifest instead.
 
-    Returns 0, or 1 if a verified bundle differs from its manifest.
+    Returns 0; 1 if --verify finds a difference.
     """
     if args.verify:
         wrong = verify(args.run)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made(args: argparse.Namespace) -> Made:
-    """Make the bundle of a run of this program, or of other evidence, according to the files under the path."""
+    """Make the bundle: of a run of this program or of other evidence, whichever the files under the path are."""
     root = args.run.resolve()
     target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
     if root.exists():
@@ -96,11 +96,8 @@ def _made(args: argparse.Namespace) -> Made:
 
 
 def _judge(run_dir: RunDir) -> Verdict:
-    """Judge the copy of a run in the same way as `watch`.
-
-    The imports are inside the function, because the bundle of other evidence does not need them.
-    """
-    from repro.attach import recording
+    """Judge the copy of a run that goes into the bundle, in the same way as `watch`."""
+    from repro.attach import recording  # imported here, because a bundle of other evidence does not need it
 
     if recording.is_recording(run_dir):
         return recording.verdict_of(run_dir)
@@ -110,7 +107,7 @@ def _judge(run_dir: RunDir) -> Verdict:
 
 
 def _is_of_this_program(root: Path) -> bool:
-    """Whether a path is bundled as a run of this program, and not as evidence for `diagnose`."""
+    """Whether to bundle a path as a run of this program. If not, it is bundled as evidence for `diagnose`."""
     if root == Path(root.anchor) or not root.exists():
         return True  # the path is not a run directory either, and the error of reading it as one says so
     is_run = (root / "events").is_dir() or any((root / name).is_file() for name in ("run.json", "verdict.json"))

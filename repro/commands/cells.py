@@ -28,7 +28,6 @@ MOST_RANKS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("--model", default=grid.REPORT_MODEL, help=f"its name or folder; default: {grid.REPORT_MODEL}")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="number of GPUs or CPU ranks; default: 8")
     parser.add_argument(
@@ -62,10 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the cells; with --list, only print them and return 0.
+    """Start vLLM once for each cell. With --list, only print the cells and return 0.
 
-    Returns 0 if every start became ready without a stall, 1 if at least one did not, 125 if no cell could start, and
-    INTERRUPTED after Ctrl-C.
+    Returns 0 if every server that started became ready without a stall, 1 if at least one did not, 125 if no cell could
+    start, and INTERRUPTED after Ctrl-C.
     """
     settings = _settings(args)
     machine = Machine.here()

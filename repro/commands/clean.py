@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Remove the run directories in the folder --out whose processes have ended.
 
-    A folder counts as a run directory if it has the name of one and contains a config.json.
+    A folder counts as a run directory if its name has the form of one (RUN_NAME) and it contains a config.json.
 
-    Raises ConfigError for a folder that does not exist, OutputError for a run that cannot be removed.
+    Raises ConfigError if the folder --out does not exist, and OutputError if a run directory cannot be removed.
     """
     from hybrid_moe_ref.config import ConfigError
     from repro.hosts import processes

@@ -1,6 +1,6 @@
 """The command line: parse the arguments, run the command, and turn errors into one line and an exit code.
 
-Only the file of the command that is called is imported, so that no command waits for the imports of another.
+Only the file of the command that the user calls is imported. So a command does not wait for the imports of others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMMANDS = {
     "minimise": "shrink a scenario while it still hangs, and write it as one file",
     "clean": "remove the runs",
 }
-"""Command -> its purpose in the help. The file of a command in this folder has the same name."""
+"""A dict from command to the purpose that --help prints. A command is in the file of this folder with its name."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    If the arguments or files are wrong, one line is printed and USAGE is returned. If this program itself fails, one
-    line is printed and CANNOT_TELL is returned. With HMR_DEBUG set, the traceback is printed, too.
+    If the arguments or files are wrong, print one line and return USAGE. If this program itself fails, print one line
+    and return CANNOT_TELL. If HMR_DEBUG is set, also print the traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     args, unknown = parser_of(argv).parse_known_args(argv)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser_of(argv: Sequence[str]) -> Parser:
-    """Return the program's parser. Only the command that ``argv`` names gets its arguments; nothing is parsed yet."""
+    """Return the program's parser. It knows all commands, but only the arguments of the one that ``argv`` names."""
     name = Path(sys.argv[0]).name
     parser = Parser(
         prog=name if name == "hmr" else "python -m repro",
@@ -90,7 +90,7 @@ def parser_of(argv: Sequence[str]) -> Parser:
 
 
 def explain(error: Exception) -> int:
-    """Print an error as one line and return the exit code for it."""
+    """Print an error as one line and return the exit code for this error."""
     # These imports take time, and a command that succeeds does not need them.
     from hybrid_moe_ref.config import ConfigError
     from hybrid_moe_ref.files import DamagedFile

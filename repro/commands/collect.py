@@ -1,4 +1,4 @@
-"""`python -m repro collect [PID…]`: examine a job that hangs now from outside, and print what it waits for."""
+"""`python -m repro collect [PID…]`: examine a job that hangs now, from outside its processes, and print the verdict."""
 
 from __future__ import annotations
 
@@ -31,13 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         type=_pid,
         metavar="PID",
-        help="processes of the job; may be left out if only one job runs here",
+        help="processes of the job; not needed if only one job runs here",
     )
     parser.add_argument(
         "--match", type=_pattern, metavar="REGEX", help="the job whose command lines match this regular expression"
     )
     parser.add_argument(
-        "--to", type=Path, default=Path("runs"), metavar="DIR", help="write a new folder into this one; default: runs"
+        "--to",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="make a new folder for the evidence in DIR; default: runs",
     )
     parser.add_argument(
         "--interval", type=_seconds, default=INTERVAL_S, metavar="S", help="seconds between two looks; default: 2"
@@ -55,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="logs of the job, also of one that has ended; files that its processes write to are found without it",
+        help="logs of the job, which may have ended; files to which its processes write are found without this option",
     )
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
 
@@ -63,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Collect the evidence of the job, and print the verdict on it.
 
-    Returns 0 for a verdict, 125 for `inconclusive`, 2 if no job or several jobs were found.
+    Returns 125 for the verdict `inconclusive`, 0 for any other verdict, and 2 if no job or several jobs were found.
     """
     table = read_all()
     jobs = find_jobs(table)
@@ -104,7 +108,7 @@ def _look_at(collection: Collection, interval_s: float, table: dict[int, Status]
 
 
 def _say(text: str) -> None:
-    """Print a line to standard error. Only the verdict goes to standard output."""
+    """Print a line to standard error, because only the verdict goes to standard output."""
     print(f"collect: {escape_control_characters(text, 1000)}", file=sys.stderr)
 
 
@@ -131,7 +135,7 @@ def _refuse(args: argparse.Namespace, jobs: Sequence[Job], table: dict[int, Stat
 
 
 def _describe(job: Job, table: dict[int, Status]) -> str:
-    """Describe a job: "rank 0-7 (8 processes, pids 41 42 …, since 310 s) python train.py (master localhost:29500)"."""
+    """Return a line: "python train.py (master localhost:29500): ranks 0-7 of 8, 8 processes (41 42 …), since 310 s"."""
     ranks = sorted({member.rank for member in job.members if member.rank is not None})
     pids = " ".join(map(str, job.pids[:8])) + (" …" if len(job.pids) > 8 else "")
     ages = [uptime_s() - table[pid].started_s for pid in job.pids if pid in table]

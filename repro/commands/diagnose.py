@@ -1,4 +1,4 @@
-"""`python -m repro diagnose PATH…`: read the evidence that any job left, and print what it proves."""
+"""`python -m repro diagnose PATH…`: read the evidence that any job left, and print what the evidence proves."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the verdict on the evidence under the paths; with --out, also write it into a folder.
+    """Print the verdict on the evidence under the paths. With --out, also write the verdict and a page into a folder.
 
-    Returns 0 for a verdict, 125 for `inconclusive`, 2 if no file was usable.
+    Returns 125 for the verdict `inconclusive`, 0 for any other verdict, and 2 if no file was usable.
     """
     from repro.commands.evidence import evidence_of
     from repro.verdict.partial import diagnose
@@ -94,7 +94,7 @@ def say(diagnosis: Diagnosis, evidence: Evidence, as_json: bool) -> int:
 
 
 def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
-    """Format the diagnosis for a terminal, in at most MAX_LINES lines. The first line has class, cause and culprits."""
+    """Format a diagnosis for a terminal, in at most MAX_LINES lines. The first line has class, cause and culprits."""
     tail = [row for text in diagnosis.refutes[:1] for row in _wrapped("refuted by: ", text)]
     tail += [row for text in diagnosis.collect[:2] for row in _wrapped("collect next: ", text)]
     tail += [row for text in diagnosis.notes[:3] for row in _wrapped("note: ", text)[:2]]
@@ -111,10 +111,10 @@ def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
 
 
 def _fitting(label: str, texts: Sequence[str], room: int) -> list[str]:
-    """Return the texts, each with ``label`` before it, as at most ``room`` lines.
+    """Return the texts as at most ``room`` lines, with ``label`` at the beginning of each text.
 
-    From the first text on that does not fit completely, all texts are left out, and a last line says so. If not even
-    the first of all texts fits, its beginning is returned.
+    If a text does not fit completely, this text and all later texts are left out, and a last line says so. But of the
+    first text, as much is returned as fits.
     """
     out: list[str] = []
     for number, text in enumerate(texts):

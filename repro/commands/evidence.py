@@ -10,9 +10,9 @@ from repro.ingest.read import Evidence, read
 
 
 def evidence_of(paths: Sequence[Path]) -> Evidence:
-    """Return the evidence under the paths. `Evidence.not_understood` lists the files that are not understood.
+    """Return the evidence under the paths. `Evidence.not_understood` lists the files that no reader understands.
 
-    Raises DamagedFile or ArchiveError for a damaged folder or bundle of a diagnosis.
+    Raises DamagedFile for a damaged folder from `diagnose --out`, and ArchiveError for a damaged bundle of one.
     """
     earlier = [path for path in paths if saved.is_saved(path)]
     evidence = read([path for path in paths if path not in earlier])

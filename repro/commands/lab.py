@@ -1,4 +1,4 @@
-"""The flags that all lab commands share, and checks before the first run."""
+"""What `run` and `matrix` share: flags that are not settings of a run, and a check before the first run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser, launcher_help: str) -> None:
 
 
 def refuse_junit(args: argparse.Namespace) -> None:
-    """Raise OutputError before any run starts, if the --junit file cannot be written.
+    """Raise OutputError if the --junit file cannot be written. Call this before the first run starts.
 
-    The --out folder need not exist yet.
+    A file in the --out folder is accepted even if this folder does not exist yet: the first run creates the folder.
     """
     if args.junit and (args.junit.parent.resolve() != args.out.resolve() or args.out.exists()):
         refuse_unwritable(args.junit, "; choose another --junit")

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line, or a JSON object, for each scenario and each configuration of vllm#41862; return 0."""
+    """Print a line, or with --json an object, for each scenario and each start command of vllm#41862; return 0."""
     from rich.console import Console
 
     from repro.lab import scenarios

@@ -36,10 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shrink the scenario and write the file. Returns the exit code:
+    """Shrink the scenario, write the result as a Python file, and run this file. Returns the exit code:
 
-    0: done. 1: the scenario's first run has another verdict than predicted. 125: that run is inconclusive or not
-    possible here, the result cannot be written as one file, or the written file did not hang.
+    0    the written file hung, as it should
+    1    the scenario's first run has a different verdict than the scenario predicts, so it is not shrunk
+    125  the first run is inconclusive or not possible here, the result cannot be written as one file, or the written
+         file did not hang
     """
     refuse_bad_variables()
     start = flags.settings_of(args.scenario, "fault", flags.given(args), deadline_s=RUN_DEADLINE_S, checks="observe")

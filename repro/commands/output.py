@@ -1,7 +1,8 @@
-"""Replace standard output and standard error by streams whose errors never end a command.
+"""Replace standard output and standard error by streams on which a failed write does not end the command.
 
-A run must reach its verdict even if its output cannot be written: the reader of a pipe may exit (``| head -1``), the
-disk of a log may become full, and a shell may start the program with the files closed (``>&-``).
+A run must reach its verdict even if its output cannot be written. For example, the reader of a pipe exits
+(``| head -1``), the disk with the redirected output becomes full, or a shell starts the program with closed files
+(``>&-``).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Output(io.TextIOWrapper):
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        """Redirect the descriptor to /dev/null, and flush the buffered text there."""
+        """Redirect the descriptor to /dev/null for ever, and flush the buffered text into it."""
         self.error = self.error or error
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.fileno())
@@ -48,7 +49,7 @@ class Output(io.TextIOWrapper):
 
 
 def open_standard_files() -> None:
-    """Open /dev/null for each closed standard file. Otherwise the next file that is opened would get its descriptor."""
+    """Open /dev/null for each closed standard file (0 to 2), so that no file opened later gets this descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -57,10 +58,10 @@ def open_standard_files() -> None:
 
 
 def guarded(command: Callable[[], int], cannot_tell: int) -> int:
-    """Run a command whose output may fail, and return its exit code.
+    """Run a command so that a failed write to standard output does not end it. Returns the exit code.
 
-    cannot_tell: the exit code if standard output failed and the result may be incomplete; not used if only the reader
-    of a pipe exited
+    cannot_tell: the exit code to return instead of 0 or 1 if a write to standard output failed, because the printed
+    result is then incomplete. It is not returned if the reader of a pipe exited, because that is the reader's decision.
     """
     out, sys.stderr = Output(1), Output(2)
     sys.stdout = out

@@ -1,4 +1,4 @@
-"""Judge again, from its witnesses, a run of the lab (or a bundle of one) that the user gave to `diagnose`."""
+"""Judge a run directory of the lab, or a bundle of one, that the user gave to `diagnose`: use the run's witnesses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from repro.verdict.partial import Diagnosis
 
 
 def judge(path: Path) -> tuple[Diagnosis, Evidence]:
-    """Judge a run from its files.
+    """Judge the run directory or bundle at ``path`` from its files.
 
-    Returns the verdict as a Diagnosis, which `diagnose` can print. Raises the same errors as `watch` for a damaged run.
+    Returns the verdict as a Diagnosis, which `diagnose` can print, and an Evidence that only lists the run's files.
+    Raises the same errors as `watch` for a damaged run.
     """
     with bundle.opened(path) as root:
         run_dir = RunDir(root)

@@ -31,7 +31,7 @@ from repro.watch.document import Document
 
 POLL_S = 0.1
 END_PATIENCE_S = 10.0
-"""Seconds that the program may take to end after SIGTERM, with --end."""
+"""Seconds that the program has to end after SIGTERM, with --end."""
 
 SIGNAL_GRACE_S = 1.0
 """Seconds that the program has to react to Ctrl-C by itself."""
@@ -42,7 +42,6 @@ SITE = Path(recording.__file__).parent / "record" / "site"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder of the recording; default: runs/<utc>-record")
     parser.add_argument("--modules", action="store_true", help="record the module that each collective belongs to")
     parser.add_argument(
@@ -59,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the program, record it and watch it. With --print-env, only print the environment variables and return 0.
 
-    Returns the program's exit code; UNEXPECTED if --end ended it; INTERRUPTED after Ctrl-C.
+    Returns the program's exit code, UNEXPECTED if --end ended the program, or INTERRUPTED after Ctrl-C.
     """
     program = list(args.program)
     root = args.to or Path("runs") / f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-record"
@@ -102,7 +101,7 @@ def _make(root: Path) -> None:
 
 
 def sites(document: Document) -> list[str]:
-    """Return the call sites at which ranks issued the collectives in which they wait."""
+    """Return a line "ranks 0,2: issued at FILE:LINE" for each call site of a collective in which ranks wait."""
     ranks: dict[str, list[int]] = {}
     for position in document.ranks:
         if position.site and position.state in ("blocked", "locked"):
@@ -111,7 +110,7 @@ def sites(document: Document) -> list[str]:
 
 
 class _Recording:
-    """One recorded run of a user's program."""
+    """Starts the user's program, watches its ranks, prints the verdict, and waits until the program ends."""
 
     def __init__(self, args: argparse.Namespace, root: Path, console: Console, interrupt: Interrupt) -> None:
         self._args = args
@@ -168,10 +167,9 @@ class _Recording:
             say(self._console, escape_lines(line))
 
     def _end(self) -> None:
-        """End the program with SIGTERM.
+        """Send SIGTERM to the program. When the program has ended, send SIGKILL to its remaining descendants.
 
-        When the program has ended, its remaining descendants get SIGKILL. If it still runs after END_PATIENCE_S, the
-        program and its descendants get SIGKILL.
+        If the program still runs after END_PATIENCE_S, send SIGKILL to the program and its descendants.
         """
         started = processes.with_descendants(self._child.pid)
         self._child.send_signal(signal.SIGTERM)
@@ -181,9 +179,9 @@ class _Recording:
         processes.kill(started[1:] if self._child.poll() is not None else started)
 
     def _wait(self) -> int:
-        """Wait for the program to end, and return its exit status; it is negative if a signal ended the program.
+        """Wait for the program to end, and return its exit status, which is negative if a signal ended the program.
 
-        If the program still runs SIGNAL_GRACE_S after this command got a signal or Ctrl-C, it gets SIGTERM.
+        If this command gets Ctrl-C or a signal, and the program still runs SIGNAL_GRACE_S later, send SIGTERM to it.
         """
         passed_on = False
         while self._child.poll() is None:

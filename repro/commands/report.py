@@ -1,4 +1,4 @@
-"""``report RUN...``: write the report of existing runs, and print its path."""
+"""``report RUN...``: write the reports of existing runs again, and print the path of each report."""
 
 from __future__ import annotations
 

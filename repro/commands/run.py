@@ -31,10 +31,10 @@ from repro.watch.document import Document
 
 @dataclass(frozen=True)
 class Planned:
-    """One requested run.
+    """One run that the user requested.
 
-    unsafe    reasons why the run may hang; not empty only if the settings allow the run in spite of these reasons
-    refused   with `run all`: why this scenario cannot run with these flags; "" if it can
+    unsafe    reasons why the run can hang, if there are any and the settings allow the run in spite of them
+    refused   with `run all`: why this scenario cannot run with the user's flags; "" if it can
     """
 
     settings: RunSettings
@@ -82,7 +82,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> list[Planned]:
-    """Return the requested runs, checked. Raises ConfigError if no scenario can run with these flags."""
+    """Check the settings of all requested runs, and return the runs.
+
+    A scenario of `run all` that cannot run with these flags is returned with the reason in ``refused``. If this is so
+    for all requested scenarios, raises ConfigError.
+    """
     variants = VARIANTS if args.variant == "all" else (args.variant,)
     planned: list[Planned] = []
     errors: list[ConfigError] = []
@@ -105,9 +109,9 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 
 
 def _preflight(settings: RunSettings) -> list[str]:
-    """Return the reasons why a run may hang. Raises Refused if there are any, unless the settings allow such a start.
+    """Return the reasons why a run can hang. If there are any, raises Refused, unless the settings allow such a run.
 
-    Raises CannotRunHere if torch is not installed: the check uses the run's policies, some of which need torch.
+    Raises CannotRunHere if torch is not installed: the check uses the run's policies, and some policies need torch.
     """
     require_model()
     scenario = scenarios.load(settings.scenario)
@@ -116,10 +120,11 @@ def _preflight(settings: RunSettings) -> list[str]:
 
 @dataclass
 class Session:
-    """Runs the requested runs of one command, prints each verdict as it comes, and writes the reports.
+    """Does the requested runs of one command, prints the verdict after each run, and writes the reports.
 
-    unreported   run directories whose report is not written yet: a report shows all variants of a scenario, so it is
-                 written after the last variant
+    documents    the content of verdict.json for each run so far
+    unreported   the run directories without a report so far: a report shows all variants of a scenario, so the reports
+                 are written after the last variant
     """
 
     args: argparse.Namespace
@@ -131,8 +136,8 @@ class Session:
     def run(self, planned: Planned, series: Series, count: str) -> None:
         """Run one variant and add its verdict to ``documents``.
 
-        If the variant cannot run here, `Document.skipped` says why. CannotRunHere is raised instead if the command is
-        for one scenario and this is its first variant.
+        If this machine cannot run the variant, the added document has the reason in `skipped`. But if the command is
+        for one scenario and has no verdict yet, raises CannotRunHere with this reason.
 
         count: the beginning of the progress line, such as "[3/21] "
         """
@@ -157,7 +162,7 @@ class Session:
 
     @contextlib.contextmanager
     def _shown(self, planned: Planned, title: str) -> Iterator[Display]:
-        """Yield a progress display. If the run may hang, print a reason first, but no reason twice in one command."""
+        """Yield a progress display. If the run can hang, print a reason first, but no reason twice in one command."""
         for finding in {*planned.unsafe[:1]} - self._printed:
             say(self.console, f"unsafe: {finding}")
             self._printed.add(finding)
@@ -165,9 +170,9 @@ class Session:
             yield shown
 
     def _skip(self, document: Document, title: str) -> None:
-        """Note that a run is not possible on this machine.
+        """Add the document of a run that is not possible on this machine, and print the reason.
 
-        Raises CannotRunHere if the command is for one scenario, and ``documents`` is empty.
+        If the command is for one scenario and has no verdict yet, raises CannotRunHere instead.
         """
         if self.args.scenario != "all" and not self.documents:
             raise CannotRunHere(f"{document.scenario}: {document.skipped}")

@@ -1,4 +1,4 @@
-"""The verdicts of a command's runs: the exit code, the reports, and what is printed."""
+"""Handle the verdicts of a command's runs: compute the exit code, write the reports, print the verdicts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from repro.watch.document import Document
 
 
 def exit_code(documents: Sequence[Document]) -> int:
-    """Return the exit code for several verdicts: an unexpected verdict takes precedence over an inconclusive one."""
+    """Return the exit code for several verdicts: 0 if all are as expected, else that of the verdicts that are not.
+
+    If some of these are inconclusive and others are not, the exit code is UNEXPECTED, not CANNOT_TELL.
+    """
     missed = {class_of(document.verdict).exit_code for document in documents if not document.matches_expected}
     # the exit code of an unexpected verdict is lower than that of an inconclusive one
     return min(missed, default=EXPECTED)
 
 
 def write_reports(console: Console, roots: Sequence[Path]) -> None:
-    """Write the report of each run. Each report also shows the run's other variants.
+    """Write the report of each run. A report also shows the other variants of the run's scenario.
 
-    A failure is printed and does not change the verdicts.
+    If a report cannot be written, print the error. The verdicts do not change.
     """
     try:
         write_all(roots)
