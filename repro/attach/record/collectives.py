@@ -120,7 +120,8 @@ def _named(name: str, function: Any) -> Any:
 
 
 def _hook(name: str, method: Method, original: Any) -> Any:
-    """Return the hook of a method: in C if the library exists and can read the calls of this method, else in Python."""
+    """Return the hook of a method: in C if the compiled library exists and can read calls of this method, else in
+    Python."""
     slow = _named(name, _recorded(method, original))
     if _library is None or method.compiled is None:
         return slow

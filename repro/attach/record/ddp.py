@@ -70,7 +70,7 @@ def _blocking(op: str, original: Any) -> Any:
 
 
 def _rebuilds(wrapper: Any) -> bool:
-    """Count a forward pass of the wrapper. Returns whether it is the second pass, which rebuilds the buckets."""
+    """Count a forward pass of the wrapper. Returns whether this pass, as the second one, rebuilds the buckets."""
     done: int = wrapper.__dict__.get("_hmr_passes", 0)
     wrapper.__dict__["_hmr_passes"] = done + 1
     return done == 1

@@ -133,7 +133,7 @@ def meet_at(meeting: str) -> None:
 def declares_steps() -> None:
     """Note that a plug-in declares the steps of this process.
 
-    The judge then knows that a step has not begun if it is not in the witness.
+    The judge then knows that a step which is not in the witness has not begun.
     """
     global knows
     knows = WITNESS

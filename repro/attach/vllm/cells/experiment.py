@@ -178,7 +178,8 @@ class Experiment:
         )
 
     def _write(self, outcomes: dict[str, Outcome]) -> None:
-        """Write the tables. An OSError is only printed: if the disk is full, the next cell does not start anyway."""
+        """Write the tables. If this raises OSError, only print it: if the disk is full, the next cell does not start
+        anyway."""
         found = table.rows(self.cells, outcomes)
         rest = [
             *table.not_run(self.cells, outcomes),

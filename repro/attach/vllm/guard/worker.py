@@ -88,7 +88,7 @@ def guarded(call: Callable[..., Any], *args: Any) -> Any:
 
 
 def join(config: Any) -> None:
-    """Take part in the start vote of all ranks. If all ranks agree, the guard of this process is on.
+    """Take part in the start vote, in which all ranks compare their settings. If they agree, switch on the guard.
 
     If they do not agree, raise Refused in the mode ``agree``; print why the guard is off in the mode ``observe``. With
     one data-parallel rank there is no vote, and the guard is off. config: VllmConfig

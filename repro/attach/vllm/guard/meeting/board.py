@@ -78,7 +78,8 @@ class Board:
         return self[Field.REQUESTED], counted
 
     def questions(self) -> tuple[int, int]:
-        """Return how many questions "is anyone unfinished?" have begun, and how many have ended."""
+        """Return how many questions "is anyone unfinished?" the engine has begun to ask, and how many of them have
+        ended."""
         answered = self[Field.ANSWERED]
         return self[Field.ASKED], answered
 

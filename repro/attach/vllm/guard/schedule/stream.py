@@ -71,7 +71,9 @@ class Stream:
         return self._expected
 
     def agreed(self, kind: Hashable) -> None:
-        """Learn the schedule of the step that has just ended, and begin the next step. The last entry is the agreement.
+        """Learn the schedule of the step that has just ended, and begin the next step.
+
+        Call this when the agreement (C1) between the two steps is the last entry.
 
         kind: the kind of the next step, on which the ranks have just agreed; None if it is unknown
         """
