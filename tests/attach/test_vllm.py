@@ -61,7 +61,7 @@ def execute(at: worker.Worker, *collectives: Collective, live: int = 1) -> None:
         recorder.leave(collective)
         if number == 0:
             at.agreed((0, 0))
-    at.executing = False
+    at.progress.executing = False
 
 
 def ask(at: worker.Worker, engine_notes: notes.Notes, answered: bool = True) -> None:
@@ -302,7 +302,6 @@ def test_a_hook_that_dynamo_traces_does_nothing_while_torch_compiles(make, monke
     monkeypatch.setattr(at, "rank", None)  # its use would fail
     assert worker.in_layer("prefix")(lambda self: 7)(None) == 7
     assert exchange.exchanging("all_gather_v", 1)(lambda self, rows: rows)(None, 8) == 8
-    assert worker.agreeing(lambda: 9)() == 9
 
 
 def test_a_hook_that_this_vllm_lacks_is_one_line_and_the_others_stand(capsys):

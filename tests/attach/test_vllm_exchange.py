@@ -66,7 +66,7 @@ for step in range(6):
             print(group.reduce_scatterv_into_output(half, half, 0, sizes))
             print(group.reduce_scatterv_into_output(half, half, dim=0, sizes=[7]))
     at.agreed((0, 0))
-    at.executing = False
+    at.progress.executing = False
 for group.device_group in (pair, dist.group.WORLD, pair):
     group.all_gatherv(half, 0, [8, 9])
 try:

@@ -7,10 +7,11 @@ torch compiles.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from repro.attach.record import compiled
 from repro.attach.record import rank as this
 from repro.attach.record.groups import describe
@@ -18,8 +19,9 @@ from repro.attach.vllm import dynamo
 from repro.attach.vllm.habits import Habits
 from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.processes import engine
-from repro.attach.vllm.processes.mirror import Mirror, Progress
+from repro.attach.vllm.processes.mirror import Mirror
 from repro.attach.vllm.processes.notes import Activity, Note
+from repro.attach.vllm.progress import make_progress
 
 AGREEMENT = "step"
 """The layer under which the step agreement (C1) is recorded; this project's engine uses the same name."""
@@ -30,11 +32,10 @@ class Worker:
 
     def __init__(self, rank: this.Rank, config: Any) -> None:
         self.rank = rank
-        self.progress = Progress()
-        self.habits = Habits(rank.recorder)
-        self._live = 0
-        self.executing = False  # whether the worker is in execute_model or a dummy batch
-        self._begun = False  # whether this execution has already begun its step
+        self.progress = make_progress()
+        self.habits = Habits(rank.recorder, self.progress)
+        if (tape := getattr(rank.recorder, "tape", None)) is not None:
+            tape.progress = self.progress  # the compiled hook of the step agreement finds it there
         self.mirror: Mirror | None = None
         size = int(config.world_size)
         if int(config.data_parallel_size) > 1 and rank.rank % size == 0:
@@ -50,9 +51,10 @@ class Worker:
                 self.rank.recorder.phase(name)
 
     def begin_execution(self, num_live: int) -> None:
-        if self.progress.phase != "serve":
+        progress = self.progress
+        if progress.phase != "serve":
             self.phase("serve")
-        self._live, self.executing, self._begun = num_live, True, False
+        progress.live, progress.executing, progress.begun = num_live, True, False
         if engine.current is not None:  # the engine runs in this process
             engine.note_request()
 
@@ -61,13 +63,13 @@ class Worker:
 
         Outside an execution, each agreement begins a step.
         """
-        if self.executing and self._begun:
+        progress = self.progress
+        if progress.executing and progress.begun:
             return False
-        self._begun = True
-        self.progress.step += 1
+        progress.begun = True
+        progress.step += 1
         with self.rank.lock:
-            agreement = self.habits.begin()
-            self.rank.recorder.begin_step(self.progress.step, agreement, self._live if self.executing else 0)
+            self._declare(self.habits.begin())
         return True
 
     def agreed(self, key: tuple[Any, ...]) -> None:
@@ -78,7 +80,11 @@ class Worker:
         with self.rank.lock:
             plan = self.habits.plan((self.progress.phase, *key))
             if plan:
-                self.rank.recorder.begin_step(self.progress.step, plan, self._live if self.executing else 0)
+                self._declare(plan)
+
+    def _declare(self, schedule: Sequence[ScheduleEntry]) -> None:
+        progress = self.progress
+        self.rank.recorder.begin_step(progress.step, schedule, progress.live if progress.executing else 0)
 
     def _note_idle(self) -> None:
         if self.mirror is not None:
@@ -174,7 +180,7 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
             this.failed(error)
             raise
         finally:
-            worker.executing = False
+            worker.progress.executing = False
 
     return execute_model
 
@@ -194,7 +200,7 @@ def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
             this.failed(error)
             raise
         finally:
-            worker.executing = False
+            worker.progress.executing = False
 
     return execute_dummy_batch
 
@@ -202,33 +208,38 @@ def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap dp_utils._run_ar (the step agreement), to record that a step begins, and the step's schedule if it is known.
 
-    The all-reduce of the agreement is recorded like any other collective of torch.
+    The all-reduce of the agreement is recorded like any other collective of torch. torch.compile does not trace this
+    function: vLLM calls it before the forward pass.
     """
-    declaring = Harmless("what a rank declares after a step agreement")
-    is_tracing, run = dynamo.tracing_test(), _within()
+    declaring, run = Harmless("what a rank declares after a step agreement"), _within()
+
+    def declare(rows: Any) -> None:
+        try:
+            if current is not None:
+                current.agreed(_agreed_key(rows))
+        except Exception as error:
+            declaring.report(error)
 
     @wraps(original)
     def _run_ar(*args: Any, **options: Any) -> Any:
         worker = current
-        if worker is None or is_tracing():
+        if worker is None:
             return original(*args, **options)
         if not worker.begin_step():
             return run(worker.rank.local.layer or AGREEMENT, original, *args, **options)
         rows = run(AGREEMENT, original, *args, **options)
-        try:
-            worker.agreed(_agreed_key(rows))
-        except Exception as error:
-            declaring.report(error)
+        declare(rows)
         return rows
 
-    return _run_ar
+    library: Any = compiled.load()
+    return _run_ar if library is None else library.Agreement(original, _run_ar, declare, AGREEMENT)
 
 
 def _agreed_key(rows: Any) -> tuple[Any, ...]:
     """Return the microbatches and the graph mode of a step, which decide its schedule.
 
     rows: the result of the step agreement, int32[4, ranks]. For another number of rows, or a tensor on a GPU, the
-    result is ().
+    result is (). The compiled hook reads the rows in the same way.
     """
     if not rows.is_cpu or len(rows) != 4:
         return ()

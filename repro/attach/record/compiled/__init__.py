@@ -10,6 +10,7 @@ bytes, but each collective takes some microseconds longer. HMR_RECORD_PURE=1 mak
     read.h         recognises a call
     works.h        issued collectives that may be incomplete (torch calls them works)
     exchange.h     the hook of a method by which ranks exchange rows, such as vLLM's all_gatherv
+    steps.h        the hook of vLLM's step agreement, and the progress of a worker
     fast.c         the hooks of collectives
     recorder.py    the recorder of a rank on top of the writer
 """
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "hmr_record"
-SOURCES = ("checksum.h", "tape.h", "options.h", "read.h", "works.h", "exchange.h", "fast.c")
+SOURCES = ("checksum.h", "tape.h", "options.h", "read.h", "works.h", "exchange.h", "steps.h", "fast.c")
 FLAGS = ("-O2", "-fPIC", "-shared", "-std=gnu11")
 BUILD_LIMIT_S = 60.0
 

@@ -51,8 +51,7 @@ static PyObject *exchange_call(PyObject *callable, PyObject *const *args, size_t
     }
     Py_XDECREF((PyObject *)key.dtype);
     Py_XDECREF(group); /* the coordinator holds it */
-    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return NULL; /* Ctrl-C before the call */
-    PyErr_Clear();
+    if (clear_own_error() < 0) return NULL; /* Ctrl-C before the call */
     Tape *file = tape;
     if (!entry || !file) return PyObject_Vectorcall(self->issue.slow, args, nargsf, keywords);
 

@@ -5,7 +5,7 @@
  * coalescing block, an option that is missing. Everything that may run Python code comes before the event is written.
  */
 
-#include "exchange.h"
+#include "steps.h"
 
 /* -- the hooks ------------------------------------------------------------------------------------------------- */
 
@@ -26,8 +26,7 @@ static PyObject *issue_call(PyObject *callable, PyObject *const *args, size_t na
         if (!entry && !PyErr_Occurred()) entry = resolve(self, args, nargsf, keywords, &key);
     }
     Py_XDECREF((PyObject *)key.dtype);
-    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return NULL; /* Ctrl-C before the call */
-    PyErr_Clear();
+    if (clear_own_error() < 0) return NULL; /* Ctrl-C before the call */
     Tape *file = tape;
     if (!entry || !file) return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
 
@@ -82,14 +81,6 @@ static PyObject *wait_call(PyObject *callable, PyObject *const *args, size_t nar
 /* As a function does: an instance in a class is called with the object as its first argument. */
 static PyObject *bind(PyObject *self, PyObject *object, PyObject *Py_UNUSED(type)) {
     return object ? PyMethod_New(self, object) : Py_NewRef(self);
-}
-
-/* Names and documentation are those of the original. */
-static PyObject *attribute_of(PyObject *self, PyObject *name) {
-    PyObject *value = PyObject_GenericGetAttr(self, name);
-    if (value || !PyErr_ExceptionMatches(PyExc_AttributeError)) return value;
-    PyErr_Clear();
-    return PyObject_GetAttr(((Wait *)self)->original, name);
 }
 
 static int issue_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(options)) {
@@ -175,13 +166,7 @@ static PyObject *spill_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args
 static PyObject *within(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count, PyObject *keywords) {
     if (count < 2 || !PyUnicode_CheckExact(args[0]))
         return PyErr_Format(PyExc_TypeError, "within: a name of a layer and a function are needed");
-    State *mine = &state;
-    PyObject *outer = mine->layer, *layer = Py_NewRef(args[0]);
-    PyUnicode_InternInPlace(&layer); /* equal names become one object, because the memo compares identities */
-    mine->layer = layer;
-    PyObject *result = PyObject_Vectorcall(args[1], args + 2, count - 2, keywords);
-    Py_XSETREF(mine->layer, outer);
-    return result;
+    return call_within(args[0], args[1], args + 2, count - 2, keywords);
 }
 
 static PyMethodDef functions[] = {
@@ -201,10 +186,11 @@ PyMODINIT_FUNC PyInit_hmr_record(void) {
         PyObject **place;
         const char *text;
     } names[] = {{&str_dtype, "dtype"}, {&str_numel, "numel"}, {&str_opts, "opts"}, {&str_sizes, "sizes"},
-                 {&str_device_group, "device_group"}, {&str_empty, ""},
+                 {&str_device_group, "device_group"}, {&str_empty, ""}, {&str_is_cpu, "is_cpu"}, {&str_tolist, "tolist"},
                  {&option_names[ASYNCHRONOUS], "asyncOp"}, {&option_names[ROOT], "rootRank"},
                  {&option_names[REDUCTION], "reduceOp"}};
-    PyTypeObject *types[] = {&GroupType, &CallType, &TapeType, &ThreadType, &IssueType, &WaitType, &OptionType, &ExchangeType};
+    PyTypeObject *types[] = {&GroupType, &CallType, &TapeType, &ThreadType, &IssueType, &WaitType, &OptionType,
+                             &ExchangeType, &ProgressType, &AgreementType};
     crc_prepare();
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i].place = PyUnicode_InternFromString(names[i].text))) return NULL;

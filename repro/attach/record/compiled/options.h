@@ -30,9 +30,31 @@ static PyObject *function_of(PyObject *method) { /* borrowed */
     return PyInstanceMethod_Check(method) ? PyInstanceMethod_GET_FUNCTION(method) : method;
 }
 
+/* Clear an error of the recorder. Returns -1 for another one, such as Ctrl-C: the program must get it. */
+static int clear_own_error(void) {
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+/* What all hooks begin with. */
 typedef struct {
     PyObject_HEAD
-    vectorcallfunc vectorcall; /* NULL; as in all hooks, the original comes next */
+    vectorcallfunc vectorcall;
+    PyObject *original;
+} Hook;
+
+/* Names and documentation are those of the original. */
+static PyObject *attribute_of(PyObject *self, PyObject *name) {
+    PyObject *value = PyObject_GenericGetAttr(self, name);
+    if (value || !PyErr_ExceptionMatches(PyExc_AttributeError)) return value;
+    PyErr_Clear();
+    return PyObject_GetAttr(((Hook *)self)->original, name);
+}
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc vectorcall; /* NULL; a Hook has it */
     PyObject *original, *get, *set;
     PyObject *constants; /* a tuple of the values that are known by identity, such as ReduceOp.SUM, by their number */
     int option;

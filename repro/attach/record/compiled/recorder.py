@@ -35,20 +35,16 @@ class CompiledRecorder(Recorder):
         super().__init__(buffer, writer, shape, clock=clock)
         native_clock = None if clock is time.monotonic_ns else clock
         self.tape = _library.Tape(
-            buffer, shape.ring_at, shape.vectors_at, LIVE_AT, GUARD, native_clock, self._store_vector
-        )
+            buffer, shape.ring_at, shape.vectors_at, LIVE_AT, GUARD, native_clock, self._store_vector,
+            self._schedules.known, self._schedules.part,
+        )  # fmt: skip
 
     def phase(self, name: str) -> None:
         super().phase(name)
         self.tape.phase = self._phase
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
-        self._step = self.tape.step = step
-        known = self._schedules.known.get((id(schedule), num_live, self._phase))
-        if known is not None and known[0] is schedule:
-            self.tape.append(*known[1], 0)
-        else:
-            self.tape.append(*self._schedules.part(schedule, num_live, self._phase), 0)
+        self.tape.begin_step(step, schedule, num_live)
 
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         group_name, op, layer, sizes, dtype, reduce_op, root = collective

@@ -123,16 +123,18 @@ typedef struct {
     PyObject *clock; /* NULL: CLOCK_MONOTONIC */
     PyObject *noted; /* NULL, or a list to which the entry of each issued call is appended */
     PyObject *store; /* stores a tuple of sizes; returns its offset */
+    PyObject *schedules, *part; /* repro.trace.recording.schedules: the known schedules, and what makes a new one known */
+    PyObject *progress; /* NULL, or what is known about the worker whose file this is; see steps.h */
     PyObject *sizes; /* NULL, or the tuple that was stored last, and its offset */
     uint64_t sizes_at;
 } Tape;
 
-/* Tape(buffer, ring_at, ring_end, events_at, guard, clock, store) */
+/* Tape(buffer, ring_at, ring_end, events_at, guard, clock, store, schedules, part) */
 static int tape_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(options)) {
     Tape *self = (Tape *)object;
-    PyObject *buffer, *clock, *store;
-    if (!PyArg_ParseTuple(args, "OnnnKOO", &buffer, &self->ring_at, &self->ring_end, &self->events_at, &self->guard,
-                          &clock, &store))
+    PyObject *buffer, *clock, *store, *schedules, *part;
+    if (!PyArg_ParseTuple(args, "OnnnKOOO!O", &buffer, &self->ring_at, &self->ring_end, &self->events_at, &self->guard,
+                          &clock, &store, &PyDict_Type, &schedules, &part))
         return -1;
     if (self->data || PyObject_GetBuffer(buffer, &self->view, PyBUF_WRITABLE) < 0) return -1;
     if (self->ring_at < 0 || self->ring_end > self->view.len || self->events_at > self->view.len - 8 ||
@@ -146,6 +148,8 @@ static int tape_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(optio
     self->step = -1;
     self->clock = clock == Py_None ? NULL : Py_NewRef(clock);
     self->store = Py_NewRef(store);
+    self->schedules = Py_NewRef(schedules);
+    self->part = Py_NewRef(part);
     return 0;
 }
 
@@ -155,6 +159,9 @@ static void tape_dealloc(PyObject *object) {
     Py_XDECREF(self->clock);
     Py_XDECREF(self->noted);
     Py_XDECREF(self->store);
+    Py_XDECREF(self->schedules);
+    Py_XDECREF(self->part);
+    Py_XDECREF(self->progress);
     Py_XDECREF(self->sizes);
     Py_TYPE(object)->tp_free(object);
 }
@@ -260,6 +267,36 @@ static int tape_append(Tape *self, const uint8_t *fixed, uint32_t check, uint64_
     return 0;
 }
 
+/* Record that a step begins, and its schedule. A schedule that is not known yet is asked for: that runs Python code. */
+static int tape_begin_step(Tape *self, long long step, PyObject *schedule, Py_ssize_t live) {
+    PyObject *key = Py_BuildValue("(Nnl)", PyLong_FromVoidPtr(schedule), live, self->phase), *part = NULL;
+    PyObject *known = key ? PyDict_GetItemWithError(self->schedules, key) : NULL;
+    Py_XDECREF(key);
+    if (known && PyTuple_Check(known) && PyTuple_GET_SIZE(known) == 2 && PyTuple_GET_ITEM(known, 0) == schedule)
+        part = Py_NewRef(PyTuple_GET_ITEM(known, 1));
+    else if (!PyErr_Occurred())
+        part = PyObject_CallFunction(self->part, "Onl", schedule, live, self->phase);
+    const char *fixed;
+    Py_ssize_t size;
+    unsigned int check;
+    int failed = !part || !PyArg_ParseTuple(part, "y#I", &fixed, &size, &check) || size != FIXED;
+    if (!failed) {
+        self->step = step;
+        failed = tape_append(self, (const uint8_t *)fixed, check, 0);
+    }
+    Py_XDECREF(part);
+    if (failed && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "begin_step: a part of a record has 24 bytes");
+    return failed ? -1 : 0;
+}
+
+static PyObject *tape_begin_step_py(PyObject *self, PyObject *args) {
+    long long step;
+    PyObject *schedule;
+    Py_ssize_t live;
+    if (!PyArg_ParseTuple(args, "LOn", &step, &schedule, &live)) return NULL;
+    return tape_begin_step((Tape *)self, step, schedule, live) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *tape_enter_py(PyObject *self, PyObject *args) {
     PyObject *call;
     int asynchronous;
@@ -319,6 +356,7 @@ static PyMethodDef tape_methods[] = {
     {"leave", tape_leave_py, METH_VARARGS, "leave(call, seq)"},
     {"wait", tape_wait_py, METH_VARARGS, "wait(call, seq)"},
     {"vector", tape_vector_py, METH_O, "vector(sizes) -> what `enter` takes for them"},
+    {"begin_step", tape_begin_step_py, METH_VARARGS, "begin_step(step, schedule, number of live requests)"},
     {"append", tape_append_py, METH_VARARGS, "append(fixed, check, seq)"},
     {NULL, NULL, 0, NULL},
 };
@@ -327,6 +365,7 @@ static PyMemberDef tape_members[] = {
     {"step", T_LONGLONG, offsetof(Tape, step), 0, NULL},
     {"phase", T_LONG, offsetof(Tape, phase), 0, NULL},
     {"num_events", T_ULONGLONG, offsetof(Tape, num_events), READONLY, NULL},
+    {"progress", T_OBJECT, offsetof(Tape, progress), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 

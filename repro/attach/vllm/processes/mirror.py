@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.vllm.habits import Habits
 from repro.attach.vllm.processes.notes import FRONT, Activity, Note, Notes, open_notes
+from repro.attach.vllm.progress import Progress
 
 if TYPE_CHECKING:
     from repro.attach.record.rank import Rank
@@ -42,14 +42,6 @@ _ANSWERED, _ASKED = Note.ANSWERED.value, Note.ASKED.value  # read at each messag
 
 IDLE_NS = 200_000_000
 """A worker that has waited for its engine this long (ns) is idle. Between two steps it waits about a millisecond."""
-
-
-@dataclass
-class Progress:
-    """The state of the worker: its phase, and the number of its last model execution."""
-
-    phase: str = ""
-    step: int = -1
 
 
 class Mirror:
@@ -140,5 +132,5 @@ class Mirror:
         while self._skipped < skipped:
             self._skipped += 1
             self._progress.step += 1
-            self._rank.recorder.begin_step(self._progress.step, self._habits.agreement, 0)
+            self._rank.recorder.begin_step(self._progress.step, self._progress.agreement, 0)
             self._rank.recorder.phase(f"{LEFT_OUT} {first}")

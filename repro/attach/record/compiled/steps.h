@@ -1,0 +1,209 @@
+/* The steps of a vLLM worker, and the hook of its step agreement: the hot path of repro.attach.vllm.worker.
+ *
+ * A worker whose execution issued what it had declared has nothing to learn. Then the hook begins the next step, and
+ * declares the schedule that the worker has learned for the kind of step on which the ranks agree. For any other
+ * execution it calls the hook in Python. Python must not run in between: at some depths of the stack each call of a
+ * Python function takes 10 us, because CPython maps memory for its frame.
+ */
+
+#include "exchange.h"
+
+enum { NUM_ROWS = 4, MICROBATCHES = 2, MODES = 3 }; /* the rows of an agreement, see worker._agreed_key */
+
+static PyObject *str_is_cpu, *str_tolist;
+
+/* Call a function, while this thread runs the layer. */
+static PyObject *call_within(PyObject *name, PyObject *function, PyObject *const *args, size_t nargsf,
+                             PyObject *keywords) {
+    State *mine = &state;
+    PyObject *outer = mine->layer, *layer = Py_NewRef(name);
+    PyUnicode_InternInPlace(&layer); /* equal names become one object, because the memo compares identities */
+    mine->layer = layer;
+    PyObject *result = PyObject_Vectorcall(function, args, nargsf, keywords);
+    Py_XSETREF(mine->layer, outer);
+    return result;
+}
+
+/* -- repro.attach.vllm.progress.Progress ----------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *phase, *agreement, *kind, *expected, *plans;
+    long long step;
+    Py_ssize_t live;
+    char executing, begun;
+} Progress;
+
+static int progress_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(keywords)) {
+    Progress *self = (Progress *)object;
+    if (!PyArg_ParseTuple(args, "") || self->plans) return -1;
+    self->phase = Py_NewRef(str_empty);
+    self->agreement = PyTuple_New(0);
+    self->plans = PyDict_New();
+    self->step = -1;
+    return self->agreement && self->plans ? 0 : -1;
+}
+
+static void progress_dealloc(PyObject *object) {
+    Progress *self = (Progress *)object;
+    Py_XDECREF(self->phase);
+    Py_XDECREF(self->agreement);
+    Py_XDECREF(self->kind);
+    Py_XDECREF(self->expected);
+    Py_XDECREF(self->plans);
+    Py_TYPE(object)->tp_free(object);
+}
+
+static PyMemberDef progress_members[] = {
+    {"phase", T_OBJECT, offsetof(Progress, phase), 0, NULL},
+    {"step", T_LONGLONG, offsetof(Progress, step), 0, NULL},
+    {"live", T_PYSSIZET, offsetof(Progress, live), 0, NULL},
+    {"executing", T_BOOL, offsetof(Progress, executing), 0, NULL},
+    {"begun", T_BOOL, offsetof(Progress, begun), 0, NULL},
+    {"agreement", T_OBJECT, offsetof(Progress, agreement), 0, NULL},
+    {"kind", T_OBJECT, offsetof(Progress, kind), 0, NULL},
+    {"expected", T_OBJECT, offsetof(Progress, expected), 0, NULL},
+    {"plans", T_OBJECT, offsetof(Progress, plans), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyTypeObject ProgressType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "hmr_record.Progress",
+    .tp_basicsize = sizeof(Progress),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = progress_init,
+    .tp_dealloc = progress_dealloc,
+    .tp_members = progress_members,
+};
+
+/* -- the hook of the agreement --------------------------------------------------------------------------------- */
+
+static int declare(Tape *file, Progress *now, PyObject *schedule) {
+    return tape_begin_step(file, now->step, schedule, now->executing ? now->live : 0);
+}
+
+/* Begin a step. Returns 0 if only Python can, because there is something to learn from the step before; -1 with an
+ * error of the program. */
+static int begin_step(Tape *file, Progress *now) {
+    PyObject *issued = file->noted;
+    if (!issued || !now->expected || !PyList_CheckExact(now->expected)) return 0;
+    int equal = PyObject_RichCompareBool(issued, now->expected, Py_EQ);
+    if (equal <= 0 || PyList_SetSlice(issued, 0, PyList_GET_SIZE(issued), NULL) < 0) return clear_own_error();
+    Py_CLEAR(now->kind);
+    Py_CLEAR(now->expected);
+    now->begun = 1;
+    now->step++;
+    PyObject *agreement = Py_NewRef(now->agreement);
+    int failed = declare(file, now, agreement) < 0 && clear_own_error() < 0;
+    Py_DECREF(agreement);
+    return failed ? -1 : 1;
+}
+
+/* The smallest number of one row of the agreement; -1 with an exception for another object. */
+static long smallest(PyObject *row) {
+    long least = LONG_MAX;
+    Py_ssize_t count = PyList_CheckExact(row) ? PyList_GET_SIZE(row) : 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        long number = PyLong_AsLong(PyList_GET_ITEM(row, i));
+        if (number < least) least = number;
+    }
+    if (!count) PyErr_SetString(PyExc_TypeError, "the step agreement has no rows");
+    return PyErr_Occurred() ? -1 : least;
+}
+
+/* The kind of a step, as worker.agreed names it. Returns NULL with an exception. */
+static PyObject *kind_of(Progress *now, PyObject *rows) {
+    PyObject *is_cpu = PyObject_GetAttr(rows, str_is_cpu);
+    PyObject *list = is_cpu == Py_True ? PyObject_CallMethodNoArgs(rows, str_tolist) : NULL, *kind = NULL;
+    if (list && PyList_CheckExact(list) && PyList_GET_SIZE(list) == NUM_ROWS) {
+        long microbatch = smallest(PyList_GET_ITEM(list, MICROBATCHES)), mode = smallest(PyList_GET_ITEM(list, MODES));
+        if (!PyErr_Occurred()) kind = Py_BuildValue("(Oll)", now->phase, microbatch, mode);
+    } else if (is_cpu && !PyErr_Occurred()) {
+        kind = PyTuple_Pack(1, now->phase);
+    }
+    Py_XDECREF(is_cpu);
+    Py_XDECREF(list);
+    return kind;
+}
+
+/* Declare the schedule of the step on which the ranks have agreed. Returns 0 if this kind has no plan; -1 with an error
+ * of the program. */
+static int agreed(Tape *file, Progress *now, PyObject *rows) {
+    PyObject *kind = kind_of(now, rows);
+    PyObject *planned = kind ? Py_XNewRef(PyDict_GetItemWithError(now->plans, kind)) : NULL;
+    int is_known = planned && PyTuple_CheckExact(planned) && PyTuple_GET_SIZE(planned) == 2;
+    if (is_known) {
+        PyObject *plan = PyTuple_GET_ITEM(planned, 0), *expected = PyTuple_GET_ITEM(planned, 1);
+        Py_XSETREF(now->kind, Py_NewRef(kind));
+        Py_XSETREF(now->expected, Py_NewRef(expected));
+        if (PyObject_IsTrue(plan) > 0) declare(file, now, plan);
+    }
+    Py_XDECREF(planned);
+    Py_XDECREF(kind);
+    return clear_own_error() < 0 ? -1 : is_known;
+}
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
+    PyObject *original, *slow, *declare, *layer;
+} Agreement;
+
+static PyObject *run_agreement(Agreement *self, Tape *file, Progress *now, PyObject *const *args, size_t nargsf,
+                               PyObject *keywords) {
+    if (now->executing && now->begun) { /* a layer of the model issues it */
+        PyObject *layer = state.layer && PyUnicode_GET_LENGTH(state.layer) ? state.layer : self->layer;
+        return call_within(layer, self->original, args, nargsf, keywords);
+    }
+    int begun = begin_step(file, now);
+    if (begun < 0) return NULL;
+    if (!begun) return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
+    PyObject *rows = call_within(self->layer, self->original, args, nargsf, keywords);
+    if (!rows) return NULL;
+    PyObject *none = agreed(file, now, rows) ? NULL : PyObject_CallOneArg(self->declare, rows);
+    Py_XDECREF(none);
+    if (PyErr_Occurred()) Py_CLEAR(rows);
+    return rows;
+}
+
+static PyObject *agreement_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *keywords) {
+    Agreement *self = (Agreement *)callable;
+    if (!is_recording) return PyObject_Vectorcall(self->original, args, nargsf, keywords);
+    PyObject *progress = tape ? tape->progress : NULL;
+    if (!progress || !Py_IS_TYPE(progress, &ProgressType))
+        return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
+    Py_INCREF(progress);
+    Tape *file = (Tape *)Py_NewRef((PyObject *)tape);
+    PyObject *rows = run_agreement(self, file, (Progress *)progress, args, nargsf, keywords);
+    Py_DECREF(file);
+    Py_DECREF(progress);
+    return rows;
+}
+
+/* Agreement(original, slow, declare, layer) */
+static int agreement_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(keywords)) {
+    Agreement *self = (Agreement *)object;
+    if (self->original ||
+        !PyArg_ParseTuple(args, "OOOU", &self->original, &self->slow, &self->declare, &self->layer))
+        return -1;
+    Py_INCREF(self->original); /* the hooks live as long as the process */
+    Py_INCREF(self->slow);
+    Py_INCREF(self->declare);
+    Py_INCREF(self->layer);
+    self->vectorcall = agreement_call;
+    return 0;
+}
+
+static PyTypeObject AgreementType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "hmr_record.Agreement",
+    .tp_basicsize = sizeof(Agreement),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
+    .tp_new = PyType_GenericNew,
+    .tp_init = agreement_init,
+    .tp_vectorcall_offset = offsetof(Agreement, vectorcall),
+    .tp_call = PyVectorcall_Call,
+    .tp_getattro = attribute_of,
+};
