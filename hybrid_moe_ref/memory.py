@@ -31,7 +31,7 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
     if torch.device(device).type == "cpu":
         machine_has, there = "this machine has", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         if (limit := container_limit()) < there:
-            machine_has, there = "this container may use", limit
+            machine_has, there = "this container can use", limit
     elif num_ranks == 1 and torch.device(device).type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
         machine_has, suggestion = f"{device} has", f" free{suggestion}"

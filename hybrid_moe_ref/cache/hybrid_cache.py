@@ -267,7 +267,7 @@ class HybridCache:
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.cache is not self:
-            raise ValueError("the sequence belongs to another cache")
+            raise ValueError("the sequence belongs to a different cache")
         if not sequence.release.alive:
             raise ValueError("the sequence was freed")
 

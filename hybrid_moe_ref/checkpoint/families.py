@@ -201,7 +201,7 @@ def _check_keys(raw: dict[str, Any], keys: set[str], where: str) -> None:
         if key not in keys and value is not None:
             path = f"{where}.{key}" if where else key
             raise ConfigError(
-                f"the key is not known, and its value {value!r:.60} may change the model{nearest(key, keys)}", path
+                f"the key is not known, and its value {value!r:.60} could change the model{nearest(key, keys)}", path
             )
 
 

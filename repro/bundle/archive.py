@@ -157,7 +157,7 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
         document = read_json(folder / MANIFEST)
         promised = {str(name): str(row["sha256"]) for name, row in document["files"].items()}
     except FileNotFoundError:
-        raise ArchiveError(f"{where}: this is not a bundle, because it has no {MANIFEST}") from None
+        raise ArchiveError(f"{where}: the zip is not a bundle, because it has no {MANIFEST}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ArchiveError(f"{where}: {MANIFEST} cannot be read") from None
     found = {name: digest for name, digest in sums.items() if name != MANIFEST}

@@ -83,8 +83,8 @@ def issue(data: RunData, others: list[RunData], left_out: int = 0) -> str:
         ],
         *([] if others else ["| - | - | not run |"]),
         "",
-        "**What is not shown.** Another server's hang may have another cause: this run rebuilds one mechanism on a "
-        f"small model, {_line(verdict.backend)} backend. Nothing about speed.",
+        "**What is not shown.** The hang of a real server can have a different cause: this run rebuilds one mechanism "
+        f"on a small model, {_line(verdict.backend)} backend. No speed was measured.",
         "",
         "**Versions**, as loaded by the ranks",
         "```",

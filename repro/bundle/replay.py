@@ -111,7 +111,7 @@ def _refuse_what_would_not_hang(verdict: Document) -> None:
             meetings.setdefault((p.group, p.seq), set()).add((p.op, p.sizes))
     if verdict.cause == "sizes" or any(len(calls) > 1 for calls in meetings.values()):
         raise ReplayError(
-            "ranks paired different operations or sizes, and only a race in the backend decides whether that hangs"
+            "ranks paired different operations or sizes, and only a race in the backend decides whether the ranks hang"
         )
 
 
@@ -130,13 +130,13 @@ def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict
     for rank, witness in sorted(witnesses.items()):
         if witness.first_event > 1 or not witness.complete:
             raise ReplayError(
-                f"{witness.name}: the oldest events were overwritten, or the newest are incomplete, so "
+                f"{witness.name}: the oldest events were overwritten, or the newest events are incomplete, so "
                 "the run cannot be replayed"
             )
         for group in witness.groups:
             if groups.setdefault(group.name, group.members) != group.members:
                 raise ReplayError(
-                    f"{witness.name}: group {group.name} has other members than in the witnesses of other ranks"
+                    f"{witness.name}: group {group.name} has different members in the witnesses of other ranks"
                 )
         programs[rank] = list(_acts(witness, steps))
     return programs, groups

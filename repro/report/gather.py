@@ -113,7 +113,7 @@ def gather(root: Path, with_lanes: bool = True) -> RunData:
 
 
 def _read_description(data: RunData) -> None:
-    loss = "the report cannot show what the run rebuilds, the runs beside it and the commands that repeat it"
+    loss = "the report cannot show what the run rebuilds, its other variants, and the commands that repeat the run"
     data.description = _read(data, data.run_dir.description, read_description, loss)
 
 

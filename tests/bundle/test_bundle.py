@@ -108,7 +108,7 @@ def changed(root: Path, **verdict) -> Path:
         ("clean", None, "the verdict is clean"),
         ("inconclusive", None, "the verdict is inconclusive"),
         ("", None, "there is no verdict"),
-        ("deadlock", "sizes", "a race in the backend decides whether that hangs"),
+        ("deadlock", "sizes", "a race in the backend decides whether the ranks hang"),
     ],
 )
 def test_what_no_replay_brings_back_has_no_file_that_claims_to(tmp_path, quick, scenario, verdict, cause, why):

@@ -74,9 +74,8 @@ class PreparedKernels:
         """Raise ConfigError if the registry now selects a different backend for an operation than at the start."""
         if not self.table.items() <= registry.table(self.device.type, self.dtype).items():
             raise ConfigError(
-                f"this engine was started with kernels {self.choice!r}, but the process has chosen "
-                f"{registry.choice()!r} since: call registry.use({self.choice!r}) before serve, or start another "
-                "engine",
+                f"this engine was started with kernels {self.choice!r}, but the process now uses kernels "
+                f"{registry.choice()!r}: call registry.use({self.choice!r}) before serve, or start a new engine",
                 "kernels",
             )
 

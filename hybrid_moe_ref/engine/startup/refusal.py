@@ -75,8 +75,8 @@ def _leaves_when_idle(config: ServerConfig, policies: Policies) -> Iterator[str]
     """Yield a finding if a rank without requests would no longer take part in the steps."""
     if policies.idle.dummy_tokens(unfinished=False) is None:
         yield (
-            f"{_name(policies.idle)}: a rank without requests would leave while others still wait for it: an idle rank "
-            "must run a dummy batch (policies.idle)"
+            f"{_name(policies.idle)}: a rank without requests would leave while other ranks still wait for it: an idle "
+            "rank must run a dummy batch (policies.idle)"
         )
 
 
@@ -115,8 +115,8 @@ def _chooses_its_own_graph(config: ServerConfig, policies: Policies) -> Iterator
     agreed = AgreedStep((1, 9), EAGER, False)
     if config.engine.mode == "graphs" and policies.graphs.choose(plan, agreed) != agreed:
         yield (
-            f"{_name(policies.graphs)}: graph mode is not supported if each rank chooses it by itself: run what the "
-            "ranks agreed on (policies.graphs), or use engine.mode = eager"
+            f"{_name(policies.graphs)}: graph mode is not supported if each rank chooses its graph by itself: run what "
+            "the ranks agreed on (policies.graphs), or use engine.mode = eager"
         )
 
 

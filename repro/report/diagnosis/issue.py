@@ -61,8 +61,12 @@ def _tree(job: JobRecords) -> list[str]:
     twice = [rows for rows in looks if len(rows) > 1]
     moved = sorted({str(rows[-1].process) for rows in twice if _place(rows[0]) != _place(rows[-1])})
     if twice:
-        lines += [f"Of the {len(twice)} processes that were observed twice, these were at another place in the last "
-                  f"observation: {stack_tree.name_all(moved) if moved else 'none'}.", ""]  # fmt: skip
+        others = stack_tree.name_all(moved) if moved else "none"
+        lines += [
+            f"Of the {len(twice)} processes that were observed twice, these were at a different place in the last "
+            f"observation than in the first: {others}.",
+            "",
+        ]
     return lines
 
 

@@ -132,7 +132,7 @@ def _link(root: Path, other: Path) -> str:
 
 
 def _limits(data: RunData) -> Iterator[str]:
-    yield "The hang of a real server may have another cause: this run rebuilds one mechanism on a small model."
+    yield "The hang of a real server can have a different cause: this run rebuilds one mechanism on a small model."
     yield "Nothing here is a measurement of speed."
     if data.verdict.backend == "gloo":
         yield "The backend was gloo on CPUs; the behaviour of NCCL and GPUs is not shown."

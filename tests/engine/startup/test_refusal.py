@@ -60,7 +60,7 @@ def test_what_can_be_kept_free_of_deadlock_is_not_refused(config):
             r"at layers.0.gated_delta_net a rank with requests would issue 2 .*an idle rank 1",
         ),
         ("idle_skip", r"a rank without requests would leave.*policies.idle"),
-        ("graph_mode", r"graph mode is not supported if each rank chooses it by itself.*engine.mode = eager"),
+        ("graph_mode", r"graph mode is not supported if each rank chooses its graph by itself.*engine.mode = eager"),
         ("autotune_cache", r"a rank with a saved tuning result would skip.*policies.tuning"),
         ("late_preemption", r"a rank whose cache is full would leave a step.*make room before.*policies.preemption"),
     ],

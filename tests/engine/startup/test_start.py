@@ -148,8 +148,8 @@ def test_an_engine_refuses_on_all_ranks_to_serve_with_kernels_that_one_rank_chos
         return str(refused.value)
 
     message = (
-        "kernels: this engine was started with kernels 'auto', but the process has chosen 'fla' since: "
-        "call registry.use('auto') before serve, or start another engine"
+        "kernels: this engine was started with kernels 'auto', but the process now uses kernels 'fla': "
+        "call registry.use('auto') before serve, or start a new engine"
     )
     assert run_ranks(2, tmp_path, run) == [f"rank 1 failed: ConfigError: {message}", message]
 

@@ -156,7 +156,7 @@ def test_misuse_is_a_clear_error() -> None:
     cache, other = HybridCache(SMALL, 20), HybridCache(SMALL, 20)
     model = HybridMoE(SMALL, device="meta").init_weights(0)
     a = cache.allocate()
-    with pytest.raises(ValueError, match="belongs to another cache"):
+    with pytest.raises(ValueError, match="belongs to a different cache"):
         other.free(a)
     with pytest.raises(ValueError, match="appears twice"):
         Batch.of([(a, 1), (a, 2)])

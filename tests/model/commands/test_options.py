@@ -140,7 +140,7 @@ def test_a_container_that_may_use_less_than_the_machine_has_counts(tmp_path: Pat
     assert memory.container_limit(tmp_path, tmp_path / "cgroup") == 1_000_000
     assert memory.container_limit(tmp_path, tmp_path / "absent") == float("inf")
     monkeypatch.setattr(memory, "container_limit", lambda: 1e6)
-    with pytest.raises(ConfigError, match=r"the model needs .* GB, this container may use 0.0 GB; less of it"):
+    with pytest.raises(ConfigError, match=r"the model needs .* GB, this container can use 0.0 GB; less of it"):
         memory.check_memory(HybridMoE(CONFIG, device="meta"), 1, "cpu", suggestion="; less of it")
 
 
