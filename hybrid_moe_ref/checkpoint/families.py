@@ -163,7 +163,7 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _agreed(said: dict[str, Any]) -> Any:
-    """Return the value of a setting that a config may have at several paths; None if no path has a value.
+    """Return the value of a setting that a config can have at several paths; None if no path has a value.
 
     said: for each path, the value at this path, or None
 

@@ -119,7 +119,7 @@ class IdlePolicy:
     """Decides what a rank without requests does in a step. Here it takes part, with a dummy batch of one row."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
-        """Return the number of rows of the dummy batch, which may be 0 (here: 1).
+        """Return the number of rows of the dummy batch, which can be 0 (here: 1).
 
         None: this rank leaves its serve loop.
 

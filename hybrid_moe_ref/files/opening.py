@@ -36,7 +36,7 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
 
 
 def open_own(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file for writing, in a folder that others may write to, and return its descriptor.
+    """Open a file for writing, in a folder that other users can write to, and return its descriptor.
 
     flags: those of ``os.open``, such as ``os.O_RDWR | os.O_CREAT``
 

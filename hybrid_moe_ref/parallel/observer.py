@@ -62,7 +62,7 @@ class Observer(Protocol):
         """Called just after the collective completed."""
 
     def local(self, event: str, name: str, holder: int = -1) -> None:
-        """Called when the rank does local work that other ranks may wait for.
+        """Called when the rank does local work for which other ranks can be waiting.
 
         event   lock_wait, lock_held, lock_freed, build_begin, build_end or heartbeat
         name    the lock or the build; for heartbeat, what the rank does

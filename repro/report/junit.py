@@ -62,5 +62,5 @@ def _add_case(suite: ET.Element, document: Document) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replace control characters, because a rank's error may contain some and XML does not allow them."""
+    """Replace control characters, which a rank's error can contain and XML does not allow."""
     return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)

@@ -12,7 +12,7 @@ from repro.verdict.result import Position, name_ranks
 
 _WIDTH, _HEIGHT, _GAP, _TOP = 250, 78, 90, 44
 _MOST_CHARACTERS = {"bold": 34, "mono": 31, "dim small": 40}
-"""Style of a line in a box -> number of characters that fit."""
+"""For each style of a line in a box, the number of characters that fit."""
 
 
 def draw_waits(data: RunData) -> str:
