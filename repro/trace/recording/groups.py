@@ -44,7 +44,7 @@ class Groups:
         self._members: dict[str, tuple[int, ...]] = {}
 
     def declare(self, name: str, ranks: Sequence[int]) -> None:
-        """Note the members of a group, and give the group a slot in the file. Call this before its first collective."""
+        """Note the members of a group, and give it a slot in the file. Call this before the group's first use."""
         self._members[name] = tuple(ranks)
         self.of(name)
 

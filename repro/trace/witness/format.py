@@ -267,7 +267,7 @@ def pack_header(writer: Identity, shape: Geometry) -> bytes:
 
 
 def pack_heartbeat(now_ns: int, name: int, count: int) -> bytes:
-    """Pack a heartbeat with its checksum."""
+    """Pack a heartbeat with its checksum. name: string number of the heartbeat's name; count: heartbeats so far."""
     body = HEART.pack(now_ns, name, count, 0)[: -CRC.size]
     return body + CRC.pack(zlib.crc32(body))
 
