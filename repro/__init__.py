@@ -1,1 +1,1 @@
-"""Reproduce and test the hangs of expert-parallel servers, and find out from evidence why a job hangs."""
+"""Reproduce hangs of expert-parallel servers, test fixes for them, and find out from evidence why a job hangs."""

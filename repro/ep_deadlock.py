@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 ep_deadlock.py         hangs; after 5 s prints which ranks wait where, and exits with 1
     torchrun --nproc-per-node 8 ep_deadlock.py --fix   finishes the same requests, and exits with 0
 
-It runs on 2 to 8 ranks, with NCCL if each rank has a GPU, and otherwise with gloo on the CPU. It needs only torch.
+The program runs on 2 to 8 ranks, with NCCL if each rank has a GPU, else with gloo on the CPU. It needs only torch.
 
 In each step, all ranks agree on their token counts with an all-reduce over the data-parallel CPU group. Then every
 layer runs Gated DeltaNet (GDN, without communication) and an MoE, whose tokens are all-gathered to the experts' ranks

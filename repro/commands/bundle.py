@@ -1,4 +1,4 @@
-"""``bundle RUN``: make a bundle of a run, or of the evidence of any other job, or check a bundle by its manifest."""
+"""``bundle RUN``: make a bundle of a run or of another job's evidence; with --verify, compare one with its manifest."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made(args: argparse.Namespace) -> Made:
-    """Make the bundle: of a run of this program or of other evidence, whichever the files under the path are."""
+    """Make the bundle. The files under the path show whether the path is a run of this program or other evidence."""
     root = args.run.resolve()
     target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
     if root.exists():

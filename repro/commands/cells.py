@@ -106,7 +106,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     try:
         program = tuple(shlex.split(args.vllm))
     except ValueError as error:
-        raise ConfigError(f"{error}", "--vllm") from None
+        raise ConfigError(f"cannot split the command into words: {error}", "--vllm") from None
     if not program:
         raise ConfigError("no command is given", "--vllm")
     flags = tuple(args.flags) or grid.REPORT_FLAGS

@@ -59,13 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="logs of the job, which may have ended; files to which its processes write are found without this option",
+        help="logs of the job, even if it has ended; files to which its processes write are found without this option",
     )
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Collect the evidence of the job, and print the verdict on it.
+    """Collect the evidence of a job, and print the verdict on the job.
 
     Returns 125 for the verdict `inconclusive`, 0 for any other verdict, and 2 if no job or several jobs were found.
     """

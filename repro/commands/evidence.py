@@ -12,7 +12,8 @@ from repro.ingest.read import Evidence, read
 def evidence_of(paths: Sequence[Path]) -> Evidence:
     """Return the evidence under the paths. `Evidence.not_understood` lists the files that no reader understands.
 
-    Raises DamagedFile for a damaged folder from `diagnose --out`, and ArchiveError for a damaged bundle of one.
+    Raises DamagedFile for a damaged folder from `diagnose --out`, and ArchiveError for a damaged bundle of such a
+    folder.
     """
     earlier = [path for path in paths if saved.is_saved(path)]
     evidence = read([path for path in paths if path not in earlier])

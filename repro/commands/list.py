@@ -1,4 +1,4 @@
-"""``list``: print the scenarios, with the upstream issue that each one rebuilds and the verdict on the faulty run."""
+"""``list``: print each scenario, the upstream issue that it rebuilds, and the expected verdict on its fault."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Shrink the scenario, write the result as a Python file, and run this file. Returns the exit code:
 
     0    the written file hung, as it should
-    1    the scenario's first run has a different verdict than the scenario predicts, so it is not shrunk
+    1    the scenario's first run has a different verdict than the scenario predicts, so the scenario is not shrunk
     125  the first run is inconclusive or not possible here, the result cannot be written as one file, or the written
          file did not hang
     """

@@ -1,4 +1,4 @@
-"""Judge a run directory of the lab, or a bundle of one, that the user gave to `diagnose`: use the run's witnesses."""
+"""Judge a run of the lab by its witnesses, if the user gave its run directory or bundle to `diagnose`."""
 
 from __future__ import annotations
 

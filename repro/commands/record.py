@@ -1,4 +1,4 @@
-"""``python -m repro record [--to DIR] -- PROGRAM…``: run a torch.distributed program, record it, and watch it."""
+"""``python -m repro record [--to DIR] -- PROGRAM…``: run a torch.distributed program and record its collectives."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the program, record it and watch it. With --print-env, only print the environment variables and return 0.
+    """Run the program, record its collectives, and watch its ranks.
+
+    With --print-env, only print the environment variables that turn recording on, and return 0.
 
     Returns the program's exit code, UNEXPECTED if --end ended the program, or INTERRUPTED after Ctrl-C.
     """

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     session = Session(args, Console(stderr=args.json))
     # torchrun starts ranks in the same way as real servers do. The fork server imports torch only once for all runs.
     launcher = args.launcher or ("fork" if len(planned) > 1 else "torchrun")
-    # The user may interrupt at any point; then the verdicts so far are shown.
+    # The user can interrupt at any point; then the verdicts so far are shown.
     with contextlib.suppress(KeyboardInterrupt), job.launcher(launcher) as start:
         series = Series(args.out, start, args.interrupt)
         for number, one in enumerate(planned, start=1):

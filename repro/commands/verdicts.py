@@ -18,9 +18,9 @@ from repro.watch.document import Document
 
 
 def exit_code(documents: Sequence[Document]) -> int:
-    """Return the exit code for several verdicts: 0 if all are as expected, else that of the verdicts that are not.
+    """Return the exit code for all verdicts together: EXPECTED if every verdict is as expected.
 
-    If some of these are inconclusive and others are not, the exit code is UNEXPECTED, not CANNOT_TELL.
+    Otherwise it is CANNOT_TELL if all unexpected verdicts are inconclusive, and UNEXPECTED if at least one is not.
     """
     missed = {class_of(document.verdict).exit_code for document in documents if not document.matches_expected}
     # the exit code of an unexpected verdict is lower than that of an inconclusive one

@@ -58,7 +58,7 @@ FLAGS = (
     _flag("--seed", "seed", "default: 0", type=int, metavar="N"),
     _flag("--checks", "checks", "default: observe for fault, agree for control and fix", choices=CHECKS),
     _flag(
-        "--allow-unsafe", "allow_unsafe", "start even if the run may hang (a fault always starts)",
+        "--allow-unsafe", "allow_unsafe", "start even if the run can hang (a fault always starts)",
         action="store_true", default=None,
     ),
     _flag("--gdn-prefill-backend", "engine.gdn_prefill_backend", "jit: compiled on this machine at first use",
@@ -75,7 +75,7 @@ FLAGS = (
 
 
 def add_flags(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """Add the flags of the settings ``fields`` to a parser. If the user does not give a flag, its value is None."""
+    """Add to a parser the flag of each setting in ``fields``. If the user does not give a flag, its value is None."""
     for flag in FLAGS:
         if flag.field in fields:
             parser.add_argument(flag.option, dest=flag.dest, **flag.options)
@@ -92,8 +92,8 @@ def settings_of(
 ) -> RunSettings:
     """Return the settings of a run of ``scenario``.
 
-    The values come from four sources: the scenario's defaults, the file ``config``, ``flags`` and ``fixed``. If two
-    sources set the same field, the later one in this list wins.
+    The values come from four sources: the scenario's defaults, the file ``config``, ``flags`` and ``fixed``. Each
+    source overrides the sources before it.
 
     flags    a dict from field to value, from :func:`given`
     config   the user's --config file; None if there is none

@@ -128,7 +128,10 @@ class RunSettings(Config):
         self._check_pages()
 
     def _check_work(self) -> None:
-        """Raise ConfigError for a workload that takes long to generate: each command that judges a run generates it."""
+        """Raise ConfigError for a workload that takes long to generate.
+
+        Every command that judges a run generates the run's workload again.
+        """
         work, num_ranks = self.workload, self.drawn_for or self.num_ranks // self.tp_size
         of_a_rank = work.max_requests * (work.max_prompt_tokens + work.max_new_tokens) + work.max_arrival_step
         if num_ranks * of_a_rank > MAX_WORK:

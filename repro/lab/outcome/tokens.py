@@ -45,7 +45,7 @@ def name_equal(run_dir: RunDir) -> str:
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
-    """Return a line for each request whose tokens differ from the reference, or that the wrong number of ranks served.
+    """Return a line for each request with tokens unlike the reference's, or that too few or too many ranks served.
 
     Returns at most MAX_LINES lines, and keeps the tokens of only one rank in memory, because the files of a bundle can
     be large. Raises FileNotFoundError, which names all missing files, or ValueError, which names a damaged file.

@@ -1,4 +1,4 @@
-"""List the software that a rank has loaded (versions and libraries), and the environment variables that change it.
+"""List the software that a rank has loaded (versions and libraries), and the environment variables that affect it.
 
 The rank itself writes this list into the run's folder env/, because three things can differ: the installed versions,
 the versions that torch was built with, and the libraries that the process has mapped.

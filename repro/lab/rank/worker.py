@@ -3,8 +3,8 @@
 Under ``python -m repro run`` the launcher creates the run directory and watches the run. Under plain torchrun, rank 0
 creates the run directory and starts the watcher, so that the run leaves the same files.
 
-A rank that is done or failed does not exit by itself, because the watcher may still need evidence from other ranks. The
-rank records in its witness that it is done or failed, and waits until the watcher lets it exit.
+A rank that is done or failed does not exit by itself: an early exit would change the evidence that the watcher collects
+from other ranks. The rank records in its witness that it is done or failed, and waits until the watcher lets it exit.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class Scenario:
 
 
 def struck_rank(settings: RunSettings) -> int:
-    """Return the rank that has the fault, in scenarios in which only one rank has the fault. The seed chooses it."""
+    """Return the rank that has the fault, in scenarios with a fault on one rank. The seed decides which rank it is."""
     return random.Random(settings.seed).randrange(settings.num_ranks)
 
 

@@ -49,7 +49,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the configuration. The control compiles nothing. Fault and fix use torch.compile."""
+    """Return the server's configuration. The control compiles nothing. Fault and fix use torch.compile."""
     config = settings.server()
     if settings.variant != "control":
         return config
@@ -59,7 +59,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 def hang(settings: RunSettings) -> Expected:
     """Predict the verdict `slow` with the compiling rank as culprit, or a crash if the group timeout is too short.
 
-    A group timeout of at most LIKELY_S is too short: the waiting ranks give up before the compilation ends. The
+    A group timeout of at most LIKELY_S seconds is too short: the waiting ranks give up before the compilation ends. The
     prediction names no culprit of the crash, because any waiting rank can be the first to fail. With a quiet window of
     more than 1 s, accept `clean` instead of `slow`.
     """

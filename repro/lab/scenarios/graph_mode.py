@@ -44,7 +44,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the configuration. The control uses no graphs. Fault and fix use graphs."""
+    """Return the server's configuration. The control uses no graphs. Fault and fix use graphs."""
     config = settings.server()
     if settings.variant != "control":
         return config

@@ -60,7 +60,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the configuration. It has a time limit for one collective, which is shorter than the quiet window.
+    """Return the server's configuration, with a time limit for one collective that is shorter than the quiet window.
 
     The limit is set only if `checks` is "agree" or "strict". This is so by default in the fix, but not in the fault.
     The control has no limit.

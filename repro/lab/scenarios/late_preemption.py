@@ -65,7 +65,7 @@ def pressed(settings: RunSettings) -> EngineConfig:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the configuration.
+    """Return the server's configuration.
 
     In the control, the cache is never full. In fault and fix, the cache becomes full on some ranks.
     """

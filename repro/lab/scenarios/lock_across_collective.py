@@ -1,4 +1,4 @@
-"""A rank holds the build lock in a collective, which the other ranks enter only after they had the same lock.
+"""A rank holds the build lock while it waits in a collective, which the other ranks enter only after they had the lock.
 
 No single upstream report describes this. But build locks are common, and so is tuning with collectives (vLLM issue
 54618 has an all-reduce for each tactic that the tuner times). A server that does both under one lock can hang like
@@ -81,7 +81,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock in the profile step.
 
-    The culprit is the rank that gets the lock first. Any rank may be first, so the prediction names none.
+    The culprit is the rank that gets the lock first. Any rank can be first, so the prediction names no culprit.
     """
     return Expected("deadlock", "lock", step=0, layer="moe_experts")
 

@@ -1,4 +1,4 @@
-"""One rank was started with a different flag, so its steps contain other collectives than those of the other ranks.
+"""One rank was started with a different flag, so its steps contain different collectives than those of all other ranks.
 
 Upstream: vLLM issue 26187, where a flag of the expert load balancer differed between leader and workers, and only some
 ranks issued an all-reduce. Here one rank runs without expert parallelism. This rank holds all experts, dispatches
@@ -20,7 +20,7 @@ from repro.lab.settings import RunSettings
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the configuration. The trigger: one rank was started without --enable-expert-parallel."""
+    """Return the server's configuration. The trigger: one rank was started without --enable-expert-parallel."""
     config = settings.server()
     if settings.variant == "control" or rank != struck_rank(settings):
         return config

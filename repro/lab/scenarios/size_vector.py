@@ -54,7 +54,7 @@ class KeepSizes(GatherOrBroadcast):
 
 
 def first_stale(settings: RunSettings) -> tuple[int, int] | None:
-    """Return (serve step, rank): the first step in which a rank would use a stale list, and this rank; None if none is.
+    """Return (serve step, rank): the first step in which a rank would use a stale list, and this rank; else None.
 
     If several ranks would use a stale list in this step, the seed decides between them.
     """

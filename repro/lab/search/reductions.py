@@ -15,7 +15,8 @@ from repro.lab.settings import RunSettings
 def reductions(scenario: Scenario, start: RunSettings, target: Expected) -> Iterator[RunSettings]:
     """Yield smaller and smaller settings for which the scenario predicts the verdict and cause of ``target``.
 
-    Each has one reduction more than the one before: fewer ranks, layers, experts, tokens or requests.
+    Each of these settings has one reduction more than the settings before: fewer ranks, layers, experts, tokens or
+    requests.
     """
     current, moved = start, True
     while moved:

@@ -50,7 +50,7 @@ def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = 
     if any(thread.is_alive() for thread in threads):
         failures.append(f"{run_dir.root} was not written to its disk within {patience_s:g} s")
     for failure in failures[:1]:
-        notice(f"evidence may be lost if this machine is reset now: {failure}")
+        notice(f"evidence is perhaps lost if this machine is reset now: {failure}")
 
 
 def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> list[str]:

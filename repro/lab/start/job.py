@@ -106,7 +106,7 @@ class ForkServer:
 
 
 class ForkedJob:
-    """A job that the fork server started. It is not a child of this process."""
+    """A job that the fork server started. The job is no child of this process, so `poll` looks for its pid."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

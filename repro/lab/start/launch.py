@@ -69,7 +69,7 @@ def run(
 def skipped(settings: RunSettings, why: str) -> Document:
     """Return the content of verdict.json for a run that is not possible on this machine. ``why`` gives the reason.
 
-    With it, a list or table of verdicts also has an entry for this run.
+    So a list or table of verdicts also has an entry for this run.
     """
     verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
     return document_of(settings, verdict, matches_expected=False, skipped=why)
@@ -181,10 +181,10 @@ def _attend(
 def _living(ranks: Callable[[], list[processes.Process]], notice: Callable[[str], None]) -> list[processes.Process]:
     """Return the ranks that still run. If they cannot be listed, print a notice and return [].
 
-    Ranks that this process started itself are ended in both cases, as descendants of its jobs.
+    Even if they cannot be listed, the ranks that this process started are ended, because they descend from its jobs.
     """
     try:
         return ranks()
     except Exception as error:
-        notice(f"ranks that others started may still run: {type(error).__name__}: {error}")
+        notice(f"cannot list the ranks, so some ranks perhaps still run: {type(error).__name__}: {error}")
         return []

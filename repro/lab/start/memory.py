@@ -1,8 +1,8 @@
 """Check before any rank starts whether the ranks of a run fit into this machine's memory.
 
-``python -m repro.lab.start.memory`` reads a list of settings from standard input. It prints how much memory the first
-run that does not fit needs, and how much there is. This is a separate process because it needs torch, which the
-launcher never loads.
+``python -m repro.lab.start.memory`` reads a list of settings from standard input. For the first run that does not fit,
+it prints how much memory the ranks need and how much there is. This is a separate process because it needs torch, which
+the launcher never loads.
 """
 
 from __future__ import annotations
