@@ -70,7 +70,7 @@ def at_exit(verdict: Verdict) -> str:
 def _without_idle(verdict: Verdict) -> Verdict:
     """Turn each culprit whose engine waits for requests into a suspect.
 
-    If all engines wait for requests, name no culprit and no suspect.
+    If all engines wait for requests, the verdict is `inconclusive`.
     """
     asleep = {at.rank for at in verdict.ranks if at.phase.startswith(WITHOUT_REQUESTS)}
     if asleep and all(at.rank in asleep or at.state == "done" for at in verdict.ranks):
@@ -92,7 +92,7 @@ def _without_idle(verdict: Verdict) -> Verdict:
 
 
 def _all_idle(verdict: Verdict, asleep: set[int]) -> Verdict:
-    """Return the verdict without culprits and suspects, because all engines wait for requests.
+    """Return an inconclusive verdict, because all engines wait for requests: a healthy server does so too.
 
     asleep: the ranks of these engines
     """
@@ -105,4 +105,12 @@ def _all_idle(verdict: Verdict, asleep: set[int]) -> Verdict:
         )
     if exits := at_exit(verdict):
         lines.append(exits)
-    return replace(verdict, culprits=(), suspects=(), confidence="undecided", evidence=tuple(lines))
+    return replace(
+        verdict,
+        verdict="inconclusive",
+        cause="",
+        culprits=(),
+        suspects=(),
+        confidence="undecided",
+        evidence=tuple(lines),
+    )
