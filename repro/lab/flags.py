@@ -38,7 +38,7 @@ class Flag:
         return self.field.rpartition(".")[2]
 
     def value(self, settings: RunSettings) -> Any:
-        """Return the value of this flag in the settings."""
+        """Return the value of the flag's setting in ``settings``."""
         return getattr(settings.engine if self.field.startswith("engine.") else settings, self.dest)
 
     def words(self, value: Any) -> list[str]:

@@ -37,7 +37,7 @@ def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[s
 
 
 def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Document, bool]:
-    """Return (the content of verdict.json, whether every file of the run could be read in full)."""
+    """Judge a run from its files. Returns (the content of verdict.json, whether all files could be read in full)."""
     comparison, damaged = _compare(run_dir, settings)
     again = judge_files(run_dir, watch_options(settings), comparison)
     decided = again.decided

@@ -1,6 +1,8 @@
 """The scenarios: ways to hang, one file each. A file has the faulty policy, the fix, and the expected verdict.
 
-In the docstring of a scenario, "Upstream" gives the reports of the hang that the scenario rebuilds.
+In the docstring of a scenario, "Upstream" gives the reports of the hang that the scenario rebuilds. "The trigger" is
+the situation in which the fault causes a hang. The variant `fault` has the trigger and the fault. The variant `fix` has
+the trigger and the cure.
 """
 
 from __future__ import annotations

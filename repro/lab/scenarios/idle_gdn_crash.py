@@ -27,7 +27,7 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class IdleWithZeroTokens(IdlePolicy):
-    """The trigger: an idle rank takes part with an empty batch."""
+    """The trigger: an idle rank takes part in a step with an empty batch."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
         return 0

@@ -45,11 +45,11 @@ class FallBack(SumOverRanks):
         return self.fall_back(partial_NH)
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
-        """Sum a batch of one row after the fused all-reduce has failed. Here only the plain all-reduce sums it."""
+        """Sum a batch of one row, which the fused all-reduce has refused, by the plain all-reduce."""
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
-        """Sum over the tp group by one all-reduce, which stands for the fused or the plain one."""
+        """Sum over the tp group by one all-reduce. It stands for the fused all-reduce or for the plain one."""
         return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
 
 
