@@ -12,7 +12,7 @@ def main() -> int:
     # During the imports below, Ctrl-C ends the process at once. The command line then installs its own handler.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-    from repro.commands.output import guarded, open_standard_files
+    from repro.commands.shared.output import guarded, open_standard_files
 
     open_standard_files()  # must come before any other file is opened
 

@@ -13,7 +13,7 @@ from repro.bundle.evidence import make_of_evidence
 from repro.bundle.redact import search
 from repro.bundle.redact.recognise import LEFT_OUT
 from repro.commands.diagnose import is_own_run
-from repro.commands.evidence import evidence_of
+from repro.commands.shared.evidence import evidence_of
 from repro.ingest import saved
 from repro.store.run_dir import RunDir, refuse_unwritable
 from repro.store.text import escape_control_characters, escape_lines

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repro.commands.errors import describe_failure, one_line, say_error
+from repro.commands.shared.errors import describe_failure, one_line, say_error
 from repro.exit_codes import CANNOT_TELL, INTERRUPTED, USAGE
 from repro.hosts.interrupt import Interrupt
 

@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
 
     Returns 125 for the verdict `inconclusive`, 0 for any other verdict, and 2 if no file was usable.
     """
-    from repro.commands.evidence import evidence_of
+    from repro.commands.shared.evidence import evidence_of
     from repro.verdict.partial import diagnose
 
     for path in args.paths:
         if not path.exists():
             args.parser.error(f"{path}: no such file or folder")
     if len(args.paths) == 1 and is_own_run(args.paths[0]):
-        from repro.commands import own_runs  # needs the lab's settings, which other evidence does not need
+        from repro.commands.shared import own_runs  # needs the lab's settings, which other evidence does not need
 
         if args.out:
             args.parser.error(

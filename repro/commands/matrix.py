@@ -9,8 +9,8 @@ from msgspec import structs
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
-from repro.commands import lab
-from repro.commands.verdicts import exit_code, write_reports
+from repro.commands.shared import lab
+from repro.commands.shared.verdicts import exit_code, write_reports
 from repro.exit_codes import INTERRUPTED
 from repro.lab import flags
 from repro.lab.rank.environment import refuse_bad_variables

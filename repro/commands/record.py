@@ -17,7 +17,7 @@ from rich.console import Console
 from hybrid_moe_ref.config import ConfigError
 from repro.attach import recording
 from repro.attach.record import compiled
-from repro.commands.verdicts import write_reports
+from repro.commands.shared.verdicts import write_reports
 from repro.exit_codes import INTERRUPTED, UNEXPECTED
 from repro.hosts import processes
 from repro.hosts.interrupt import Interrupt

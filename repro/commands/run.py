@@ -13,8 +13,8 @@ from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.startup.refusal import check_start
-from repro.commands import lab
-from repro.commands.verdicts import exit_code, print_verdicts, write_reports
+from repro.commands.shared import lab
+from repro.commands.shared.verdicts import exit_code, print_verdicts, write_reports
 from repro.exit_codes import INTERRUPTED
 from repro.lab import flags, scenarios
 from repro.lab.rank.environment import refuse_bad_variables

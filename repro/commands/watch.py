@@ -12,7 +12,7 @@ from hybrid_moe_ref.config import ConfigError
 from repro import bundle
 from repro.attach import recording
 from repro.commands import diagnose
-from repro.commands.verdicts import exit_code, print_verdicts, write_reports
+from repro.commands.shared.verdicts import exit_code, print_verdicts, write_reports
 from repro.exit_codes import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.hosts import processes
 from repro.hosts.agent import HostAgent

@@ -16,7 +16,7 @@ from test_redaction import HOST, OWN, PEER, USER, found_in, machine  # noqa: F40
 
 from repro import bundle
 from repro.commands.cli import main
-from repro.commands.evidence import evidence_of
+from repro.commands.shared.evidence import evidence_of
 from repro.ingest.read import Evidence, read
 from repro.trace.foreign.json_lines import decode, encode
 from repro.trace.foreign.records import Child, Connections, LockLook, Observation, Process, ProcessLook, Source

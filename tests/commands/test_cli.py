@@ -19,7 +19,7 @@ from rich.live import Live
 from scene import Scene
 
 from repro.commands.cli import COMMANDS, main, parser_of
-from repro.commands.verdicts import exit_code
+from repro.commands.shared.verdicts import exit_code
 from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.lab.rank import worker
 from repro.lab.scenarios import settings_of

@@ -15,7 +15,7 @@ from simulator import Simulation
 
 from repro import report
 from repro.commands.cli import main
-from repro.commands.verdicts import exit_code
+from repro.commands.shared.verdicts import exit_code
 from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED
 from repro.hosts.options import WatchOptions
 from repro.lab import scenarios

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from repro.commands.errors import describe_failure, say_error
+from repro.commands.shared.errors import describe_failure, say_error
 from repro.exit_codes import EXPECTED
 from repro.report import write_all
 from repro.report.terminal import overview, say, summary
