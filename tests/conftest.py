@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import environment
@@ -20,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before any test module, and so torch, is imported. Workers share the home, and so what is compiled."""
     if worker_of(config):
         home = os.environ["HOME"]  # of the process that started the workers
+        atexit.register(os._exit, 0)  # runs last, and saves the second that tearing down torch's modules takes
     else:
         config.stash[HOME] = home = tempfile.mkdtemp(prefix="home-of-tests-")
     environment.settle(home)
@@ -38,6 +41,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     gc.unfreeze()  # so that the interpreter frees them at its end: triton reports frozen objects as leaks
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spare the garbage collector the modules and tests, which are no garbage: looking through them takes time, and
+    makes ranks copy their pages."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the native library run last, while it is built beside the others; the first of them may wait for it."""
@@ -54,8 +69,7 @@ def needs_native_library(item: pytest.Item) -> bool:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the build. Then spare the garbage collector the modules and tests, which are none: looking through them
-    takes time, and makes ranks copy their pages."""
+    """Start the build."""
     config = session.config
     builds = worker_of(config) in ("", "gw0") and not config.option.collectonly
     if builds and any(map(needs_native_library, session.items)):
@@ -64,8 +78,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
         if not native.cannot_build():
             config.stash[BUILD] = NativeBuild()
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture
@@ -99,14 +111,11 @@ def programs() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def cold_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
+def cold_run() -> Iterator[tuple[Any, ...]]:
     """The one run that compiles: its directory, verdict, notices and cache, which is the warm one of the others."""
-    from building import small
-    from forked import run_forked
+    from building import compiling_run
 
-    out, noticed = tmp_path_factory.mktemp("cold"), []
-    settings = small("cold_jit", cache_dir=out / "cache", quiet_window_s=0.5)  # a third of the quickest build
-    run_dir, document = run_forked(settings, out, notice=noticed.append)
-    os.environ["HMR_KERNEL_CACHE"] = str(out / "cache" / "kernels")
-    yield run_dir, document, noticed, out / "cache" / "kernels"
+    run_dir, document, noticed, cache = compiling_run(Path(os.environ["HOME"], "cold_run"))
+    os.environ["HMR_KERNEL_CACHE"] = str(cache)
+    yield run_dir, document, noticed, cache
     del os.environ["HMR_KERNEL_CACHE"]
