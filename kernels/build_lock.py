@@ -1,8 +1,8 @@
 """A lock between processes that names its holder to the waiting processes, and limits how long they wait.
 
 The lock is a flock, which the operating system releases when its holder ends, however it ends. The lock file names the
-holder, and its modification time is the holder's last heartbeat. The file may be in a folder that others can write to,
-so its content is checked and a symbolic link is refused.
+holder, and its modification time is the holder's last heartbeat. Other users can possibly write to the folder of the
+file. So the content of the file is checked, and a symbolic link is refused.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Holder:
 
     @classmethod
     def from_json(cls, document: Any) -> Self:
-        """Check the content of a lock file, which any process may have written. Raises TypeError or ValueError."""
+        """Check the content of a lock file, because any process can write it. Raises TypeError or ValueError."""
         holder = cls(**document)
         if type(holder.rank) is not int or type(holder.pid) is not int or not isinstance(holder.host, str):
             raise TypeError("rank and pid must be integers, and host must be text")
@@ -73,7 +73,9 @@ class Holder:
 
 @dataclass
 class BuildLock:
-    """A lock that a process holds inside a ``with`` block. It must call `beat` at least every `stale_s` seconds.
+    """A lock that a process holds inside a ``with`` block.
+
+    The holder must call `beat` at least once in every `stale_s` seconds.
 
     path         the lock file, which is created at the start of the block and removed at its end
     rank         this process's rank, which is written into the file; -1 if the process has none
@@ -153,7 +155,8 @@ class BuildLock:
     def _try(self) -> bool:
         """Take the lock if it is free, and return whether this process has it now.
 
-        The result is also False if the previous holder has just removed the file.
+        The result is also False if the previous holder has just removed the file, because then the lock is no longer at
+        this path.
         """
         descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         try:

@@ -18,7 +18,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Inside:
-    """Counts the ``with`` blocks of one kind that are running now, in all threads. Blocks may overlap."""
+    """Counts the ``with`` blocks of one kind that are running now, in all threads. Blocks can overlap."""
 
     def __init__(self) -> None:
         self.count, self._lock = 0, threading.Lock()
@@ -49,10 +49,10 @@ def values_known() -> Iterator[None]:
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Return whether the values of `x` may be read now: always on a CPU.
+    """Return whether the caller is allowed to read the values of `x` now: always if `x` is on a CPU.
 
-    On a GPU, not inside `values_known` and not while a CUDA graph is captured, because the host must wait for
-    the GPU to read them.
+    If `x` is on a GPU, the host must wait for the GPU to read them. So the result is False inside `values_known`, and
+    while a CUDA graph is captured.
     """
     return x.device.type == "cpu" or (not _known.count and not torch.cuda.is_current_stream_capturing())
 
@@ -70,7 +70,7 @@ class Sizes:
     def take(self, name: str, x: Tensor, *dtypes: torch.dtype, dense: int = 1) -> None:
         """Check one argument against the letters at the end of its name: `k_TMK` must have the shape [T, M, K].
 
-        dtypes    the dtypes that the argument may have
+        dtypes    the dtypes that the argument is allowed to have
         dense     how many of the last dimensions must be contiguous
 
         Raises ValueError.
@@ -108,9 +108,10 @@ class Sizes:
 
 
 def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
-    """Check indices into a pool of states: each must be in range, and none may appear twice.
+    """Check indices into a pool of states: each must be in range, and none is allowed to appear twice.
 
-    Without `can_read_values`, check nothing. For a tensor on a GPU, the host waits for the GPU. Raises ValueError.
+    If `can_read_values` is False, check nothing. Otherwise, if the tensor is on a GPU, the host waits for the GPU.
+    Raises ValueError.
     """
     if not can_read_values(slots_B):
         return
@@ -126,8 +127,8 @@ def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
 def cu_seqlens(name: str, cu_seqlens_X: Tensor, num_sequences: int, num_tokens: int) -> None:
     """Check B + 1 numbers that begin with 0 and never decrease: the first row of each of B sequences, then num_tokens.
 
-    Without `can_read_values`, check only the shape. For a tensor on a GPU, the host waits for the GPU. Raises
-    ValueError.
+    If `can_read_values` is False, check only the shape. Otherwise, if the tensor is on a GPU, the host waits for the
+    GPU. Raises ValueError.
     """
     if cu_seqlens_X.shape != (num_sequences + 1,):
         raise ValueError(f"{name}: the shape is {list(cu_seqlens_X.shape)}, but must be [X = {num_sequences + 1}]")

@@ -26,7 +26,7 @@ The environment variable HMR_KERNELS sets the initial choice of a process. The l
 the first call. If the choice cannot run here (no compiler, no Triton), one log line warns about it and torch runs
 instead.
 
-An implementation module may define
+An implementation module can define
     DTYPES            the dtypes that it takes as first argument; any, if this is not defined
     DEVICES           the devices on which it runs; any, if this is not defined
     missing() -> str  returns what it lacks on this machine; "" if nothing
@@ -91,7 +91,10 @@ class Op:
         return chosen.run(x, *args, **options)
 
     def backend(self, x: Tensor) -> str:
-        """Return the name of the backend that runs a call with the first argument `x`, unless autograd records it."""
+        """Return the name of the backend that runs a call with the first argument `x`.
+
+        If autograd records the call, the reference runs instead of this backend.
+        """
         return (self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)).backend
 
     def pick(self, device: torch.device | str, dtype: torch.dtype) -> Implementation:
@@ -267,5 +270,5 @@ def checking() -> bool:
 
 
 def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """Return operation -> its backend for this device and dtype, for each operation whose package is imported."""
+    """Return the backend of each operation on this device in this dtype. Only packages that are imported count."""
     return {name: op.pick(device, dtype).backend for name, op in sorted(_ops.items())}

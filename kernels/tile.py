@@ -41,7 +41,7 @@ def missing() -> str:
 
 
 def config(kernel: str, default: Config) -> Config:
-    """Return the sizes with which to launch a kernel: inside `forcing` of this kernel its sizes, else `default`.
+    """Return the sizes with which to launch a kernel: those that `forcing` sets for the kernel, otherwise `default`.
 
     The default must depend on shapes only. There is no autotuning at launch: its choice would differ between ranks, a
     rank that tunes would make its peers wait in a collective, and kernels that update states in place would run several
@@ -148,7 +148,7 @@ def _product_bf16(a, b):
 
 @triton.jit
 def _round(x, num_bits: tl.constexpr):
-    """Round a float32 to fewer bits, to the nearest, ties to even; tensor cores and casts may truncate instead."""
+    """Round a float32 to fewer bits, to the nearest, ties to even; tensor cores and casts can truncate instead."""
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + (2 ** (num_bits - 1) - 1) + ((bits >> num_bits) & 1)) & -(2**num_bits)
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -204,7 +204,7 @@ def convolve(x_at, past_at, weight_at, bias_at, channel, is_in, past_row, W: tl.
 def shift(x_at, past_at, channel, is_in, past_row, W: tl.constexpr):
     """Update the convolution's state: drop the oldest of the W - 1 inputs and append the newest.
 
-    All values of a channel are read and written by one thread.
+    One thread reads and writes all values of a channel, so no value is overwritten before it is read.
     """
     for w in tl.static_range(W - 2):
         tl.store(past_at + w * past_row + channel, tl.load(past_at + (w + 1) * past_row + channel, is_in), is_in)

@@ -61,7 +61,7 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A sequence's length and recurrent states at one moment."""
+    """A copy of a sequence's length and recurrent states, for `HybridCache.restore`."""
 
     length: int
     states: list[Tensor]
@@ -162,7 +162,7 @@ class HybridCache:
         return Snapshot(sequence.length, [buffer[pages] for buffer in self.buffers])
 
     def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        """Set the length and recurrent states of a sequence back to those in `snapshot`, taken of it before."""
+        """Set a sequence's length and recurrent states back to those in `snapshot`, an earlier snapshot of it."""
         self._check(sequence)
         pages = self._state_pages(sequence)
         for buffer, states in zip(self.buffers, snapshot.states, strict=True):

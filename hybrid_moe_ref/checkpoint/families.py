@@ -96,9 +96,10 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
 
 
 def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
-    """Return the tokens that end a text: eos_token_id of generation_config.json or, if that has none, of config.json.
+    """Return the ids of the tokens that end a text: the value of `eos_token_id` in the folder's JSON files.
 
-    Returns () if neither file has an eos_token_id.
+    Reads generation_config.json first, and config.json only if the first file has no such key. Returns () if neither
+    file has the key.
 
     Raises CheckpointError if the value is neither an id nor a list of ids.
     """
@@ -124,7 +125,7 @@ def family_in(folder: str | Path) -> str:
 def _dtype(raw: dict[str, Any]) -> str | None:
     """Return the name of the dtype in which the tensors are saved; None if the config does not say.
 
-    A multimodal config may have the dtype only in text_config. In an older config, the key is torch_dtype.
+    Some multimodal configs have the dtype only in text_config. In an older config, the key is torch_dtype.
     """
     for where in (raw, raw.get("text_config")):
         for key in ("dtype", "torch_dtype"):
@@ -321,7 +322,7 @@ def to_json(config: ModelConfig, family: str, dtype: str, stop_ids: Sequence[int
 
 
 def family_of(config: ModelConfig) -> str:
-    """Return the model family whose format `save` uses for this model if the caller names no family."""
+    """Return the model family whose format `save_pretrained` uses if its caller names no family."""
     if "M" in config.layer_pattern:
         return OWN
     return "qwen3_5_moe_text" if config.num_experts else "qwen3_5_text"

@@ -76,8 +76,8 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
 def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     """Return `config` with the number of MTP layers for which the folder has tensors: 0 or 1.
 
-    The key in config.json cannot be trusted. Qwen3-Next has no key for MTP layers. Qwen3.5 has such a key, but when
-    transformers saves a model, transformers keeps the key and drops the tensors.
+    The number in config.json cannot be trusted. Qwen3-Next has no key for this number. Qwen3.5 has such a key, but
+    when transformers saves a model, transformers keeps the key and drops the tensors.
 
     If there are no such tensors, but the config has an MTP layer, log a warning. Raises CheckpointError if there are
     tensors for more than one MTP layer.
@@ -218,9 +218,9 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
 
 
 def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
-    """Convert the range `held` of rows of q, k, v, z, b or a to ranges of rows in the checkpoint.
+    """Convert the range `held` of rows of q, k, v, z, b or a to ranges of rows of the checkpoint's tensor.
 
-    The checkpoint consists of blocks of `block` rows. In each block, `size` rows belong to q (or k, ...); the first of
+    This tensor consists of blocks of `block` rows. In each block, `size` rows belong to q (or k, ...); the first of
     them is row `offset` of the block.
     """
     start, stop = held
@@ -285,7 +285,10 @@ def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
 
 
 def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
-    """Return what the command `check` prints about the folder that `model` was loaded from."""
+    """Return what `check` prints about `folder`: family, files, number of tensors, quantisation, skipped tensors.
+
+    model: a model that was loaded from this folder
+    """
     shards = Shards(Path(folder))
     needed = {piece.name for piece in pieces(model, shards)}
     quantised = [name for name in needed if shards[name].dtype == FLOAT8]

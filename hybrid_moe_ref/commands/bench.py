@@ -8,7 +8,10 @@ from hybrid_moe_ref.commands.source import Source, load
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the times of the fastest of three prefills and the fastest decode step, the speeds, and the peak memory."""
+    """Print the time and speed of the fastest prefill (of three) and of the fastest decode step, and the peak memory.
+
+    Also prints the median time of a decode step.
+    """
     import torch
 
     from hybrid_moe_ref.batch import Batch

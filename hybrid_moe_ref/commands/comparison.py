@@ -39,8 +39,8 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
     """Compare `model`, loaded from `folder`, with transformers.
 
     Returns the version of transformers, the errors, and under "agrees" whether the errors are within the limits. Raises
-    NotCompared if only this project has the model type, if transformers is missing or fails, or if a float64 model does
-    not fit into memory.
+    NotCompared if the checkpoint has a model type that only this project implements, if transformers is missing or
+    fails, or if a float64 model does not fit into memory.
     """
     if read_json(Path(folder) / "config.json").get("model_type") == OWN:
         raise NotCompared("no other implementation has this stack of layers")

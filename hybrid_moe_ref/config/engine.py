@@ -23,8 +23,8 @@ class EngineConfig(Config):
     protocol           a version of vLLM, "0.20" or "0.33": the ranks exchange the same numbers, in the same steps, as
                        this version does
     unfinished_interval
-                       number of steps between two "anyone unfinished?" all-reduces; the ranks can stop only after such
-                       an all-reduce. 0: the number that `protocol` gives
+                       number of steps between two "anyone unfinished?" all-reduces; the ranks can leave the serve loop
+                       only after such an all-reduce. 0: the number that `protocol` gives
     dtype              dtype of weights, activations and KV cache: one of DTYPES
     mode               "eager", or "graphs": small steps are padded to a captured size and replayed
     capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every decode step

@@ -62,7 +62,7 @@ class Engine:
     PrepareFailed  on every rank, if a rank could not prepare or compile, or if the configurations of the ranks differ
     ConfigError    for sizes that do not fit
     Refused        for a configuration that could deadlock
-    RuntimeError   for a communicator that was stopped before
+    RuntimeError   if an earlier engine used this communicator, and a rank has stopped all ranks
 
     A rank that fails in a phase without a vote raises its own error, and all other ranks raise ScheduleMismatch with
     the text of this error. With checks="observe", a rank that fails in `serve` does not stop the other ranks: the other

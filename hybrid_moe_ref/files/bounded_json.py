@@ -74,9 +74,9 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _depth(data: bytes) -> int:
-    """Return how deeply lists and mappings are nested; 0 if there are at most MAX_JSON_DEPTH of them."""
+    """Return how deeply lists and mappings are nested; 0, to save time, if they are too few to be nested too deeply."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return 0  # too few brackets to be nested too deeply
+        return 0
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)
     return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
 

@@ -41,7 +41,10 @@ def who_has_open(path: Path) -> int:
 
 
 def _pid_with_open(device: int, inode: int) -> int:
-    """Return the pid of another process that has this file open; -1 if there is none that this user can inspect."""
+    """Return the pid of another process that has the file open; -1 if no process that this user can inspect has it.
+
+    device, inode: the numbers of the file, as in `os.stat`
+    """
     for pid in psutil.pids():
         if pid == os.getpid():
             continue
@@ -57,7 +60,10 @@ def _pid_with_open(device: int, inode: int) -> int:
 
 
 def _is_shared(device: int) -> bool:
-    """Whether this file system is of a kind that several hosts can mount. True if the mounts cannot be read."""
+    """Whether several hosts can mount the kind of file system that `device` has. True if the mounts cannot be read.
+
+    device: `st_dev` of a file on this file system
+    """
     try:
         with open("/proc/self/mountinfo") as file:
             mounts = [line.split() for line in file]

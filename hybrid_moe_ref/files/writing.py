@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 
 
 def _partial(path: Path) -> Path:
-    """Return the temporary file of :func:`write_atomically`, which then replaces ``path``."""
+    """Return the path of the temporary file that :func:`write_atomically` writes and then renames to ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 

@@ -6,9 +6,9 @@
     new_tokens_BT = model.generate(tokens_BT, max_new_tokens=16)
 
 Parameters have the names of Hugging Face checkpoints. They require no gradient until `model.requires_grad_()`; then
-`backward` works, with plain torch kernels. Submodules can have hooks, or be wrapped or replaced: then the model calls
-them, instead of a kernel that also does their work. A module that replaces a convolution needs a `weight`, because the
-model reads its shape.
+`backward` works, with plain torch kernels. A kernel can do the work of several submodules; normally the model then does
+not call these submodules. But if one of them has a hook, or is wrapped or replaced, the model calls this submodule. A
+module that replaces a convolution needs a `weight`, because the model reads the shape of the weight.
 
 Shapes: B sequences, T tokens of each, N tokens of a step, H hidden, V vocabulary.
 """
@@ -113,7 +113,8 @@ class HybridMoE(nn.Module):
 
         family: the model type to save as; None: the type that fits the model's layers
 
-        Raises CheckpointError.
+        Raises CheckpointError if the model does not fit the family or holds only a part of its parameters, and OSError
+        if a file cannot be written.
         """
         checkpoint.save(self, folder, family=family)
 
@@ -186,7 +187,7 @@ class HybridMoE(nn.Module):
         return self.model.norm(x_NH)
 
     def draft(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
-        """Run the MTP layer. Returns hidden states [N, H], whose `logits` predict the token after `tokens_N`.
+        """Run the MTP layer. Returns hidden states [N, H], from which `logits` predicts the tokens after `tokens_N`.
 
         tokens_N   the token that follows the position of each row
         hidden_NH  the model's hidden state at the position of each row

@@ -124,7 +124,10 @@ class Communicator(RankGroups):
 
     @contextlib.contextmanager
     def taped(self, on_collective: Callable[[Collective], None]) -> Iterator[None]:
-        """Inside the ``with``, call ``on_collective`` before every collective. It raises to refuse the collective."""
+        """Inside the ``with``, call ``on_collective`` before every collective.
+
+        on_collective: raises an error to refuse the collective, which is then not issued
+        """
         self._on_collective = on_collective
         try:
             yield
@@ -198,8 +201,9 @@ class Communicator(RankGroups):
         """Gather the rows of several tensors at once: each [N, ...] becomes [S, ...], with the ranks in group order.
 
         ``sizes[r]`` is the number of rows of group rank r. The tensors can differ in dtype, because rows are sent as
-        bytes. If the sizes are uneven, the rows of every rank are padded to the largest size on gloo. With
-        ``broadcast_uneven`` each rank broadcasts its rows instead, as in vLLM and TensorRT-LLM.
+        bytes. If the sizes are uneven, gloo gets every rank's rows padded to the largest size, and NCCL gets one
+        all-gather of uneven sizes. With ``broadcast_uneven`` each rank broadcasts its rows instead, as in vLLM and
+        TensorRT-LLM.
 
         Raises ValueError if this rank's number of rows is not the agreed size.
         """

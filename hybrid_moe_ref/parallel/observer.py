@@ -44,7 +44,10 @@ class ScheduleEntry(NamedTuple):
 
 
 class Observer(Protocol):
-    """Receives the events of one rank. Calls come from the rank's main thread and must take about a microsecond."""
+    """Receives the events of one rank. The rank's main thread makes the calls.
+
+    A call should take no longer than about a microsecond, because the rank waits for it.
+    """
 
     def groups(self, members: Mapping[str, Sequence[int]]) -> None:
         """Receive the process groups to which this rank belongs. members: for each name, global ranks in group order"""

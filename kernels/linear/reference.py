@@ -16,7 +16,7 @@ threads of an EPYC; 135 against 220 for 8 rows."""
 
 
 def project(x_NH: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return x weight^T [N, O] for each weight [O, H]. There may be gaps between the rows of a result."""
+    """Return x weight^T [N, O] for each weight [O, H]. There can be gaps between the rows of a result."""
     return [product(x_NH, weight_OH) for weight_OH in weights]
 
 

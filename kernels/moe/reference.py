@@ -2,7 +2,7 @@
 
 Three implementations give the same result. With few picks, each pick is a matrix-vector product that reads only its
 own expert. With many picks, rows are sorted by expert, and each expert multiplies its rows at once. The third
-implementation pads the rows of all experts to one length; only the engine's tuning may choose it.
+implementation pads the rows of all experts to one length; only the engine's tuning chooses it.
 
 Shapes: N rows, K picks (chosen experts) of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I
 (gate, then up), S intermediate of the shared expert, R picks whose expert is held, W rows of the busiest

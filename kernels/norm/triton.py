@@ -1,6 +1,6 @@
 """Root-mean-square norms in Triton: one program (an instance of the kernel) keeps several whole rows in registers.
 
-Each input is read once and the output is written once. Rows may have any stride. `gate_then_norm` treats each group as
+Each input is read once and the output is written once. Rows can have any stride. `gate_then_norm` treats each group as
 a row. From a few thousand rows on, a norm takes as long as a copy.
 
 Shapes: N rows, H features, G groups of features.

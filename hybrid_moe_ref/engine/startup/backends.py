@@ -56,8 +56,8 @@ class PreparedKernels:
     choice   the setting of the kernel registry at the start, such as "auto"
     table    for each operation, the backend that this setting selects
 
-    The whole process has one setting. If another engine changes the setting, this engine would run kernels that its
-    ranks did not prepare.
+    The whole process has one setting. If another engine has changed the setting, `check` raises an error: otherwise
+    this engine would run kernels that its ranks did not prepare.
     """
 
     choice: str

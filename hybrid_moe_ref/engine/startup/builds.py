@@ -160,8 +160,8 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 
     by_force: send SIGKILL instead of SIGTERM
 
-    Send SIGTERM first, because ninja ends its compilers when it gets SIGTERM. With SIGKILL, a compiler that ninja has
-    just started, and that this function does not see yet, would run on, and nothing could find it.
+    Call this with SIGTERM first: when ninja gets SIGTERM, ninja ends its compilers. After SIGKILL, compilers that ninja
+    has just started would run on if this function has not seen them yet, and nothing could find them.
     """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
@@ -172,8 +172,9 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
     """Delete the extension loader's lock file ("baton") if the process that holds it has ended.
 
-    torch itself never checks whether this process still runs. If it does, it is a process that does not use this
-    project's lock. Then this function waits at most ``place.deadline_s`` seconds until that process deletes the file.
+    torch itself never checks whether the holder still runs. A holder that still runs does not use this project's lock.
+    If the holder still runs, or is not visible from here, this function waits for at most ``place.deadline_s`` seconds
+    until the file is deleted, and raises LockTimeout after that.
     """
     baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():

@@ -7,8 +7,8 @@
 A policy must lead every rank to the same collectives, whatever the state of that rank is. A trial calls the policy with
 substitutes for the functions that communicate; the substitutes only record what the policy does. If the policy raises
 an error in a trial, the server does not start. The trials find the known faults, but not all possible faults.
-Collectives that any other fault would make wrong are refused by the schedule guard while the server runs. This file
-uses neither torch nor communication.
+If another fault leads to a wrong collective while the server runs, the schedule guard refuses this collective. This
+file uses neither torch nor communication.
 """
 
 from __future__ import annotations

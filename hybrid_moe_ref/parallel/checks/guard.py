@@ -58,9 +58,12 @@ class ScheduleGuard:
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
     def refuse(self, mistake: str) -> NoReturn:
-        """Raise ScheduleMismatch, with the number of this rank and its `mistake`.
+        """Raise ScheduleMismatch with the message "rank N `mistake`", where N is the number of this rank.
 
-        An active guard makes every rank raise this error. An inactive guard (checks="observe") stops only this rank.
+        If the guard is active, every other rank raises this error, too. If the guard is inactive (checks="observe"),
+        only this rank raises it.
+
+        mistake: what this rank did wrong, such as "ended a replay, but ..."
         """
         if self._schedule is None:
             raise ScheduleMismatch(f"rank {self._rank} {mistake}")
@@ -84,7 +87,7 @@ class ScheduleGuard:
         self.release()
 
     def release(self) -> None:
-        """Deactivate the guard until the next `begin`, without a check."""
+        """Deactivate the guard until the next `begin`. Unlike `finish`, do not check for missing collectives."""
         self._schedule = None
 
     def admit(self, collective: Collective) -> None:

@@ -4,7 +4,7 @@ The schedule guard compares a rank with its own schedule. The strict check compa
 everything that must be equal (operation, layer, agreed sizes, dtype, reduce op, root). So the strict check also detects
 collectives that would pair wrongly without a hang, and it does so before any data is changed.
 
-Each rank makes four requests to the store per collective: publish the own collective, wait for the other members, read
+Each rank makes four requests to the store per collective: publish its own collective, wait for the other members, read
 their collectives, and delete what the rank itself published earlier.
 """
 
@@ -29,8 +29,8 @@ class StrictComparison:
     """The strict check on one rank: the members compare each collective before they issue it.
 
     patience_s  seconds to wait for a member that has not arrived
-    lost        returns the reason if a member can no longer arrive, for example because its process has ended; else
-    None
+    lost        returns the error to raise if a member can no longer arrive, for example because its process has
+                ended; None if every member still can
     """
 
     def __init__(

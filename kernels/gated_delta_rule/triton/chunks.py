@@ -42,8 +42,8 @@ def prefill(
     For bfloat16 inputs, the operands of products are float16. The 11 bits of float16 are too few if heads are small
     and the state consists of corrections, for example because all keys are equal. So if K <= 16, the operands are
     float32. If 16 < K <= 64, each number that is read from the state or written to it is split into two float16 parts.
-    If K = 128, as in large models, neither is needed. Splitting only the numbers that are read would cost 6 % of the
-    time.
+    If K > 64, as in large models (K = 128), neither is needed. There, to split only the numbers that are read would
+    already cost 6 % of the time.
     """
     (T, M, K), (_, H, V), B = q_TMK.shape, v_THV.shape, slots_B.shape[0]
     o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
