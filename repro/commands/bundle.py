@@ -1,4 +1,4 @@
-"""``bundle RUN``: make a bundle of a run or of another job's evidence; with --verify, compare one with its manifest."""
+"""``bundle RUN``: bundle a run or another job's evidence; with --verify, compare a bundle with its manifest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The command line: parse the arguments, run the command, and turn errors into one line and an exit code.
 
-Only the file of the command that the user calls is imported. So a command does not wait for the imports of others.
+Only the file of the command that the user calls is imported. So a command does not wait for other imports.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
 def _fitting(label: str, texts: Sequence[str], room: int) -> list[str]:
     """Return the texts as at most ``room`` lines, with ``label`` at the beginning of each text.
 
-    If a text does not fit completely, this text and all later texts are left out, and a last line says so. But of the
-    first text, as much is returned as fits.
+    If not all texts fit, the last line says so. A text that does not fit completely is left out, and so are all texts
+    after it. Only the first text is shortened instead.
     """
     out: list[str] = []
     for number, text in enumerate(texts):

@@ -143,7 +143,10 @@ class _Recording:
         return code if code >= 0 else 128 - code
 
     def _watch(self) -> Document | None:
-        """Wait for the first rank to begin, then watch the ranks. Returns the verdict; None if no rank began."""
+        """Wait until a rank begins to record, then watch the ranks until the verdict, and return it.
+
+        Returns None if the program ends, or the user interrupts, before a rank begins.
+        """
         run_dir = RunDir(self._root)
         while not run_dir.description.exists():
             if self._child.poll() is not None or self._interrupt():
@@ -183,7 +186,8 @@ class _Recording:
     def _wait(self) -> int:
         """Wait for the program to end, and return its exit status, which is negative if a signal ended the program.
 
-        If this command gets Ctrl-C or a signal, and the program still runs SIGNAL_GRACE_S later, send SIGTERM to it.
+        After Ctrl-C or a signal to this command, the program has SIGNAL_GRACE_S seconds to end by itself. If it still
+        runs then, send SIGTERM to it.
         """
         passed_on = False
         while self._child.poll() is None:

@@ -33,7 +33,7 @@ from repro.watch.document import Document
 class Planned:
     """One run that the user requested.
 
-    unsafe    reasons why the run can hang, if there are any and the settings allow the run in spite of them
+    unsafe    reasons why the run can hang, which its settings accept; () if there is no such reason
     refused   with `run all`: why this scenario cannot run with the user's flags; "" if it can
     """
 
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> list[Planned]:
     """Check the settings of all requested runs, and return the runs.
 
-    A scenario of `run all` that cannot run with these flags is returned with the reason in ``refused``. If this is so
-    for all requested scenarios, raises ConfigError.
+    A scenario of `run all` that cannot run with these flags is returned with the reason in ``refused``. Raises
+    ConfigError if no requested scenario can run.
     """
     variants = VARIANTS if args.variant == "all" else (args.variant,)
     planned: list[Planned] = []
@@ -162,7 +162,7 @@ class Session:
 
     @contextlib.contextmanager
     def _shown(self, planned: Planned, title: str) -> Iterator[Display]:
-        """Yield a progress display. If the run can hang, print a reason first, but no reason twice in one command."""
+        """Yield a progress display. If the run can hang, first print the reason, once for all runs with this reason."""
         for finding in {*planned.unsafe[:1]} - self._printed:
             say(self.console, f"unsafe: {finding}")
             self._printed.add(finding)

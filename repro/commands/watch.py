@@ -1,4 +1,4 @@
-"""``watch RUN|ZIP``: print the verdict on a run, even while it is going on, or on a bundle."""
+"""``watch RUN|ZIP``: print the verdict on a run (also while the run is going on) or on a bundle."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ _ENDED_BY_SIGNAL = re.compile(r"Received (?:Signals\.)?(\w+) death signal|Keyboa
 
 
 def launcher_was_ended(run_dir: RunDir) -> str:
-    """Return a sentence with the signal that ended torchrun and so its ranks; "" if torchrun's log shows none."""
+    """Return a sentence about the signal on which torchrun ended its ranks; "" if torchrun's log shows no signal."""
     match = _ENDED_BY_SIGNAL.search(read_text(run_dir.launcher_log))
     if match is None:
         return ""

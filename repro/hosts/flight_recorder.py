@@ -1,4 +1,4 @@
-"""Dump the Flight Recorder of this process, torch's record of the last collectives. Do not import torch for this."""
+"""Dump the Flight Recorder (torch's buffer of the latest collectives) of this process, without importing torch."""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ class Host:
         return float(getattr(psutil.cpu_times(), "steal", 0.0)) / (psutil.cpu_count() or 1)
 
     def lock_holder(self, name: str, waiting: Collection[int]) -> int:
-        """Return the pid of the process that holds a lock file, or locks.NOBODY or locks.UNKNOWN.
+        """Return the pid of the process that holds a lock file.
+
+        Return locks.NOBODY if no process holds the lock, and locks.UNKNOWN if this cannot be found out.
 
         waiting: pids of processes that wait for the lock
         """

@@ -19,8 +19,8 @@ PATIENCE = 3
 class Interrupt:
     """The user's request to stop a command. A call of this object returns whether a signal has arrived.
 
-    The first signal raises KeyboardInterrupt in the main thread, unless the signal arrives inside :meth:`deferred`. A
-    signal after the first PATIENCE signals ends the process at once.
+    The first signal raises KeyboardInterrupt in the main thread, unless the signal arrives inside :meth:`deferred`.
+    Later signals are only counted. After PATIENCE signals, the next one ends the process at once.
     """
 
     def __init__(self) -> None:

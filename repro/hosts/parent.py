@@ -1,7 +1,7 @@
 """End a process when its parent ends, and identify a process by pid and start time.
 
-This module imports almost nothing, so that a rank can call it before the rank's long imports: the launcher can die
-during these imports.
+This module imports almost nothing, so that a rank can call its functions before the rank imports torch, which takes
+seconds: the launcher can die in this time.
 """
 
 from __future__ import annotations

@@ -30,6 +30,6 @@ def describe(settings: RunSettings) -> RunDescription:
 
 
 def _family(settings: RunSettings) -> str:
-    """Return a digest of all settings except variant and checks. By it, a report finds the other variants of a run."""
+    """Return a digest of all settings except variant and checks. A report shows runs with equal digests together."""
     shared = {name: value for name, value in settings.to_mapping().items() if name not in ("variant", "checks")}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

@@ -75,7 +75,7 @@ FLAGS = (
 
 
 def add_flags(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """Add to a parser the flag of each setting in ``fields``. If the user does not give a flag, its value is None."""
+    """Add to a parser the flags of the settings ``*fields``. A flag that the user does not give has the value None."""
     for flag in FLAGS:
         if flag.field in fields:
             parser.add_argument(flag.option, dest=flag.dest, **flag.options)
@@ -92,8 +92,8 @@ def settings_of(
 ) -> RunSettings:
     """Return the settings of a run of ``scenario``.
 
-    The values come from four sources: the scenario's defaults, the file ``config``, ``flags`` and ``fixed``. Each
-    source overrides the sources before it.
+    The values come from four sources: the scenario's defaults, the file ``config``, ``flags`` and ``**fixed``.
+    Each source overrides the sources before it.
 
     flags    a dict from field to value, from :func:`given`
     config   the user's --config file; None if there is none
@@ -130,7 +130,7 @@ def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Ite
 
     If no flag can set a difference, the difference is left out.
 
-    without: fields whose flags are also left out
+    *without: fields whose differences are also left out
     """
     for flag in FLAGS:
         value = flag.value(settings)

@@ -251,7 +251,9 @@ class RunSettings(Config):
 
 
 def _check_bounds(config: Config, where: str = "") -> None:
-    """Raise ConfigError for the first number that is larger, or list or text that is longer, than :data:`LARGEST` says.
+    """Raise ConfigError for the first value above its limit in :data:`LARGEST`.
+
+    The limit of a list or text is its largest length. A value without a row in LARGEST has a default limit.
 
     where: the path of this config within the settings, such as "model."; "" for the settings themselves
     """

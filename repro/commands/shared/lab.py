@@ -1,4 +1,4 @@
-"""What `run` and `matrix` share: flags that are not settings of a run, and a check before the first run."""
+"""What `run` and `matrix` share: flags that are not settings of a run, and the check of the --junit file."""
 
 from __future__ import annotations
 

@@ -194,9 +194,10 @@ class Collection:
         write_atomically(folder / f"{name}.{look}.{form}", content)
 
     def _title(self, pid: int) -> str:
-        """Return the title of a process for its stack file.
+        """Return the title, or the command line, of a process for its stack file.
 
-        Return "" if the name of the stack file shows the rank, and the process has set no title.
+        Return "" for a member of the job that has a rank but no title of its own: the name of the stack file shows this
+        rank.
         """
         member = next((member for member in self.job.members if member.pid == pid), None)
         if member is None:

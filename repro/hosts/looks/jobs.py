@@ -68,9 +68,10 @@ class Job:
         return tuple(member.pid for member in self.members)
 
     def with_ranks(self, ranks: Mapping[int, int], world_size: int | None) -> Job:
-        """Return the job with more ranks, and with ``world_size`` if the job's own is unknown.
+        """Return the job with unknown ranks and an unknown world size filled in. Known values stay.
 
-        ranks: the rank of each pid, used for members whose rank is unknown
+        ranks        the rank of each pid
+        world_size   number of ranks on all hosts; None if unknown
         """
         members = tuple(
             replace(member, rank=ranks.get(member.pid)) if member.rank is None else member for member in self.members
@@ -80,7 +81,8 @@ class Job:
     def missing_ranks(self, num_unreaped: int) -> list[int]:
         """Return the ranks that certainly belong to this host and have no process. Leave out ranks of other hosts.
 
-        num_unreaped: number of the launcher's children that have ended and were not reaped
+        num_unreaped: number of the launcher's children that have ended and were not reaped. If as many ranks of the job
+        have no process, these ranks are those children, and so belong to this host
         """
         known = {member.rank for member in self.members if member.rank is not None}
         if self.world_size is None or len(known) < sum(member.role == "worker" for member in self.members):
@@ -112,7 +114,7 @@ class _Candidate:
 
 
 def find_jobs(table: Mapping[int, Status]) -> list[Job]:
-    """Find the jobs among these processes, the largest first."""
+    """Find the jobs among these processes. The first job is the one with the most processes."""
     candidates = {row.pid: row for row in _candidates(table)}
     jobs = [*_by_variables(candidates, table), *_by_titles(candidates, table)]
     taken = {pid for job in jobs for pid in job.pids}
@@ -160,7 +162,7 @@ def _ancestors(pid: int, table: Mapping[int, Status]) -> Iterator[int]:
 
 
 def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
-    """Return the pids of a job's members and their ancestors up to the launcher; without a launcher, of the members."""
+    """Return the pids of a job's members and, if the job has a launcher, of their ancestors up to the launcher."""
     pids = set(job.pids)
     for pid in job.pids:
         at = table.get(pid)

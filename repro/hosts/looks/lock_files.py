@@ -125,7 +125,10 @@ def _path_of(entry: TableEntry, opened: Mapping[int, Mapping[int, str]]) -> str:
 
 
 def _lock_names(opened: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
-    """Return a dict from path to pid, for open files whose names look like those of lock files."""
+    """Return a dict from the path of each open file with a name like "x.lock" to a pid that has the file open.
+
+    opened: for each pid, a dict from inode to the path of an open file
+    """
     return {
         path: pid
         for pid, files in opened.items()

@@ -1,4 +1,4 @@
-"""Take the Python stacks of running processes with py-spy, without stopping them.
+"""Take the Python stacks of running processes with py-spy, without suspending the processes.
 
 py-spy reads the memory of a process. So py-spy must run as the same user, and must have the right to trace the process.
 """

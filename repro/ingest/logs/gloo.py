@@ -1,4 +1,6 @@
-"""Read gloo's errors. A closed connection means that the peer process ended. After a time-out, the peer possibly runs.
+"""Read gloo's errors.
+
+A closed connection means that the peer process ended. After a time-out, the peer possibly still runs.
 
 These errors show the peer's address, but not the peer's rank. The port in the address says nothing about the rank.
 """

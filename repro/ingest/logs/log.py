@@ -57,7 +57,7 @@ def read(file: BinaryIO, name: str) -> Iterator[Observation]:
 
 
 class _Log:
-    """Reads one text file block by block. To save time, it only counts the lines of a block without a known message."""
+    """Reads one text file block by block. To save time, the lines of a block without a known message are not parsed."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -42,7 +42,7 @@ def process_of(*, title: str = "", file: str = "", pid: int | None = None, line:
 
 
 def member_of(writer: Process, title: str) -> Process:
-    """Return the process that is named in a message of ``writer``: an engine prints "VllmWorker-0 died".
+    """Return the process that a message of ``writer`` names. For example, an engine prints "VllmWorker-0 died".
 
     writer   the process that printed the message
     title    the name in the message

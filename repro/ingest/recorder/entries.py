@@ -127,8 +127,8 @@ def backend_of(entry: Mapping[str, Any]) -> str:
 def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
     """Whether the field `retired` shows that an operation is over.
 
-    False also for a retired operation that ran into its time-out: the backend is one of EVENT_BACKENDS and saw no
-    completion, and the state is still "scheduled" or "started".
+    A retired operation can also have run into its time-out; the result is then False. Such an operation has a backend
+    of EVENT_BACKENDS, no time of completion, and still the state "scheduled" or "started".
     """
     retired = bool(entry.get("retired"))
     if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):

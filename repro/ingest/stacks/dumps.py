@@ -81,7 +81,7 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: Any, file: str) -> Iterator[Stack]:
-    """Read the output of `py-spy dump --json`: a list of threads. Only with --subprocesses it has the process title."""
+    """Read the output of `py-spy dump --json`, a list of threads. The output with --subprocesses has process titles."""
     for thread in content[:MAX_STACKS]:
         rows = thread.get("frames") if isinstance(thread, dict) else None
         if not isinstance(rows, list):

@@ -54,9 +54,10 @@ def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the peer of a send or receive. The program passed it as a global rank, or as a group rank.
+    """Return the peer of a send or receive; None if the variables do not show it.
 
-    Return None if the variables do not show the peer.
+    The result is a global rank if the program passed ``dst`` or ``src``, and a group rank if it passed ``group_dst`` or
+    ``group_src``.
     """
     for frame in frames:
         if _is_torch(frame) and (names := _PEERS.get(str(frame.get("name")))):

@@ -16,7 +16,8 @@ from repro.watch.document import Document, Expectation, describe
 def watch_options(settings: RunSettings) -> WatchOptions:
     """Return the watcher's options for a run.
 
-    Step agreements run on the CPU in every run, so only the groups ep and tp can have collectives queued on a GPU.
+    `queued_groups` is ("ep", "tp") with NCCL, else (). The other groups, dp and world, run on the CPU even with
+    NCCL.
     """
     queued_groups = ("ep", "tp") if settings.backend == "nccl" else ()
     return WatchOptions(settings.num_ranks, settings.quiet_window_s, settings.deadline_s, queued_groups)
@@ -25,7 +26,7 @@ def watch_options(settings: RunSettings) -> WatchOptions:
 def document_of(settings: RunSettings, verdict: Verdict, **more: Any) -> Document:
     """Return the content of verdict.json for a lab run.
 
-    more: the fields that follow neither from the settings nor from the verdict
+    **more: the fields that follow neither from the settings nor from the verdict
     """
     expected = scenarios.load(settings.scenario).expected(settings)
     return describe(

@@ -16,10 +16,10 @@ MAX_LINES, MAX_NAME = 1000, 120
 def compare_tokens(
     run_dir: RunDir, num_ranks: int, tp_size: int, reference_alive: Callable[[], bool], final: bool
 ) -> Comparison | None:
-    """Compare the outputs of all ranks with reference.json. Returns None if that file does not exist yet.
+    """Compare the outputs of all ranks with reference.json. Returns None if its writer still has to finish that file.
 
     reference_alive  returns whether the process that writes reference.json still runs
-    final            whether to return a result in any case: if reference.json does not exist, the result says why
+    final            return a result even if the process still runs; if reference.json is missing, the result says why
     """
     if not run_dir.reference.exists():
         if reference_alive() and not final:
@@ -45,7 +45,9 @@ def name_equal(run_dir: RunDir) -> str:
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
-    """Return a line for each request with tokens unlike the reference's, or that too few or too many ranks served.
+    """Return a line for each request whose tokens differ from the reference, or whose number of ranks is wrong.
+
+    Exactly ``tp_size`` ranks must serve a request, because the ranks of a tp group serve the same requests.
 
     Returns at most MAX_LINES lines, and keeps the tokens of only one rank in memory, because the files of a bundle can
     be large. Raises FileNotFoundError, which names all missing files, or ValueError, which names a damaged file.

@@ -1,7 +1,7 @@
 """List the software that a rank has loaded (versions and libraries), and the environment variables that affect it.
 
-The rank itself writes this list into the run's folder env/, because three things can differ: the installed versions,
-the versions that torch was built with, and the libraries that the process has mapped.
+The rank itself writes this list into the run's folder env/, because only the rank knows which libraries its process has
+mapped. These can differ from the installed versions, and from the versions that torch was built with.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run one rank: ``torchrun --nproc-per-node N -m repro.worker SCENARIO --variant V``.
 
 Under ``python -m repro run`` the launcher creates the run directory and watches the run. Under plain torchrun, rank 0
-creates the run directory and starts the watcher, so that the run leaves the same files.
+creates the run directory and starts the watcher, so that the run leaves the same files as under `run`.
 
 A rank that is done or failed does not exit by itself: an early exit would change the evidence that the watcher collects
 from other ranks. The rank records in its witness that it is done or failed, and waits until the watcher lets it exit.
@@ -165,7 +165,7 @@ def _file_store(run_dir: RunDir, num_ranks: int) -> dist.Store:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises ConfigError for an error, so that only rank 0 prints it, in one line."""
+    """An argument parser that does not print an error but raises ConfigError, which `main` prints only on rank 0."""
 
     def error(self, message: str) -> Any:
         raise ConfigError(message)
@@ -185,7 +185,7 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
 
 
 def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
-    """Raise CannotRunHere if this host lacks what the scenario needs, or under NCCL a GPU for each of its ranks."""
+    """Raise CannotRunHere if this host lacks what the scenario needs, or with NCCL has fewer GPUs than ranks."""
     require_model()
     if missing := scenarios.load(settings.scenario).missing(settings):
         raise CannotRunHere(f"{settings.scenario}: {missing}")

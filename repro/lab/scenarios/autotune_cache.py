@@ -37,7 +37,7 @@ class SavedByOne(Tuning):
 
 
 class SkipWhatIsCached(SavedByOne):
-    """The fault: a rank that finds its entry in the cache skips the tuning, and so its all-reduces."""
+    """The fault: a rank that finds its entry in the cache skips the tuning, which contains all-reduces."""
 
     def tune(self, tuner: ExpertTuner) -> None:
         tuner.declare(tuner.timings)

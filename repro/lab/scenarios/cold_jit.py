@@ -52,7 +52,8 @@ class BuildAtFirstUse(KernelBuilds):
 class BuildEarly(KernelBuilds):
     """The fix: build before the first collective, as the engine does by default.
 
-    Unlike the engine's own policy, use a cache for each rank if the run's kernel cache is split.
+    The engine's own policy has one cache for all ranks. If the run's kernel cache is split, this policy uses a cache
+    for each rank.
     """
 
     settings: RunSettings
@@ -76,8 +77,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict the verdict `slow` in the step that first uses the kernels, or `clean` if no kernel is built.
 
-    With a quiet window of more than 1 s, accept `clean` instead of `slow`. With a split kernel cache and a group
-    timeout, predict a crash.
+    With a quiet window of more than 1 s, also accept `clean`, because the build can be shorter than the window. With a
+    split kernel cache and a group timeout, predict a crash.
     """
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN

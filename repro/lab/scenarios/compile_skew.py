@@ -61,7 +61,7 @@ def hang(settings: RunSettings) -> Expected:
 
     A group timeout of at most LIKELY_S seconds is too short: the waiting ranks give up before the compilation ends. The
     prediction names no culprit of the crash, because any waiting rank can be the first to fail. With a quiet window of
-    more than 1 s, accept `clean` instead of `slow`.
+    more than 1 s, also accept `clean`, because the compilation can be shorter than the window.
     """
     if 0 < settings.group_timeout_s <= LIKELY_S:
         return Expected("crash", "error")
@@ -78,7 +78,7 @@ def fixed(settings: RunSettings) -> Expected:
 
 
 def missing(settings: RunSettings) -> str:
-    """Return why torch.compile cannot work here, for want of a C++ compiler; "" if it can, or is not needed."""
+    """Return why torch.compile cannot work here (no C++ compiler); "" if it can, or if it is not needed."""
     compiler = os.environ.get("CXX", "g++")
     if settings.backend == "nccl" or settings.variant == "control" or shutil.which(compiler):
         return ""

@@ -50,9 +50,9 @@ class CountTokens(AllGatherReduceScatter):
         return y_NH
 
     def counts_early(self) -> bool:
-        """Whether to send the statistics before the dispatch. If not, they are sent after the combine.
+        """Whether to send the statistics before the dispatch. If not, after the combine.
 
-        All ranks must return the same.
+        All ranks must return the same value. The fault breaks this rule.
         """
         return False
 

@@ -42,12 +42,12 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a crash with the dead rank as culprit. The other ranks wait or fail only because this rank died."""
+    """Predict a crash with the dead rank as culprit: without it, the other ranks wait or fail."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP)
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """Predict a crash with the dead rank as culprit. Every living rank raises the same error, which names this rank."""
+    """Predict a crash with the dead rank as culprit. Every living rank raises PeerLost with the same message."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP, error="PeerLost")
 
 

@@ -54,9 +54,9 @@ class InitialiseState(AllGatherReduceScatter):
         return gathered
 
     def before_dispatch(self, num_rows: int) -> bool:
-        """Whether to issue the collective of the state set-up before the dispatch. If not, it is issued after it.
+        """Whether to issue the collective of the state set-up before the dispatch. If not, after the dispatch.
 
-        All ranks must return the same.
+        All ranks must return the same value. The fault breaks this rule.
         """
         return True
 

@@ -43,7 +43,7 @@ class Result:
 
     before      the settings from which the search began
     after       the smallest settings with the same verdict
-    steps       how many steps the ranks began in the smallest run; the largest number of any rank
+    steps       how many steps a rank began in the smallest run; if the ranks differ, the largest number
     runs        how many runs the search made
     seconds     how long the search took
     source      the text of the Python file that repeats the smallest run; "" until `Runner.write_replay` sets it, or if

@@ -40,7 +40,7 @@ def _predicts(scenario: Scenario, settings: RunSettings, target: Expected) -> bo
 
 
 def _change(settings: RunSettings, part: str = "", **changes: Any) -> Iterator[RunSettings]:
-    """Yield the settings with these changes. Yield nothing if the result is invalid or equal to ``settings``.
+    """Yield the settings with ``**changes``. Yield nothing if the result is invalid or equal to ``settings``.
 
     part: the config that contains the changed fields, such as "model"; "" for the settings themselves
     """
@@ -63,7 +63,7 @@ def _ranks(settings: RunSettings) -> Iterator[RunSettings]:
 def _layers(settings: RunSettings) -> Iterator[RunSettings]:
     """Yield settings with fewer layers, the fewest first.
 
-    Up to 3 layers, try every subsequence of the model's layers. For each greater number, try only the model's first
+    For up to 3 layers, yield every subsequence of the model's layers. For more layers, yield only the model's first
     layers.
     """
     pattern = settings.model.layer_pattern

@@ -24,7 +24,7 @@ from repro.trace.witness.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """Pack the constant part of a record: the fields of `Event` before ``n``, in the order of `Event`.
+    """Pack the constant part of a record. ``*fields``: the fields of `Event` before ``n``, in the order of `Event`.
 
     Returns the packed bytes and their CRC-32, from which the checksum of the whole record is computed later.
     """

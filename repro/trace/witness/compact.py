@@ -22,7 +22,7 @@ from repro.trace.witness.parse import Live, Problems, parse_header, parse_live, 
 def compact(
     data: bytes, name: str, *, writer: Identity | None = None, change: Callable[[str], str] = lambda text: text
 ) -> bytes:
-    """Return the bytes of a shorter witness file with the content of ``data``, apart from ``writer`` and ``change``.
+    """Return the bytes of a shorter witness file. Only ``writer`` and ``change`` make its content differ from ``data``.
 
     name    the name of the file for messages
     writer  the writer in the new header; by default the writer of ``data``
@@ -66,7 +66,7 @@ def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geom
 
 
 def _used(area: bytes, unit: int) -> int:
-    """Return how many units of an area are in use: all up to the last byte that is not 0."""
+    """Return how many units, of ``unit`` bytes each, an area has up to its last byte that is not 0."""
     return -(-len(area.rstrip(b"\0")) // unit)
 
 

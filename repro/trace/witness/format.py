@@ -4,7 +4,7 @@ A witness is one preallocated file per rank. The rank maps it into memory, so a 
 and survives SIGKILL. Numbers are little-endian. The table shows all padding. Version 2::
 
     0      HEADER   identity of the writer, clocks, geometry, and a CRC-32 of these; written by launcher and rank
-    504    KNOWS    guarded word: the aspects that the recorder writes (repro.trace.knowledge); 0 = all of WITNESS
+    504    KNOWS    guarded word: the aspects that the recorder writes; 0 = all of WITNESS, in repro.trace.knowledge
     512    LIVE     4 guarded words: events recorded, vector words stored, strings stored, groups with a slot
     544    HEART    last_heartbeat_ns u64, name u32, count u32, CRC-32 of these; heartbeats never enter the ring
     640    SPARE    128 bytes: groups without a slot of their own write here; never read

@@ -64,15 +64,15 @@ class Tails:
         return any(self._last_is(Kind.FAILED))
 
     def last_event_ns(self) -> int:
-        """Return when a rank last recorded an event (a heartbeat is none), in ns; 0 if no rank has recorded one."""
+        """Return the time of the last event of all ranks, heartbeats excluded, in ns; 0 if there is none."""
         return max((self._here_ns(tail, tail.last_event_ns()) for tail in self._tails.values()), default=0)
 
     def heartbeat_ns(self) -> int:
-        """Return when a rank last recorded a heartbeat, in ns; 0 if no rank has recorded one."""
+        """Return the time of the last heartbeat of all ranks, in ns; 0 if there is none."""
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
     def waiting_since_ns(self) -> int:
-        """Return since when, in ns, the longest wait for a collective or a lock lasts; 0 if no rank waits."""
+        """Return when the longest present wait for a collective or a lock began, in ns; 0 if no rank waits."""
         events = ((tail, tail.last_event()) for tail in self._tails.values())
         waits = (Kind.ENTER, Kind.WAIT, Kind.LOCK_WAIT)
         since = (self._here_ns(tail, event.t_ns) for tail, event in events if event is not None and event.kind in waits)
