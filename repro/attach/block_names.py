@@ -1,7 +1,8 @@
 """Replace block names that only one rank uses, such as "expert 3", by one common name.
 
-A block is the ``with assert_no_deadlock(name)`` of a test. If each rank gives its block another name, the judge would
-take this for a difference between the ranks. With the common name, the judge compares everything else.
+A block is the ``with assert_no_deadlock(name)`` of a test. If each rank gave its block another name, the judge would
+say that the ranks differ, although only the names do. With the common name, the judge compares the other fields of the
+collectives (group, operation, sizes, …).
 """
 
 from __future__ import annotations

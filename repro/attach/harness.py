@@ -121,13 +121,13 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 
 @dataclass
 class Ranks:
-    """The ranks of a test: processes on this host, forked from the process of the test, which has imported torch.
+    """The ranks of a test: processes on this host, forked from the process of the test.
 
     root            the folder for the evidence of each run
     quiet_window_s  the ranks are judged when no rank has recorded an event for this many seconds
     deadline_s      after how many seconds a run fails, even if its ranks still record events
 
-    Eight ranks start in about a second.
+    Eight ranks start in about a second, because the process of the test imports torch before it forks them.
     """
 
     num_ranks: int
@@ -173,7 +173,7 @@ class Ranks:
     def _watch(self, run_dir: RunDir, children: Mapping[int, int]) -> None:
         """Watch until all ranks are done. Raise DeadlockError if the run ends in another way.
 
-        children: the process id of each rank -> the start time of this process, in clock ticks
+        children: a dict from the process id of each rank to the start time of this process, in clock ticks
         """
         queued = ALL_GROUPS if self.backend == "nccl" else ()
         watch = Watch(

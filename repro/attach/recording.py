@@ -63,14 +63,15 @@ class DeviceGroups(Collection[str]):
 class RecordedHost(Host):
     """This host, for the watch over a recorded program. It requests evidence from the ranks by touching a file.
 
-    The host of a lab run sends signals instead. A user's program can need these signals itself.
+    In a run of the lab, the host sends signals to the ranks. Here it does not, because a user's program can need these
+    signals itself.
     """
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
         """Request stacks and Flight Recorder dumps from the ranks, and wait at most ANSWER_PATIENCE_S seconds for them.
 
-        pids: rank -> process id. Returns, for each rank from which something is missing, what is missing, as the end of
-        a sentence "rank 1 left no …": "stack", or "stack and no Flight Recorder dump".
+        pids: a dict from rank to process id. Returns a dict with an entry for each rank that left no stack or no dump:
+        the end of the sentence "rank 1 left no …", such as "stack and no Flight Recorder dump".
         """
         files = {rank: (run_dir.stack(rank), run_dir.flight_recorder(rank)) for rank in pids}
         before = {path: _stamp(path) for paths in files.values() for path in paths}

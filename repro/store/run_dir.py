@@ -187,7 +187,10 @@ class RunDir:
         return self._rank_file("agents", first_rank, "json")
 
     def contents(self) -> list[Path]:
-        """Return the paths of the run's folder, of its subfolders PARTS, and of the files directly in these folders."""
+        """Return the paths of the run's folder, of the subfolders that PARTS lists, and of the files in these folders.
+
+        Files in deeper folders are left out.
+        """
         folders = [self.root, *(self.root / part for part in PARTS)]
         return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 

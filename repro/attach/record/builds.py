@@ -20,9 +20,10 @@ def hook_inductor(module: ModuleType) -> None:
 
 
 def hook_flashinfer(module: ModuleType) -> None:
-    """Hook `run_ninja` of FlashInfer, and not its caller, which first waits for the lock of the module to build.
+    """Hook `run_ninja`, the function of FlashInfer that builds a module.
 
-    So a rank that only waits for this lock is not recorded as a rank that builds. (FlashInfer 0.6 and 0.7.)
+    The caller of `run_ninja` is not hooked: it first waits for the module's lock, and a rank that only waits for this
+    lock would be recorded as a rank that builds. (FlashInfer 0.6 and 0.7.)
     """
 
     def name(build_dir: Any, ninja_path: Any, *_: Any, **__: Any) -> str:

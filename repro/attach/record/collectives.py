@@ -75,9 +75,10 @@ def hook(c10d: Any) -> None:
 
 
 def _hook_options(options: Any, reductions: Any) -> None:
-    """Replace those of the properties asyncOp, rootRank and reduceOp that a class of options has.
+    """Replace the properties asyncOp, rootRank and reduceOp of a class of options, if the class has them.
 
-    The compiled hooks then learn each value when the program or torch sets it.
+    When the program or torch sets a replaced property, the compiled library notes the value. So the hook of the call
+    does not have to read the property, which takes longer than writing an event.
 
     options: a class of torch, such as AllreduceOptions; reductions: torch's enum of the reductions
     """
@@ -95,7 +96,7 @@ def inside() -> bool:
 class beneath:
     """A ``with`` block in which this thread's collectives are not recorded, because they are part of a recorded call.
 
-    This is a class and not a generator function, whose overhead would be as long as the recording itself.
+    This is a class, because a generator function would take as long as the recording itself.
     """
 
     __slots__ = ()
@@ -127,7 +128,7 @@ def _hook(name: str, method: Method, original: Any) -> Any:
         return slow
 
     def resolve(group: Any, *args: Any, **options: Any) -> tuple[Call, int, bool] | None:
-        """Read a call of the method for the compiled hook.
+        """Read a call of the hooked method. The compiled hook asks this if it has not seen a call like this one before.
 
         Returns the recorder's `Call`, the number of frames up to the call site, and whether the recorder is allowed to
         ask at any time if the collective is complete. Returns None if the call is not recorded.
@@ -183,8 +184,8 @@ def _read(
 ) -> tuple[Collective, bool, bool] | None:
     """Return the collective of a call, whether the call is asynchronous, and whether the group is on the host (CPU).
 
-    If an argument has an unknown form, the collective lacks this argument and those that are read after it, and a line
-    about it is printed once for each operation. Returns None if the group is unknown.
+    If an argument has an unknown form, the collective lacks this argument and those that are read after it, and a
+    printed line says so, once for each operation. Returns None if the group is unknown.
     """
     op = method.op
     try:

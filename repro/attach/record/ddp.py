@@ -70,7 +70,7 @@ def _blocking(op: str, original: Any) -> Any:
 
 
 def _rebuilds(wrapper: Any) -> bool:
-    """Count a forward pass of the wrapper. Returns whether this pass, as the second one, rebuilds the buckets."""
+    """Count a forward pass of the wrapper. Returns whether this is the second pass, which rebuilds the buckets."""
     done: int = wrapper.__dict__.get("_hmr_passes", 0)
     wrapper.__dict__["_hmr_passes"] = done + 1
     return done == 1
@@ -120,10 +120,10 @@ def note_wait(rank: Any) -> None:
 
 
 def _collective(rank: Any, name: str, members: list[int], op: str) -> Collective:
-    """Return one collective in place of all that the reducer issues in the group ``name`` during ``op``.
+    """Return one collective that stands for all that the reducer issues in the group ``name`` during ``op``.
 
-    The number of collectives that the reducer issues is not known. So the returned collective belongs to a group of its
-    own, "NAME.ddp", which has the same members as ``name``.
+    It is not known how many collectives the reducer issues, so the returned collective cannot have a number in the
+    group ``name``. It belongs to an extra group, "NAME.ddp", which has the same members.
     """
     group = f"{name}.ddp"
     if members:

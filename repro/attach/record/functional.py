@@ -2,8 +2,9 @@
 
 torch.compile puts these operators into its graphs, and the compiled code calls the same Python objects. Hooks replace
 the functions that these objects call, so the compiler sees the same operators and makes the same graphs. The kernels of
-torch's dispatcher are not replaced: torch calls a kernel in Python with the interpreter's lock held, and a gloo thread
-that needs this lock would block the rank for ever.
+torch's dispatcher are not replaced, because two threads could then wait for each other for ever: torch calls a kernel
+in Python with the interpreter's lock held, and the kernel waits for the mutex of gloo's queue. A gloo thread can hold
+this mutex while it waits for the interpreter's lock.
 """
 
 from __future__ import annotations

@@ -81,9 +81,9 @@ def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> N
 def _joining(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_process_group(*args: Any, **options: Any) -> Any:
-        """If this process already knows its rank, open the witness before the ranks connect.
+        """Open the witness: before the ranks connect if this process already knows its rank, else afterwards.
 
-        A rank that waits for ever to connect then has a witness, too.
+        In the first case, the witness also shows a rank that waits for ever to connect.
         """
         number, size = options.get("rank", -1), options.get("world_size", -1)
         method = options.get("init_method", args[1] if len(args) > 1 else None)

@@ -41,8 +41,10 @@ def hook_fcntl(module: ModuleType) -> None:
 
 
 def hook_filelock(module: ModuleType) -> None:
-    """Hook filelock's base class. If a process acquires a lock that it already holds, the recorder ignores this
-    call."""
+    """Hook filelock's base class, to record when a rank waits for a lock, gets it and releases it.
+
+    If a process acquires a lock again that it already holds, the recorder ignores this call.
+    """
     owner = module.BaseFileLock
 
     def acquiring(original: Any) -> Any:

@@ -120,11 +120,13 @@ def is_configured() -> bool:
 
 
 def meet_at(meeting: str) -> None:
-    """Set the name of the job of this process and of its forked children.
+    """Set the name of the job to which this process and its forked children belong.
 
-    Processes record into the same folder if they have the same name of the job, the same number of ranks, and the same
-    restart count of torchrun. Without this call, the name is the rendezvous of the ranks: their init_method, or the
-    address and port at which they connect.
+    Processes record into the same folder if this name, the number of ranks, and torchrun's restart count are equal in
+    all of them. Without this call, the name is the rendezvous of the ranks: their init_method, or the address and port
+    at which they connect.
+
+    meeting: the name
     """
     global _meeting
     _meeting = meeting
@@ -220,7 +222,7 @@ def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
 
 
 def _key(num_ranks: int, meeting: str) -> str:
-    """Return the key of this job: all ranks of the job compute the same key, and every other job has another key."""
+    """Return the key of this process's job. All ranks of the job compute the same key; other jobs have other keys."""
     environ = os.environ
     place = _meeting or meeting or f"{environ.get('MASTER_ADDR', '')}-{environ.get('MASTER_PORT', '')}"
     parts = (place, f"{num_ranks}ranks", environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -228,7 +230,10 @@ def _key(num_ranks: int, meeting: str) -> str:
 
 
 def _folder_of_job(base: Path, key: str) -> Path:
-    """Return the folder of this job: ``base`` for the first job of the recording, ``base/jobs/KEY`` for the others."""
+    """Return the folder of the job with this key; make it and its subfolders if they do not exist.
+
+    The first job of the recording has the folder ``base``, each later job has ``base/jobs/KEY``.
+    """
     base.mkdir(parents=True, exist_ok=True)
     try:
         os.symlink(key, base / JOB)  # creating the link is atomic, and its target is its content
@@ -312,7 +317,7 @@ def failed(error: BaseException) -> None:
 
 
 def done() -> None:
-    """Stop recording, and record that this rank ends without an error, unless `failed` was called before."""
+    """Stop recording. If `failed` has recorded no exception, also record that this rank ends without an error."""
     global _ended
     rank = current
     use(None)

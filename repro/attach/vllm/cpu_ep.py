@@ -1,9 +1,9 @@
 """The plug-in ``hmr_cpu_ep``, which adds expert parallelism to vLLM's CPU build. HMR_CPU_EP=1 switches the plug-in on.
 
-In vLLM 0.20 to 0.33, the CpuCommunicator has no all_gatherv and no reduce_scatterv, and the fused MoE for CPUs takes
-the global id of an expert for the expert's number on this rank. This plug-in adds the two methods, and translates
-global ids into local ids. With the plug-in, ``--data-parallel-size 2 --enable-expert-parallel`` serves on a laptop. The
-plug-in is for tests, not for speed: gathers are padded, and the reduce-scatter is an all-reduce.
+In vLLM 0.20 to 0.33, the CpuCommunicator has no all_gatherv and no reduce_scatterv, and the fused MoE for CPUs uses
+the global id of an expert where the expert's number on this rank (the local id) is needed. This plug-in adds the two
+methods, and translates global ids into local ids. With the plug-in, ``--data-parallel-size 2 --enable-expert-parallel``
+serves on a laptop. The plug-in is for tests, not for speed: gathers are padded, the reduce-scatter is an all-reduce.
 
 The recorder (``hmr_record``) works without this plug-in.
 """

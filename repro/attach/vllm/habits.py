@@ -64,7 +64,8 @@ class Habits:
             self._recorder.note_entries(None)
 
     def _learn(self, entries: list[ScheduleEntry]) -> None:
-        """Learn the step agreement from the first collective of an execution, the plan of its kind from the others."""
+        """Learn from the collectives of an execution: the first is the step agreement, the others are the plan of the
+        execution's kind."""
         progress, plans = self._progress, self._progress.plans
         if progress.agreement != (first := tuple(entries[:1])):
             progress.agreement = first  # if equal, keep the old object: the recorder recognises a schedule by identity

@@ -73,9 +73,10 @@ class Worker:
         return True
 
     def agreed(self, key: tuple[Any, ...]) -> None:
-        """Record the schedule of the rest of the step, on which the ranks have just agreed, if it is known.
+        """Record the schedule of the rest of the step, if the recorder has learned it.
 
-        key: the microbatches and the graph mode, which decide the schedule; see `_agreed_key`
+        key: the microbatches and the graph mode on which the ranks have just agreed; they decide the schedule, see
+        `_agreed_key`
         """
         with self.rank.lock:
             plan = self.habits.plan((self.progress.phase, *key))

@@ -178,8 +178,10 @@ class Experiment:
         )
 
     def _write(self, outcomes: dict[str, Outcome]) -> None:
-        """Write the tables. If this raises OSError, only print it: if the disk is full, the next cell does not start
-        anyway."""
+        """Write the tables. If a table cannot be written, print the reason and go on.
+
+        If the reason is a full disk, the experiment starts no further cell anyway.
+        """
         found = table.rows(self.cells, outcomes)
         rest = [
             *table.not_run(self.cells, outcomes),

@@ -140,7 +140,7 @@ def _count(engine: Any, mine: Board) -> None:
     """Count one execution on ``mine``, the engine's board, and check that the engine requested this execution.
 
     If the engine did not request it from its worker, raise Refused in the mode ``agree``, and print a line in the mode
-    ``observe``. A sleeping engine rightly requests no execution.
+    ``observe``. In vLLM's sleep mode an engine correctly requests no execution: then nothing is counted.
     """
     mine[Field.COUNTED] += 1
     requested, counted = mine.executions()

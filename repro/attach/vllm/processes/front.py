@@ -1,8 +1,8 @@
 """Hooks for vLLM's front end: the process that starts the engine, sends it requests, and gets the outputs.
 
 The hooks write what the front end does into a notes file. In offline use (class LLM), each rank has a front end: the
-process that created the LLM. In a server, one API process is the front end of several engines. The notes file of this
-process has the rank of its first engine in its name.
+process that created the LLM. In a server, one API process is the front end of several engines; the name of its notes
+file contains the rank of the first of these engines.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ IDLE_NS = 200_000_000
 class Mirror:
     """Records one engine in the witness of its first worker.
 
-    Call all methods with the rank's lock held, because the background thread may record at any time.
+    Call all methods with the rank's lock held, because the background thread can record at any time.
 
     first_workers  the rank of each engine's first worker
     since_ns       when the worker began to wait for a message of its engine (time.monotonic_ns); 0 if it does not wait
@@ -90,7 +90,10 @@ class Mirror:
             self._rank.recorder.phase(idle)
 
     def _front_end(self) -> str:
-        """Return the text of FRONT_ENDS for what the rank's front end does now; "" if FRONT_ENDS has no text for it."""
+        """Return what the name of the idle phase says of the rank's front end, from the table FRONT_ENDS.
+
+        Returns "" if the front end does something that is not in this table, or if it is not known what it does.
+        """
         if self._front is None:
             self._front = open_notes(Path(self._rank.root), self._rank.rank, FRONT)
         return FRONT_ENDS.get(Activity(self._front[Note.ACTIVITY]), "") if self._front is not None else ""
@@ -126,7 +129,8 @@ class Mirror:
     def _declare_left_out(self, notes: Notes) -> None:
         """Record each step that the engine counted but did not request from its worker.
 
-        Such a step is declared with the step agreement as its schedule, but this rank does not issue the agreement.
+        Such a step is declared with the step agreement as its schedule. No agreement is recorded for it, so the judge
+        sees that this rank left the agreement out.
         """
         skipped, first = notes[Note.SKIPPED], notes[Note.FIRST]
         while self._skipped < skipped:

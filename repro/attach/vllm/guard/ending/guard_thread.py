@@ -162,7 +162,13 @@ class GuardThread:
         self._peers.close()
 
     def look(self) -> None:
-        """Check once for a refusal, for requests to post this rank's state, and for processes that have ended.
+        """Read the store and check the other processes, once.
+
+        - If a rank has refused, begin to stop this process.
+        - If a process has asked for the states of all ranks: a worker posts its rank's state, and refuses if the posted
+          states differ.
+        - If the worker has waited in an execution for more than WAIT_S seconds, it asks for the states of all ranks.
+        - If a process has ended without announcing this, or if a host is down, refuse.
 
         Raises torch's DistNetworkError if the store does not answer.
         """
@@ -191,9 +197,9 @@ class GuardThread:
     # -- where the ranks are ------------------------------------------------------------------------------------------
 
     def _call(self, meeting: Meeting, guard: Guard) -> None:
-        """Post the state of this rank, which waits, and ask the other ranks to post theirs.
+        """Post the state of this rank, and ask the other ranks to post theirs. Call this when this rank waits.
 
-        Do nothing if this was done a short time ago. The longer this rank waits, the less often it asks.
+        Do nothing if the last such request was a short time ago. The longer this rank waits, the less often it asks.
         """
         if self._clock() - self._called_s < min(max(guard.waits_s() / 2, 0.5), MAX_WAIT_CALL_S):
             return
@@ -289,7 +295,7 @@ def _is_gone(error: Exception) -> bool:
 
 
 def front_end_of(rank: int) -> Process:
-    """Return the front end of this engine, which is the process that started the engine.
+    """Return the front end of the engine that runs in this process: the process that started this process.
 
     rank: the rank of the engine's first worker
     """

@@ -36,7 +36,7 @@ class Stop:
     who      the name of the process in its log lines: "rank 1", "engine of rank 1"
     agrees   whether the mode is ``agree``, in which the guard stops the process; in the mode ``observe`` it only prints
     leave    ends the process with the exit code that it gets
-    tell     is called once, at the refusal, to notify a process that has no guard thread
+    tell     is called once, at the refusal; an engine uses it to notify its front end, which has no guard thread
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Stop:
         self._keep(sentence, "observed")
 
     def begin(self, sentence: str) -> None:
-        """Note and print why the ranks stop. GRACE_S seconds later, the guard's thread ends this process."""
+        """Note and print why the ranks stop. If this process still runs GRACE_S seconds later, the guard's thread ends
+        it."""
         with self._lock:
             if self.sentence:
                 return

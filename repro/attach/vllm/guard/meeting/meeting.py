@@ -62,7 +62,7 @@ class Meeting:
         return self._store.compare_set(key, "", text).decode()
 
     def read(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return a dict from each of these keys that is set to its value."""
+        """Return a dict from key to value, with those of ``keys`` that are set."""
         keys = list(keys)
         if self._store.check(keys):
             return {key: text.decode() for key, text in zip(keys, self._store.multi_get(keys), strict=True)}

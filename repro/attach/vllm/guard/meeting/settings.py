@@ -55,7 +55,7 @@ def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict
 def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
     """Return the sentence with which the ranks refuse to start; "" if they are allowed to start.
 
-    ballots: rank -> its ballot
+    ballots: a dict from rank to the ballot of this rank
     """
     for rank, said in sorted(ballots.items()):
         if said["refuses"]:

@@ -41,7 +41,10 @@ def digest_of(text: str) -> int:
 
 
 def joined(digest: int, other: int) -> int:
-    """Return the digest of a sequence to which ``other`` is appended. digest: the digest of the sequence without it"""
+    """Return the digest of a sequence after one more element has been appended.
+
+    digest: the digest of the sequence before; other: the digest of the element
+    """
     return ((digest ^ other) * PRIME + 1) & MASK
 
 

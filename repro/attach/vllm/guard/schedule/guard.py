@@ -112,8 +112,8 @@ class Guard:
     def agree(self, group: str, rows: Any, reduce: Callable[[Any], None]) -> None:
         """Issue a step agreement (C1) with the guard's two rows added. Raises Refused if the ranks differ.
 
-        rows    vLLM's tensor, int32[any number of rows, ranks], in which this rank has filled its own column; it is
-                replaced by the sum over all ranks
+        rows    vLLM's tensor, int32[any number of rows, ranks], in which this rank has filled its own column; on
+                return it has the sum over all ranks
         reduce  all-reduces a tensor in place
         """
         import torch
@@ -176,7 +176,8 @@ class Guard:
     def _explain(self) -> None:
         """Find the first difference between what the ranks issued, and refuse.
 
-        Every rank calls this after an agreement whose digests differ.
+        Every rank calls this after an agreement whose digests differ. If the ranks find no difference, print this, go
+        on, and from now on leave the engines' counts of executions out of the digest.
         """
         until, called_s = self._clock() + EXPLAIN_S, -CALL_S
         posts: list[Post] = []

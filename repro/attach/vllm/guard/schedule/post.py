@@ -109,7 +109,7 @@ def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
     If exactly one of the different entries departs from the agreed schedule, the sentence names the ranks that issued
     this entry. Otherwise the sentence lists which ranks issued which entry.
 
-    sides: entry -> the states of the ranks that issued it
+    sides: a dict from each of the different entries to the states of the ranks that issued this entry
     """
     departed = [key for key, posts in sides.items() if all(post.departed == number for post in posts)]
     if len(departed) != 1:

@@ -86,7 +86,7 @@ class Stream:
         self._plan = self._repeated.of(kind) if kind is not None else None
 
     def last(self) -> tuple[int, list[Entry]]:
-        """Return the last entries, at most MAX_SENT, and before them the number of the first one.
+        """Return the last entries, at most MAX_SENT, as a pair: the number of the first of them, and the entries.
 
         Any thread can call this.
         """
