@@ -84,9 +84,10 @@ Judge = Callable[[RunDir], Verdict]
 
 
 def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict:
-    """Judge a run from its files.
+    """Judge the redacted copy of a run from its files.
 
-    comparison: the result of comparing the run's tokens with the reference; None if they were not compared
+    comparison: the result of comparing the run's tokens with those of the reference model; None if they were not
+    compared
     """
     comparison = comparison or Comparison(missing="the results in the bundle were not compared")
     return judge_files(run_dir, options_of(read_description(run_dir.description)), comparison).verdict
@@ -152,7 +153,7 @@ def _family(root: Path) -> dict[str, Path]:
 
 
 def _hosts(run: Path) -> Iterator[str]:
-    """Yield the name of each rank's host. All names are needed before the first file is redacted: it can have any."""
+    """Yield the name of each rank's host. Redaction needs all of them first: each file can have any name."""
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
@@ -209,7 +210,9 @@ def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -
 
 
 def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: list[str]) -> None:
-    """Judge the copy, and write evidence and sentences into the copy's verdict.json. Without this file, do nothing.
+    """Judge the copy of a run, and write the fields `evidence` and `sentences` of its verdict.json.
+
+    The redaction of verdict.json has removed these two fields. If the copy has no verdict.json, do nothing.
 
     Recognised lines of the run's own verdict.json are kept, because some of them are observations of the watcher, which
     cannot be made again from the copy. The other lines are replaced by lines of the new judgement. If the copy cannot

@@ -45,6 +45,7 @@ def commands_script(data: RunData) -> str:
 def issue(data: RunData, others: list[RunData], left_out: int = 0) -> str:
     """Return ISSUE.md: what a maintainer needs to see first, in at most MAX_ISSUE_LINES lines.
 
+    others: the runs of the other variants
     left_out: how many strings, lines and fields of the run are left out of the bundle or replaced
     """
     verdict = data.verdict
@@ -153,6 +154,7 @@ def _line(text: str) -> str:
 def _fenced(text: str) -> str:
     """Return an untrusted text as one line of a fenced code block. The text cannot end the code block.
 
-    Except for this, and for control characters, nothing is changed, so that a user can copy the line.
+    Only line breaks, control characters and "```" are replaced, so that a user can copy the line. A text of more than
+    4000 characters is cut.
     """
     return escape_control_characters(text, 4000).replace("\n", " ").replace("```", "'''")

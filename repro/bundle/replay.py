@@ -221,5 +221,5 @@ def _fill(template: str, parts: Mapping[str, str]) -> str:
 
 
 def _prose(text: str, limit: int) -> str:
-    """Quote untrusted text inside a docstring, so that it cannot end the docstring."""
+    """Escape untrusted text so that it cannot end a docstring, and cut it to ``limit`` characters."""
     return escape_control_characters(text, limit).replace("\\", "/").replace('"', "'")

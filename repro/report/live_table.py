@@ -41,7 +41,10 @@ class Row:
 
 
 class LiveTable:
-    """Redraws the ranks' positions twice a second. It reads whole witnesses, which is slow. Verdicts do not need it."""
+    """Redraws the ranks' positions twice a second.
+
+    For this it reads whole witnesses, which is slow. No verdict depends on the table.
+    """
 
     def __init__(self, title: str, live: Live, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._title = title

@@ -22,7 +22,10 @@ _MOST_CHARACTERS, _MOST_A_LINE = 4000, 2000
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of this folder. Raises jinja2.UndefinedError for a name that is missing in ``values``."""
+    """Fill a template of this folder.
+
+    Raises jinja2.UndefinedError if the template uses a name that is not given as a keyword argument.
+    """
     return _environment().get_template(template).render(**values)
 
 

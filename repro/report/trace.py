@@ -47,7 +47,10 @@ def _track(label: Label) -> str:
 
 
 def _tracks(data: RunData, lane: Lane) -> dict[str, int]:
-    """Return, for the name of each track, its thread id. Phases and steps come first."""
+    """Return, for the name of each track, its number. The trace calls this number a thread id.
+
+    The tracks of phases and steps have the lowest numbers, so a viewer shows these tracks first.
+    """
     names = {_track(data.labels.table[number]) for number in set(lane.labels)}
     order = [*_OWN_TRACKS.values()]
     ordered = sorted(names, key=lambda name: (0, order.index(name)) if name in order[:2] else (1, 0))

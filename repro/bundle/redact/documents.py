@@ -1,4 +1,4 @@
-"""Redact the JSON files of a run: keep the known fields, and redact their strings like the strings of a witness."""
+"""Redact the JSON files of a run: keep the known fields, and redact the strings in these fields."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NUMBERED = re.compile(r"\d{0,6}")
 
 
 def verdict(document: Any, recogniser: Recogniser) -> Any:
-    """Redact verdict.json, and drop its evidence and sentences."""
+    """Redact verdict.json, and drop the fields `evidence` and `sentences`, which are written again after judging."""
     if isinstance(document, dict):
         document = {name: value for name, value in document.items() if name not in ("evidence", "sentences")}
     return _known(document, VERDICT, recogniser)
@@ -147,7 +147,7 @@ def _detail(text: str, recogniser: Recogniser) -> str:
 
 
 def _references(text: str, recogniser: Recogniser) -> str:
-    """Return a list of upstream reports ("generic; vllm#41862, nccl#1417"); "" if a word or project is not known."""
+    """Return the text, which lists upstream reports ("generic; vllm#41862"); "" if a word or project is not known."""
     for word in re.split("[,;]? ", text):
         reference = _REFERENCE.fullmatch(word)
         if reference[1] not in _PROJECTS if reference else recogniser.recognised(word) is None:

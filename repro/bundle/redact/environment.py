@@ -112,7 +112,10 @@ def _platform(text: str) -> str:
 
 
 def variable(line: str) -> str | None:
-    """Redact NAME=value: a value without a known form becomes GONE. Returns None if NAME is not a known variable."""
+    """Redact NAME=value: a value without a known form becomes "(left out)".
+
+    Returns None if NAME is not a known variable.
+    """
     name, equals, value = line.partition("=")
     if not equals or not (name in NAMES or (name.startswith(PREFIXES) and is_name(name))):
         return None

@@ -55,7 +55,10 @@ def _log_lines(text: str, recogniser: Recogniser) -> Iterator[str | None]:
 
 
 def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
-    """Rebuild one line from its recognised parts. Returns None if no part is recognised. before: the line above it"""
+    """Rebuild one line from its recognised parts. Returns None if no part is recognised.
+
+    before: the line above this line in the log. It can name a secret whose value is in this line
+    """
     if not line.strip():
         return ""
     prefix, rest = _prefix(plain(line), recogniser)

@@ -258,7 +258,10 @@ def is_error(name: str) -> bool:
 
 
 def distinct(names: Iterable[str]) -> frozenset[str]:
-    """Return the names that are not in words.txt, are not numbers, and are longer than two characters."""
+    """Return the names that a text does not often contain by chance.
+
+    These are the names that are not in words.txt, are not numbers, and are longer than two characters.
+    """
     return frozenset(name for name in names if len(name) > 2 and not is_word(name) and not name.isdigit())
 
 

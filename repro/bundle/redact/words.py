@@ -88,7 +88,10 @@ def is_file(text: str) -> bool:
 
 
 def below_package(path: str) -> str | None:
-    """Return the part of a path that begins at a known package; None if there is no such part, or it is unknown."""
+    """Return the part of a path that begins at a known package, or that is inside Python's own library.
+
+    Return None if the path has no such part, or if a name in this part is not known.
+    """
     for mark in ("/site-packages/", "/dist-packages/"):
         if mark in path:
             inside = path.rpartition(mark)[2]

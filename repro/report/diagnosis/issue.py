@@ -77,7 +77,7 @@ def _place(stack: Stack) -> tuple[str, str]:
 def _counters(job: JobRecords) -> list[str]:
     """Make a table of the highest sequence numbers that each rank has queued and completed in each group.
 
-    The table has these numbers from the rank's last dump and, if there is an earlier dump, also from this one.
+    The numbers come from the rank's last dump. If the rank also has an earlier dump, a second column has its numbers.
     """
     rows = []
     for rank, dump in job.recorders.items():

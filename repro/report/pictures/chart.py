@@ -148,7 +148,7 @@ class Chart:
 
 
 def group_names(data: RunData) -> list[str]:
-    """Return the groups in the order of their colours."""
+    """Return the names of all groups. The index of a group in this list decides its colour."""
     return list(dict.fromkeys(label.group for label in data.labels.table if label.group))
 
 
