@@ -67,7 +67,7 @@ class Case:
         return [rank for rank in ranks if rank in self.witnesses and aspects not in self.witnesses[rank].knows]
 
     def ranks(self, *states: str) -> tuple[int, ...]:
-        """Return the ranks in one of these states, such as "dead" or "blocked", in ascending order."""
+        """Return, in ascending order, the ranks that are in one of the given states, such as "dead" or "blocked"."""
         return tuple(rank for rank, rank_state in sorted(self.rank_states.items()) if rank_state.state in states)
 
     def place(self, rank: int) -> str:
@@ -78,8 +78,9 @@ class Case:
     def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
         """Make a verdict of the class named ``verdict`` from the finding of a rule.
 
-        more   fields of `Verdict` that replace those of the finding; but lines in ``evidence`` are added before the
-               evidence of the finding
+        finding   None counts as a finding without cause and culprits
+        more      fields of `Verdict` that replace those of the finding; but lines in ``evidence`` are added before the
+                  evidence of the finding
         """
         finding = finding or Finding()
         positions = tuple(self.rank_states[rank].position for rank in sorted(self.rank_states))

@@ -347,5 +347,8 @@ class Watch:
 
 
 def _verdict_bytes(num_ranks: int) -> int:
-    """Return an upper limit of the size of a verdict.json in bytes. A rank can list one size for each group member."""
+    """Return an upper limit of the size of a verdict.json in bytes.
+
+    The position of a rank can list one size for each member of a group, so the limit grows with num_ranks squared.
+    """
     return (64 << 10) + num_ranks * (4096 + 16 * num_ranks)

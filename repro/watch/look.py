@@ -65,6 +65,9 @@ class Look:
         return verdict.with_evidence([*confirmed, *contradicted, *missing, *self.notes])
 
     def none_began(self) -> bool:
-        """Whether there are witnesses, but no rank has opened one, and no rank has ended."""
+        """Whether no rank has begun: the witness files exist, but no rank has opened its file, and no rank has ended.
+
+        Return False if the look has no witnesses.
+        """
         writers = [witness.writer for witness in self.witnesses.values()]
         return bool(writers) and not any(writer.pid for writer in writers) and False not in self.facts.alive.values()

@@ -54,12 +54,14 @@ class Deviation:
 
 
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
-    """Find all places in one step where the rank left its declared schedule, in order.
+    """Find all places in one step where the rank left its declared schedule, in the order of the schedule.
 
-    If the rank issued a collective before the entries that were due first, the deviation is `skipped`. There is one
-    exception: if this collective is the last one so far, the step has not ended, and none of these entries is of the
-    collective's group, the rank can still issue the entries, in another order of the groups. Then the deviation is
-    `order`.
+    If the rank passed over some entries of the schedule, and issued a later entry, the deviation is usually `skipped`.
+    It is `order` in two cases:
+
+    - The rank issued the passed-over entries afterwards.
+    - The rank can still issue them: the later entry is the last one that it issued, the step has not ended, and no
+      passed-over entry is of the same group as the later entry.
 
     groups   name of a group -> the group with its members
     """
@@ -157,13 +159,13 @@ class _Comparison:
 def unshared_deviations(
     witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
 ) -> tuple[list[Deviation], list[Deviation]]:
-    """Find the first deviation of each rank, from step ``since`` on, that not all members of the group made.
+    """Find, for each rank, its first deviation from step ``since`` on that can explain a hang.
 
-    A deviation that every member makes in the same step cannot explain a hang.
+    A deviation that all members of the group made in the same step cannot explain a hang, so it does not count.
 
-    Return two lists with at most one deviation for each rank. The first list has no deviation that all members made
-    together in another step. In the second list these deviations count, too, because they can explain a hang if nothing
-    else explains it.
+    Return two lists with at most one deviation for each rank. In the first list, a deviation does not count either if
+    all members made it together in a different step. In the second list such a deviation counts, because it can explain
+    a hang if nothing else explains it.
     """
     by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}

@@ -54,7 +54,8 @@ class Node:
         """Whether this is a collective that can end.
 
         It can end if every member has issued it with the same arguments, and no member has ended or is suspended in it.
-        If a member has completed a broadcast or scatter, the root has sent its data: then members can still be missing.
+        But a broadcast or scatter that some member has completed can end even if other members have not issued it,
+        because the root has already sent its data.
         """
         return self.key[0] == "collective" and not self.waits_for | self.cannot_return | self.unknown
 

@@ -187,8 +187,9 @@ class Row(NamedTuple):
 def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> Iterator[tuple[GroupKey, int, Row, Call]]:
     """Yield (group, sequence number, call site and time, call) of each collective that a rank issued, oldest first.
 
-    The slot of a group keeps the group's last collective. If the event of this collective is already overwritten in the
-    witness, the collective from the slot is yielded before all others.
+    A witness also keeps the last collective of each group outside its ring of events, in the slot of the group. If the
+    event of this collective is already overwritten in the ring, the collective from the slot is yielded before all
+    others.
 
     only, number   if given: yield only the collectives of this group with this number
     """

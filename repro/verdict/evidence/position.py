@@ -180,7 +180,7 @@ def _host_of(writer: Identity) -> str:
 
 
 def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
-    """Return the locks that the rank holds, and a dict from each build that has not ended to its start in ns."""
+    """Return the locks that the rank holds; and, for each build that has not ended, when it began, in ns."""
     held: set[str] = set()
     builds: dict[str, int] = {}
     for index, kind in enumerate(witness.column("kind")):

@@ -137,11 +137,15 @@ class JobRecords:
 
     @property
     def has_devices(self) -> bool:
-        """Whether a host of the job has accelerators. A rank that waits for its accelerator can keep a core busy."""
+        """Whether a host of the job has accelerators.
+
+        If so, a busy core does not prove that a rank works: a rank that waits for its accelerator can also keep a core
+        busy.
+        """
         return any(note.kind == "devices" for note in self.notes)
 
     def world_size(self) -> int | None:
-        """Return the number of ranks of the job: the largest number in log lines and dumps; None if none has one."""
+        """Return the number of ranks of the job: the largest that a log line or dump gives; None if none gives it."""
         sizes = [int(note.value) for note in self.notes if note.kind == "world" and note.value.isdigit()]
         sizes += [len(g.members) for d in self.recorders.values() for g in d.configured if g.members]
         return max(sizes, default=None)
@@ -155,7 +159,7 @@ def is_main(stack: Stack) -> bool:
 
 
 def _ranks_of_processes(records: Sequence[Observation]) -> dict[int, int]:
-    """Return the rank of each pid, from records that have both. A pid that exists on two hosts is left out."""
+    """Return the rank of each pid, from records that have both. A pid of several ranks (on two hosts) is left out."""
     seen: dict[int, set[int]] = {}
     for record in records:
         process = getattr(record, "process", None)
@@ -171,7 +175,7 @@ def _with_rank(process: Process, ranks: Mapping[int, int]) -> Process:
 
 
 def _with_looks(stacks: Sequence[Stack]) -> list[Stack]:
-    """Set `Stack.look` of each stack: its number, from 0, among the stacks of its thread in the order of files."""
+    """Set `Stack.look` of each stack: its number, from 0, among the stacks of its thread, sorted by file name."""
     looks: Counter[tuple[object, ...]] = Counter()
     numbered = []
     for stack in sorted(stacks, key=lambda record: record.source.file):

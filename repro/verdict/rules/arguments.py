@@ -57,8 +57,8 @@ def _explain_places(
 ) -> None:
     """Replace the cause `sizes` of a finding: the calls are for different layers or steps, so their sizes may differ.
 
-    The new cause is `order` if ranks issued the call of the other ranks under the next sequence number; otherwise no
-    cause is known.
+    The new cause is `order` if all ranks that issued one of the calls then issued, under the next sequence number, a
+    call that other ranks had issued under this number. Otherwise no cause is known.
     """
     key, seq, sides = divergence
     finding.cause = ""

@@ -43,7 +43,10 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
 
 
 def _ended_before(case: Case, culprits: Sequence[int]) -> list[int]:
-    """Find the ranks that may have died or failed before the culprits stopped. Such a rank may be the real cause."""
+    """Find the ranks that possibly died or failed before a culprit reached the place where it is now.
+
+    Such a rank, not the culprit, can be the real cause.
+    """
     stopped_s = min(case.rank_states[rank].position.since_s for rank in culprits)
     ended = []
     for rank in case.ranks("dead", "failed"):

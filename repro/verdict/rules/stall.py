@@ -1,4 +1,4 @@
-"""Judge waits in a collective that every member has issued: `stall`, unless it can still make progress."""
+"""Judge waits in a collective that every member has issued: `stall`, unless the collective can still end."""
 
 from __future__ import annotations
 
@@ -125,7 +125,10 @@ def _moves(case: Case, node: Node) -> list[str]:
 
 
 def _doubts(case: Case, members: Sequence[int]) -> list[str]:
-    """Find reasons to report a stall later: ranks that lacked a processor, or did not write requested evidence."""
+    """Find reasons to report a stall only after a longer wait, and only as `likely`.
+
+    These are ranks that lacked a processor, or that did not write requested evidence.
+    """
     facts = case.facts
     lines = []
     starved = max((facts.starved.get(rank, 0.0) for rank in members), default=0.0)

@@ -1,7 +1,7 @@
 """Sort the Flight Recorder dumps of each rank by time, and find the dumps that are not usable.
 
-A dump is not usable if it is older than the dumps of other ranks, if its file name has a wrong rank, or if the dumps of
-this rank are of several processes.
+A dump is not usable if it is older than the dumps of other ranks, if its file name has a wrong rank, or if the dumps
+with the same rank in their names are of several processes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Find a rank whose host process or device makes no more progress, by the counters in Flight Recorder dumps.
 
 The counters of a group are compared between its members. If a rank has completed fewer operations than the others,
-although it has queued more than it completed, its device stopped. If a rank has queued fewer operations than the others
-and waits for nothing, its host process stopped. A rank is named only if the counters show this in CONVINCING_GROUPS
-groups or more. The counters of gloo are not used, because they can also differ between members of a healthy group.
+although it has queued more than it completed, its device makes no more progress. If a rank has queued fewer operations
+than the others and waits for nothing, its host process makes no more progress. A rank is named only if the counters
+show this in at least CONVINCING_GROUPS groups. The counters of gloo are not used, because they can also differ between
+members of a healthy group.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupReco
 
 
 def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
-    """Whether the stacks of these ranks agree with the conclusion that their host processes stopped.
+    """Whether the stacks of these ranks agree with the conclusion that their host processes make no more progress.
 
     A rank's last stack does not agree if it shows work, a wait for a lock, or a collective. A missing stack agrees.
     """

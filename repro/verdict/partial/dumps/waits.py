@@ -28,7 +28,10 @@ class Wait:
 
 
 def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
-    """Return the waits of all ranks: in the oldest unfinished collective, and send or receive, of each group.
+    """Return the waits of all ranks.
+
+    In each group, a rank can have two waits: in its oldest unfinished collective, and in its oldest unfinished send or
+    receive.
 
     If the dump of a member is complete and has no entries of a group, the member has queued nothing in this group. But
     if the oldest entries of the dump were overwritten, they were possibly of this group: then the member is unseen.

@@ -55,7 +55,10 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
 
 
 def _largest(answer: RasAnswer) -> dict[str, int]:
-    """Return, for each "communicator operation", the number of launches on the rank that launched most."""
+    """Return how often each operation was launched, on the rank that launched it most.
+
+    A key of the result has the names of a communicator and of one of its operations.
+    """
     result: dict[str, int] = {}
     for communicator in answer.communicators:
         for op, counts in communicator.launched.items():

@@ -61,9 +61,10 @@ def judge_mismatches(job: JobRecords) -> Diagnosis | None:
 def judge_message_sizes(job: JobRecords) -> Diagnosis | None:
     """Judge a line in which NCCL reports a message of an unexpected size: two ranks called a collective differently.
 
-    A stopped device or network does not cause such a line. The line does not show which rank is wrong. Return None if
-    the logs have no such line. Also return None if an error ended a process, or if dumps show the different arguments,
-    because then other rules prove more.
+    A device or network that makes no progress does not cause such a line. The diagnosis has no culprit, because the
+    line does not show which of the two ranks is wrong. Return None if the logs have no such line. Also return None if a
+    memory error, a device error or SIGKILL ended a process, or if dumps show the different arguments, because then
+    other rules prove more.
     """
     rows = [note for note in job.notes if note.kind == "sizes"]
     ended = [record for record in job.failures if record.kind in ("memory", "device", "killed")]

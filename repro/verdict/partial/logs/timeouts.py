@@ -85,7 +85,10 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 
 
 def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
-    """Return, for each rank, its counters in the group of ``row``, which hangs; of any group if ``row`` is None."""
+    """Return, for each rank, its counters in the group of ``row``.
+
+    row   the counters that belong to a time-out; if None, return for each rank its counters in any group
+    """
     same_group = [record for record in job.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}
 
