@@ -17,11 +17,11 @@ LATE_S = 1.0
 
 
 def judge_advance(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge a job whose later dumps show that ranks advanced, and that every member has queued what the ranks wait in.
+    """Judge a job whose ranks advanced between their two dumps, and wait now only in what all members have queued.
 
     If a rank queued an operation at least LATE_S after the ranks that waited for it in the earlier dumps, the verdict
-    is `slow` and names this rank. Otherwise it is `inconclusive`. Return None for any other job. Also return None if
-    all times are known, no rank came late, and no rank waits now.
+    is `slow` and names this late rank. Otherwise the verdict is `inconclusive`. Return None for any other job. Also
+    return None if all times are known, no rank came late, and no rank waits now.
     """
     moved = [rank for rank, dump in job.earlier.items() if advanced(dump, job.recorders[rank])]
     waiting = {wait.rank for wait in waits}

@@ -87,8 +87,8 @@ def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
 def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, str]:
     """Return, for each rank whose dump is older than the dumps of other ranks, a sentence that shows this.
 
-    The dump of a rank is older if another member of a group completed an operation that needs all members, and the dump
-    ends before this operation.
+    The dump of a rank is older if it ends before an operation that needs all members of a group, although another
+    member has completed this operation.
     """
     stale: dict[int, str] = {}
     for group, records in groups.items():
