@@ -248,3 +248,29 @@ def test_a_child_of_multiprocessing_waits_for_no_queue_because_of_how_it_began()
     assert (
         activity_of(("Connection._recv (multiprocessing/connection.py:383)", "step (train.py:3)", *start))[0] == "queue"
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "passed", "variables", "peer"),
+    [
+        ("recv", "", {"src": "3", "group_src": "None"}, 3),
+        ("recv", "", {"src": "None", "group_src": "3"}, 3),  # in the default group both numbers are the same
+        ("send", "'group': <torch.distributed.ProcessGroup at 0x7f01>", {"dst": "5", "group_dst": "1"}, 5),
+        ("send", "'group': <torch.distributed.ProcessGroup at 0x7f01>", {"dst": "None", "group_dst": "1"}, None),
+    ],
+)
+def test_the_peer_of_a_send_or_receive_is_a_global_rank_or_unknown(call, passed, variables, peer):
+    def frame(name, file, **found):
+        rows = [{"name": variable, "repr": text} for variable, text in found.items()]
+        return {"name": name, "filename": file, "line": 9, "locals": rows}
+
+    torch = "/x/torch/distributed"
+    frames = [
+        frame("wait", f"{torch}/distributed_c10d.py"),
+        frame(call, f"{torch}/distributed_c10d.py", **variables),
+        frame("wrapper", f"{torch}/c10d_logger.py", args="(<Tensor at 0x7f02>)", kwargs="{" + passed + "}"),
+        frame("exchange", "/app/train.py", pair="<torch.distributed.ProcessGroup at 0x7f01>"),
+    ]
+    (stack,) = stacks.read_json([{"pid": 7, "thread_name": "MainThread", "frames": frames}], "rank0.json")
+    assert (stack.detail, stack.peer) == (call, peer), stack
+    assert stack.group == ("pair in exchange" if passed else "default"), stack

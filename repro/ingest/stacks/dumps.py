@@ -94,7 +94,7 @@ def read_json(content: Any, file: str) -> Iterator[Stack]:
         stack = _stack(process, frames_of(rows), str(thread.get("thread_name")), Source(file), _json_lock(rows))
         if stack.activity == "collective":
             group, others = group_of(rows)
-            stack = replace(stack, group=group, other_groups=others, peer=peer_of(rows))
+            stack = replace(stack, group=group, other_groups=others, peer=peer_of(rows, group))
         yield stack
 
 

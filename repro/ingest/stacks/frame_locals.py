@@ -13,8 +13,7 @@ from typing import Any
 MAX_VARIABLES = 400
 _GROUP = re.compile(r"<(?:[\w.]+\.)?ProcessGroup\w* at (0x[0-9a-fA-F]+)>")
 _TORCH = re.compile(r"(?:^|/)torch/distributed/")
-_PEERS = {"send": ("dst", "group_dst"), "isend": ("dst", "group_dst"), "recv": ("src", "group_src"),
-          "irecv": ("src", "group_src")}  # fmt: skip
+_PEERS = {"send": "dst", "isend": "dst", "recv": "src", "irecv": "src"}
 
 
 def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]:
@@ -53,18 +52,23 @@ def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the peer of a send or receive; None if the variables do not show it.
+def peer_of(frames: Sequence[Mapping[str, Any]], group: str) -> int | None:
+    """Return the global rank of the peer of a send or receive; None if the variables do not show it.
 
-    The result is a global rank if the program passed ``dst`` or ``src``, and a group rank if it passed ``group_dst`` or
-    ``group_src``.
+    torch's ``group_dst`` and ``group_src`` count ranks within the group, so they show the peer only in the default
+    group.
+
+    group: the first value that `group_of` returns
     """
-    for frame in frames:
-        if _is_torch(frame) and (names := _PEERS.get(str(frame.get("name")))):
-            variables = dict(variables_of(frame))
-            for name in names:
-                if variables.get(name, "").isdigit():
-                    return int(variables[name])
+    calls = [
+        (_PEERS[str(frame.get("name"))], dict(variables_of(frame)))
+        for frame in frames
+        if _is_torch(frame) and str(frame.get("name")) in _PEERS
+    ]
+    for prefix in ("", "group_") if group == "default" else ("",):
+        for name, variables in calls:
+            if (text := variables.get(prefix + name, "")).isdigit():
+                return int(text)
     return None
 
 

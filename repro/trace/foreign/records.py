@@ -131,8 +131,7 @@ class Stack:
     group       for a collective: name of the variable that holds its process group; "default" if the call names no
                 group, "" if unknown
     other_groups  for a collective: names of other variables in these frames that hold a process group
-    peer        for a send or receive: the rank of the other end; a global rank if the program passed dst or src, a
-                group rank if it passed group_dst or group_src; None if unknown
+    peer        for a send or receive: the global rank of the other end; None if unknown
     """
 
     process: Process
