@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hybrid_moe_ref.engine.startup.compilation import Compiler
 
 LIKELY_S = 3.0
-"""A first compilation takes at least this many seconds, because it imports the compiler and, on a CPU, compiles C++."""
+"""A first compilation takes at least this many seconds, because on a CPU it compiles C++ several times."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,6 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from repro.hosts.parent import die_with_parent
 from repro.lab.rank import worker
@@ -47,23 +46,35 @@ def main() -> int:
     )  # avoids zombies: no process reaps the job, and the watcher looks for it in /proc
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        pid = _fork(functools.partial(_job, request))
+        run_dir = RunDir(Path(request["run_dir"]))
+        settings = read_settings(run_dir.config)
+        if settings.engine.compile:
+            _import_compiler()
+        pid = _fork(functools.partial(_job, run_dir, settings.num_ranks, request["environment"]))
         print(pid, flush=True)
     return 0
 
 
-def _job(request: dict[str, Any]) -> None:
+def _import_compiler() -> None:
+    """Import torch.compile's compiler, once for all ranks: each would need two seconds of processor time for it."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # otherwise the import starts processes and a thread
+    import torch._inductor.compile_fx
+
+    gc.freeze()
+
+
+def _job(run_dir: RunDir, num_ranks: int, environment: dict[str, str]) -> None:
     """Fork the ranks of one run and wait for all of them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
-    os.environ.update(request["environment"])
+    os.environ.update(environment)
     tempfile.tempdir = None  # makes tempfile read TMPDIR again, which is now this run's
-    run_dir = RunDir(Path(request["run_dir"]))
     log = os.open(run_dir.launcher_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
     for descriptor, target in enumerate((null, log, log)):
         os.dup2(target, descriptor)
-    num_ranks = read_settings(run_dir.config).num_ranks
     pids = [_fork(functools.partial(worker.run_launched, run_dir, rank)) for rank in range(num_ranks)]
     for pid in pids:
         os.waitpid(pid, 0)
