@@ -26,15 +26,21 @@ def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> 
     Raises ConfigError if the folder ``root`` contains nothing of a run, OSError if a file cannot be written there.
     """
     data = gather(root)
-    data.place = place
     others = [gather(path) for path in (siblings(root, data) if beside is None else beside)]
-    picture = timeline(data)
-    write_atomically(root / "timeline.svg", picture)
-    write_atomically(root / "trace.json", trace(data))
-    write_atomically(root / "report.html", render(data, others, picture))
+    _write(data, others, place)
     return data
 
 
-def write_all(roots: Iterable[Path]) -> list[RunData]:
-    """Call :func:`write` for each run directory. Returns the data of each run."""
-    return [write(root) for root in roots]
+def write_all(roots: Iterable[Path]) -> None:
+    """Write the report of each run directory as :func:`write` does, but read each run only once."""
+    read = {root.resolve(): gather(root) for root in roots}
+    for root, data in read.items():
+        _write(data, [read.get(path) or gather(path) for path in siblings(root, data)])
+
+
+def _write(data: RunData, others: Sequence[RunData], place: str = "") -> None:
+    data.place = place
+    picture = timeline(data)
+    write_atomically(data.root / "timeline.svg", picture)
+    write_atomically(data.root / "trace.json", trace(data))
+    write_atomically(data.root / "report.html", render(data, others, picture))
