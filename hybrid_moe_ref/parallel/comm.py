@@ -61,6 +61,7 @@ class Communicator(RankGroups):
         self._was_used = False
         self.guard = ScheduleGuard(rank, self._halt)
         self._groups = groups
+        self._on_nccl = {name: dist.get_backend(group) == "nccl" for name, group in groups.items()}
         every_rank = sorted({member for members in self._members.values() for member in members})
         self._roll_call = RollCall(rank, every_rank, store) if store is not None else None
         self.observer.groups(self._members)
@@ -185,7 +186,7 @@ class Communicator(RankGroups):
         event = Collective(group, "all_reduce", layer, (x.numel(),), _name(x.dtype), reduce_op)
         self._enter(event)
         pg = self._groups[group]
-        self._wait(pg, dist.all_reduce(x, op=_REDUCE_OPS[reduce_op], group=pg, async_op=True))
+        self._wait(group, dist.all_reduce(x, op=_REDUCE_OPS[reduce_op], group=pg, async_op=True))
         self.observer.leave(event)
         return x
 
@@ -261,27 +262,27 @@ class Communicator(RankGroups):
         if self._strict is not None:
             self._strict.check(event, self.members(event.group))
 
-    def _wait(self, pg: dist.ProcessGroup, work: dist.Work) -> None:
+    def _wait(self, group: str, work: dist.Work) -> None:
         """Wait for a collective. Meanwhile check whether another rank has stopped the job.
 
         Under NCCL this check does not happen, because ``wait`` returns at once and only orders streams.
         """
-        if dist.get_backend(pg) == "nccl":
+        if self._on_nccl[group]:
             work.wait()
         else:
             wait_or_halt(work, self._halt, self._watchdog)
 
     def _gather_rows(self, group: str, rows_NB: Tensor, sizes: tuple[int, ...]) -> Tensor:
         pg, widest = self._groups[group], max(sizes)
-        if dist.get_backend(pg) == "nccl" and min(sizes) != widest:
+        if self._on_nccl[group] and min(sizes) != widest:
             # NCCL has an uneven all-gather: a grouped broadcast from each rank.
             rows_SB = rows_NB.new_empty(sum(sizes), rows_NB.shape[1])
-            self._wait(pg, dist.all_gather(list(rows_SB.split(sizes)), rows_NB, group=pg, async_op=True))
+            self._wait(group, dist.all_gather(list(rows_SB.split(sizes)), rows_NB, group=pg, async_op=True))
             return rows_SB
         # gloo has no uneven all-gather: every rank sends as many rows as the largest size, and all ranks trim them.
         padded_NB = torch.nn.functional.pad(rows_NB, (0, 0, 0, widest - rows_NB.shape[0]))
         rows_SB = rows_NB.new_empty(len(sizes) * widest, rows_NB.shape[1])
-        self._wait(pg, _all_gather_single(rows_SB, padded_NB, group=pg, async_op=True))
+        self._wait(group, _all_gather_single(rows_SB, padded_NB, group=pg, async_op=True))
         if min(sizes) == widest:
             return rows_SB
         return torch.cat([rows[:size] for rows, size in zip(rows_SB.split(widest), sizes, strict=True)])
@@ -291,24 +292,24 @@ class Communicator(RankGroups):
         for root, part in enumerate(rows_SB.split(sizes)):
             if root == self.group_rank(group):
                 part.copy_(rows_NB)
-            self._wait(pg, dist.broadcast(part, group_src=root, group=pg, async_op=True))
+            self._wait(group, dist.broadcast(part, group_src=root, group=pg, async_op=True))
         return rows_SB
 
     def _reduce_rows(self, group: str, x_SH: Tensor, sizes: tuple[int, ...]) -> Tensor:
         pg, num_rows = self._groups[group], sizes[self.group_rank(group)]
-        if dist.get_backend(pg) == "nccl":
+        if self._on_nccl[group]:
             out_NH = x_SH.new_empty(num_rows, x_SH.shape[1])
             if min(sizes) == max(sizes):
-                self._wait(pg, _reduce_scatter_single(out_NH, x_SH, group=pg, async_op=True))
+                self._wait(group, _reduce_scatter_single(out_NH, x_SH, group=pg, async_op=True))
             else:
-                self._wait(pg, dist.reduce_scatter(out_NH, list(x_SH.split(sizes)), group=pg, async_op=True))
+                self._wait(group, dist.reduce_scatter(out_NH, list(x_SH.split(sizes)), group=pg, async_op=True))
             return out_NH
         # gloo implements reduce_scatter by an all_reduce, which sends R times the bytes. An all-to-all and a local sum
         # in rank order give the same result in a quarter of the time.
         num_ranks = len(sizes)
         parts_RNH = x_SH.new_empty(num_ranks * num_rows, x_SH.shape[1])
         per_rank = [num_rows] * num_ranks
-        self._wait(pg, dist.all_to_all_single(parts_RNH, x_SH, per_rank, list(sizes), group=pg, async_op=True))
+        self._wait(group, dist.all_to_all_single(parts_RNH, x_SH, per_rank, list(sizes), group=pg, async_op=True))
         return parts_RNH.view(num_ranks, num_rows, x_SH.shape[1]).sum(dim=0)
 
 

@@ -139,10 +139,11 @@ def _grouped_product(x_RA: Tensor, weight_EAB: Tensor, counts_E: Tensor) -> Tens
     counts = counts_E.tolist()
     if differentiable(x_RA, weight_EAB):
         return torch.cat([x @ weight_EAB[e] for e, x in enumerate(x_RA.split(counts))])
-    out_RB = x_RA.new_empty(x_RA.shape[0], weight_EAB.shape[2])
-    for e, x, out in zip(range(len(counts)), x_RA.split(counts), out_RB.split(counts), strict=True):
-        if counts[e]:
-            torch.mm(x, weight_EAB[e], out=out)
+    out_RB, end = x_RA.new_empty(x_RA.shape[0], weight_EAB.shape[2]), 0
+    for e, count in enumerate(counts):
+        if count:  # only a few of many experts have rows, so no view is made for the others
+            start, end = end, end + count
+            torch.mm(x_RA[start:end], weight_EAB[e], out=out_RB[start:end])
     return out_RB
 
 
