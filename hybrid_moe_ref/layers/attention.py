@@ -56,7 +56,7 @@ class GatedAttention(Mixer):
 
 
 def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-    """Compute the attention of the sequences of one group.
+    """Compute the attention of those sequences of the batch that have equally many new tokens (a `Group`).
 
     No gradient flows through a cache, because the cache gets detached keys and values.
     """

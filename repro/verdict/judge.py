@@ -2,7 +2,7 @@
 
 1. Ranks completed different collectives under one sequence number, or results are wrong: `corrupt`; `inconclusive` if
    the different collectives were only queued on the devices (NCCL).
-2. Every rank is done: `clean`; `inconclusive` if the witnesses do not show everything that must be equal.
+2. Every rank is done: `clean`; `inconclusive` if the witnesses lack what ranks must have in common, such as sizes.
 3. The waits form a cycle: `deadlock`; `inconclusive` before the quiet window has passed. This rule is left out if a
    rank died or failed in a collective that members issued with different arguments: then rule 4 applies.
 4. A rank died or failed: `crash`; `inconclusive` if the user interrupted the ranks.

@@ -178,7 +178,10 @@ class ModelRunner:
         return self._policies.agreement.agree(self._plan, self._exchange, layer)
 
     def _exchange(self, plan: StepPlan, layer: str) -> AgreedStep:
-        """Make the step agreement C1: each rank fills its column, and one all-reduce sums the columns."""
+        """Make the step agreement C1: each rank fills its own column of a matrix, and one all-reduce adds the matrices.
+
+        So every rank then has all columns.
+        """
         column = torch.tensor(self.protocol.column(plan), dtype=torch.int32)
         matrix = torch.zeros(len(column), len(self._comm.members(self.agreeing)), dtype=torch.int32)
         matrix[:, self._comm.group_rank(self.agreeing)] = column

@@ -172,9 +172,9 @@ class Recogniser:
     def line(self, text: str, before: str = "") -> str:
         """Return a line of prose, redacted. A line that is left out is counted in ``left_out`` and becomes "".
 
-        A recognised line stays. Any other line stays only if there is a search, and the search finds nothing private
-        in this line or in the line above (``before``). The line above matters because it can name a secret whose value
-        is in this line.
+        A recognised line stays. Any other line is left out, unless this object has a search for private texts, and the
+        search finds none in this line or in the line above (``before``). The line above matters because it can name a
+        secret whose value is in this line.
         """
         kept = self._text(text) if not before or self._is_free(before) else self.recognised(text)
         if kept is None:

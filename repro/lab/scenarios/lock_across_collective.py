@@ -33,7 +33,8 @@ LOCK = "experts.lock"
 def tune(extension: Extension, place: BuildPlace) -> None:
     """Choose the fastest way to run the experts, the same on all ranks. All ranks must call this.
 
-    This is the trigger: to choose the same way, the ranks sum up their times by an all-reduce (``place.sum_up``).
+    To choose the same way, the ranks sum up their times by an all-reduce (``place.sum_up``). The fault calls this
+    function while the rank holds the build lock.
     """
     from hybrid_moe_kernels.lab import moe_experts
 

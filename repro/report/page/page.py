@@ -1,4 +1,4 @@
-"""Render report.html: one file that needs no network and no fonts, and in which no string of a run can run as code.
+"""Render report.html: one file that needs no network and no fonts. No text that comes from a run is executed as code.
 
 The page is complete without its script. With the script, the timeline can be moved and zoomed.
 """

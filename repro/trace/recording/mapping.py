@@ -21,8 +21,9 @@ def map_file(
     If the launcher has not created the file in advance, create the file.
 
     run_id   written into the header; if this is "", the header keeps the run id that the launcher wrote
-    shape    the sizes of the areas of a new file
-    knows    the aspects that the recorder writes; written into the header
+    shape    the sizes of the areas of a new file; None: the usual sizes
+    knows    which aspects the recorder writes, such as steps and locks (see `repro.trace.knowledge`); written into the
+             header
 
     Returns the map, the writer, and the sizes of the file's areas. Raises WitnessError if the file already has a
     writer, or was made for another rank.

@@ -227,7 +227,7 @@ def _waits_since(witness: Witness) -> int:
 
 
 def _issue_of(witness: Witness, event: Event) -> Event:
-    """Return the event with which the rank issued a collective; ``event`` itself if that one is overwritten.
+    """Return the event with which a rank issued a collective; ``event`` if later events have overwritten that event.
 
     event   the event with which the rank began to wait for the collective
     """

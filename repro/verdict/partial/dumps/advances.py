@@ -81,11 +81,12 @@ def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
 
 
 def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
-    """Return how many seconds later than the other members a rank queued an operation; None if this is unknown.
+    """Return how many seconds a rank queued an operation after the members that waited there; None if unknown.
 
-    times   rank -> when the rank queued the operation, in seconds
-    wait    the wait in this operation in the earlier dumps. The time of the rank is compared with the median time of
-            the members that had already queued the operation in these dumps
+    The time of these members is their median.
+
+    times   for each rank, when it queued the operation, in seconds
+    wait    the wait that the earlier dumps show. A member waited if the wait does not list it as missing
     """
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
     return times[rank] - median(others) if rank in times and others else None

@@ -66,9 +66,10 @@ def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupReco
 
 
 def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
-    """Whether the stacks of these ranks agree with the conclusion that their host processes make no more progress.
+    """Whether the stacks of these ranks allow the conclusion that their programs make no more progress.
 
-    A rank's last stack does not agree if it shows work, a wait for a lock, or a collective. A missing stack agrees.
+    The last stack of a rank contradicts it if this stack shows work, a wait for a lock, or a collective. A rank without
+    a stack does not contradict it.
     """
     stacks = [rows[-1] for rank, rows in job.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)

@@ -129,7 +129,7 @@ class RankLook:
 
     @property
     def spins(self) -> bool:
-        """Whether the rank spins in a collective: it has SPINNING_LOOKS stacks or more, all with the same frames."""
+        """Whether the rank spins in a collective: SPINNING_LOOKS or more stacks show it there, with equal frames."""
         collective = all(stack.activity in AMONG_RANKS for stack in self.stacks)
         return len(self.stacks) >= SPINNING_LOOKS and collective and len({stack.frames for stack in self.stacks}) == 1
 

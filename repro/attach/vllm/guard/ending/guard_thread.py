@@ -295,8 +295,8 @@ def _is_gone(error: Exception) -> bool:
 
 
 def front_end_of(rank: int) -> Process:
-    """Return the front end of the engine that runs in this process: the process that started this process.
+    """Return the front end of this process, which is an engine: its parent process started it.
 
-    rank: the rank of the engine's first worker
+    rank: the rank of the engine's first worker, by which a message names the front end
     """
     return Process.of(f"front end of rank {rank}", rank, os.getppid())
