@@ -30,14 +30,15 @@ dist.init_process_group("fake", rank=0, world_size=2)
 
 
 def run_ar(rows, *, layer=None):
+    "Let all ranks agree."
     dist.all_reduce(torch.ones(8, dtype=torch.int32))
-    if isinstance(rows, Exception):
+    if isinstance(rows, BaseException):
         raise rows
     return rows
 
 
 agree = worker.agreeing(run_ar)
-print(agree.__name__)
+print(agree.__name__, agree.__module__, agree.__doc__)
 usual, *modes = (torch.tensor([[5, 7], [8, 8], [0, 1], [mode + 1, mode]], dtype=torch.int32) for mode in range(6))
 others = [torch.tensor([[5, 7], [8, 8], [1, 1], [2, 1]]), torch.zeros(7, 2), usual.to("meta")]
 print(agree(usual).tolist())  # not a worker yet
@@ -65,7 +66,9 @@ for step in range(300):
     if 0.4 < draw < 0.42:
         dist.barrier()
         at.habits.end()
-for wrong in (ValueError("failed"), [1, 2], torch.zeros(4, 0), KeyboardInterrupt("Ctrl-C")):
+for wrong in (
+    ValueError("failed"), [1, 2], torch.zeros(4, 0), torch.zeros(4, 2, 2), KeyboardInterrupt("Ctrl-C"), torch.ones(4),
+):
     at.begin_execution(1)
     try:
         print(type(agree(wrong)))
@@ -73,6 +76,10 @@ for wrong in (ValueError("failed"), [1, 2], torch.zeros(4, 0), KeyboardInterrupt
         print(type(error))
     agree(usual)
     at.progress.executing = False
+at.phase("other rows")
+for rows in [others[1]] * 5 + [torch.zeros(()), others[1]]:  # what is no row has no plan
+    agree(rows)
+    dist.barrier()
 worker.after_fork()
 this.use(None)
 print(agree(usual) is usual)
@@ -100,9 +107,21 @@ def test_the_compiled_hook_records_an_agreement_as_the_hook_in_python(programs, 
         pytest.skip(problem)
     printed, errors, fast = run(programs, tmp_path / "fast", seed)
     others, other_errors, slow = run(programs, tmp_path / "slow", seed, HMR_RECORD_PURE="1")
-    assert printed == others and printed.startswith("run_ar"), printed
+    assert printed == others and printed.startswith("run_ar __main__ Let all"), printed
     assert errors == other_errors and errors.count("not recorded") == 1, "the rows that are no tensor are one line"
     assert [pair for pair in zip(fast, slow, strict=True) if pair[0] != pair[1]] == [], f"seed {seed}"
     steps = [event for event in fast if event[0] == "STEP"]
+    of_barriers = [event[2] for event in steps if event[3].endswith("barrier\x1f")]
+    assert [step - of_barriers[0] for step in of_barriers] == [0, 1, 3], f"seed {seed}: {of_barriers}"
     with_plan = sum("layers.0" in event[3] and "layers.1" in event[3] for event in steps)
     assert len({event[2] for event in steps}) > 300 and with_plan > 30, f"seed {seed}: {with_plan} plans"
+
+
+def test_an_attribute_of_the_compiled_progress_cannot_be_deleted():
+    if problem := compiled.build():
+        pytest.skip(problem)
+    progress = compiled.load.__wrapped__().Progress()
+    for name in ("phase", "agreement", "plans", "kind", "expected", "step"):
+        with pytest.raises(TypeError):
+            delattr(progress, name)
+    assert (progress.phase, progress.agreement, progress.plans, progress.kind, progress.step) == ("", (), {}, None, -1)

@@ -52,8 +52,8 @@ class Habits:
 
         Returns what an execution of this kind issues after the step agreement; () if that is not known.
         """
-        self._progress.kind = kind
         plan, self._progress.expected = self._progress.plans.get(kind, ((), None))
+        self._progress.kind = kind  # after the line above, which raises a TypeError if the kind has no hash
         return plan
 
     def end(self) -> None:

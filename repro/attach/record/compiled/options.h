@@ -46,10 +46,11 @@ typedef struct {
 
 /* Names and documentation are those of the original. */
 static PyObject *attribute_of(PyObject *self, PyObject *name) {
-    PyObject *value = PyObject_GenericGetAttr(self, name);
-    if (value || !PyErr_ExceptionMatches(PyExc_AttributeError)) return value;
+    PyObject *value = PyObject_GenericGetAttr(self, name), *original = ((Hook *)self)->original;
+    if (!original || (value ? value != Py_None : !PyErr_ExceptionMatches(PyExc_AttributeError))) return value;
+    Py_XDECREF(value); /* None: the class has no documentation */
     PyErr_Clear();
-    return PyObject_GetAttr(((Hook *)self)->original, name);
+    return PyObject_GetAttr(original, name);
 }
 
 typedef struct {

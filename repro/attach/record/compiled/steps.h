@@ -28,20 +28,29 @@ static PyObject *call_within(PyObject *name, PyObject *function, PyObject *const
 
 typedef struct {
     PyObject_HEAD
-    PyObject *phase, *agreement, *kind, *expected, *plans;
+    PyObject *phase, *agreement, *plans; /* never NULL */
+    PyObject *kind, *expected;            /* NULL: None */
     long long step;
     Py_ssize_t live;
     char executing, begun;
 } Progress;
 
-static int progress_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(keywords)) {
-    Progress *self = (Progress *)object;
-    if (!PyArg_ParseTuple(args, "") || self->plans) return -1;
+static PyObject *progress_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(keywords)) {
+    Progress *self = PyArg_ParseTuple(args, "") ? (Progress *)type->tp_alloc(type, 0) : NULL;
+    if (!self) return NULL;
     self->phase = Py_NewRef(str_empty);
     self->agreement = PyTuple_New(0);
     self->plans = PyDict_New();
     self->step = -1;
-    return self->agreement && self->plans ? 0 : -1;
+    if (!self->agreement || !self->plans) Py_CLEAR(self);
+    return (PyObject *)self;
+}
+
+/* A deleted attribute would be NULL. */
+static int progress_set(PyObject *self, PyObject *name, PyObject *value) {
+    if (value) return PyObject_GenericSetAttr(self, name, value);
+    PyErr_SetString(PyExc_TypeError, "Progress: an attribute cannot be deleted");
+    return -1;
 }
 
 static void progress_dealloc(PyObject *object) {
@@ -72,8 +81,8 @@ static PyTypeObject ProgressType = {
     .tp_name = "hmr_record.Progress",
     .tp_basicsize = sizeof(Progress),
     .tp_flags = Py_TPFLAGS_DEFAULT,
-    .tp_new = PyType_GenericNew,
-    .tp_init = progress_init,
+    .tp_new = progress_new,
+    .tp_setattro = progress_set,
     .tp_dealloc = progress_dealloc,
     .tp_members = progress_members,
 };
@@ -101,35 +110,39 @@ static int begin_step(Tape *file, Progress *now) {
     return failed ? -1 : 1;
 }
 
-/* The smallest number of one row of the agreement; -1 with an exception for another object. */
-static long smallest(PyObject *row) {
-    long least = LONG_MAX;
-    Py_ssize_t count = PyList_CheckExact(row) ? PyList_GET_SIZE(row) : 0;
-    for (Py_ssize_t i = 0; i < count; i++) {
+/* Find the smallest number of a row of the agreement. Returns 0, also with an exception, if the row has no numbers, or
+ * others than ints of 64 bits. */
+static int smallest(PyObject *row, long *least) {
+    if (!PyList_CheckExact(row) || !PyList_GET_SIZE(row)) return 0;
+    *least = LONG_MAX;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(row); i++) {
+        if (!PyLong_CheckExact(PyList_GET_ITEM(row, i))) return 0;
         long number = PyLong_AsLong(PyList_GET_ITEM(row, i));
-        if (number < least) least = number;
+        if (number == -1 && PyErr_Occurred()) return 0;
+        if (number < *least) *least = number;
     }
-    if (!count) PyErr_SetString(PyExc_TypeError, "the step agreement has no rows");
-    return PyErr_Occurred() ? -1 : least;
+    return 1;
 }
 
-/* The kind of a step, as worker.agreed names it. Returns NULL with an exception. */
+/* The kind of a step, as worker.agreed names it. Returns NULL, also with an exception, for rows of another form. */
 static PyObject *kind_of(Progress *now, PyObject *rows) {
-    PyObject *is_cpu = PyObject_GetAttr(rows, str_is_cpu);
-    PyObject *list = is_cpu == Py_True ? PyObject_CallMethodNoArgs(rows, str_tolist) : NULL, *kind = NULL;
-    if (list && PyList_CheckExact(list) && PyList_GET_SIZE(list) == NUM_ROWS) {
-        long microbatch = smallest(PyList_GET_ITEM(list, MICROBATCHES)), mode = smallest(PyList_GET_ITEM(list, MODES));
-        if (!PyErr_Occurred()) kind = Py_BuildValue("(Oll)", now->phase, microbatch, mode);
-    } else if (is_cpu && !PyErr_Occurred()) {
-        kind = PyTuple_Pack(1, now->phase);
+    PyObject *is_cpu = PyObject_GetAttr(rows, str_is_cpu), *kind = NULL;
+    PyObject *list = is_cpu == Py_True ? PyObject_CallMethodNoArgs(rows, str_tolist) : NULL;
+    int is_list = list && PyList_CheckExact(list);
+    long microbatch, mode;
+    if (is_cpu == Py_False || (is_list && PyList_GET_SIZE(list) != NUM_ROWS)) {
+        kind = Py_BuildValue("(O)", now->phase);
+    } else if (is_list && smallest(PyList_GET_ITEM(list, MICROBATCHES), &microbatch) &&
+               smallest(PyList_GET_ITEM(list, MODES), &mode)) {
+        kind = Py_BuildValue("(Oll)", now->phase, microbatch, mode);
     }
     Py_XDECREF(is_cpu);
     Py_XDECREF(list);
     return kind;
 }
 
-/* Declare the schedule of the step on which the ranks have agreed. Returns 0 if this kind has no plan; -1 with an error
- * of the program. */
+/* Declare the schedule of the step on which the ranks have agreed. Returns 0 if this kind has no plan or the recorder
+ * fails; -1 with an error of the program. */
 static int agreed(Tape *file, Progress *now, PyObject *rows) {
     PyObject *kind = kind_of(now, rows);
     PyObject *planned = kind ? Py_XNewRef(PyDict_GetItemWithError(now->plans, kind)) : NULL;
@@ -138,7 +151,7 @@ static int agreed(Tape *file, Progress *now, PyObject *rows) {
         PyObject *plan = PyTuple_GET_ITEM(planned, 0), *expected = PyTuple_GET_ITEM(planned, 1);
         Py_XSETREF(now->kind, Py_NewRef(kind));
         Py_XSETREF(now->expected, Py_NewRef(expected));
-        if (PyObject_IsTrue(plan) > 0) declare(file, now, plan);
+        if (PyObject_IsTrue(plan) > 0 && declare(file, now, plan) < 0) is_known = 0; /* Python reports why */
     }
     Py_XDECREF(planned);
     Py_XDECREF(kind);

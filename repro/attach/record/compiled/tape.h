@@ -1,8 +1,8 @@
 /* Write the events of one witness file: the hot path of repro.trace.recording.recorder.Recorder, with the same bytes.
  *
- * Each function here but tape_vector changes the file and the counters without giving up the interpreter's lock,
- * so that several threads can record. tape_vector calls Python, before the event of its call is written. The layout and the order of writing are those of repro.trace.witness.format; Python passes the
- * offsets.
+ * Each function here changes the file and the counters without giving up the interpreter's lock, so that several threads
+ * can record. tape_vector and tape_begin_step call Python, before they write. The layout and the order of writing are
+ * those of repro.trace.witness.format; Python passes the offsets.
  */
 
 #define PY_SSIZE_T_CLEAN
