@@ -9,7 +9,7 @@ import sys
 from array import array
 from types import SimpleNamespace
 
-from hybrid_moe_ref.parallel.observer import Collective
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.attach.record import compiled
 from repro.attach.record.compiled.recorder import CompiledRecorder
 from repro.trace.witness.file import parse
@@ -89,4 +89,30 @@ assert len(resolved) == 3, len(resolved)
 assert len(list(parse(bytes(buffer), "memory").events())) == NUM_WORKS
 references = sys.getrefcount(group)
 assert references == 2, references
+
+rows = SimpleNamespace(is_cpu=True, tolist=lambda: [[5, 7], [8, 8], [1, 0], [2, 2]])
+learn, declare, noted = [], [], []
+agreement = ScheduleEntry("dp", "all_reduce", "step")
+plan = (ScheduleEntry("dp", "barrier", ""),)
+progress = recorder.tape.progress = library.Progress()
+progress.phase, progress.agreement, progress.live, progress.executing = "serve", (agreement,), 3, True
+progress.plans["serve", 0, 2] = plan, [agreement, *plan]
+
+
+def agree_slowly() -> SimpleNamespace:
+    learn.append(progress.step)
+    recorder.note_entries(noted)
+    progress.expected = [agreement, *plan]
+    return rows
+
+
+agree = library.Agreement(lambda: rows, agree_slowly, declare.append, "step")
+agree()
+for _ in range(NUM_WORKS):
+    noted[:] = [agreement, *plan]
+    progress.begun = False
+    assert agree() is rows
+assert (learn, declare, progress.step, noted) == ([-1], [], NUM_WORKS - 1, []), (learn, declare, progress.step)
+steps = [event for event in parse(bytes(buffer), "memory").events() if event.kind == Kind.STEP]
+assert [(event.step, event.aux) for event in steps] == [(step, 3) for step in range(NUM_WORKS) for _ in range(2)]
 print("recorded")
