@@ -5,6 +5,7 @@ two seconds. A rank loads the library if it exists. If not, the rank records in 
 bytes, but each collective takes some microseconds longer. HMR_RECORD_PURE=1 makes a rank record in Python.
 
     checksum.h     the checksum of a record
+    calls.h        groups and calls
     tape.h         the writer of the witness
     options.h      the options of a call
     read.h         recognises a call
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "hmr_record"
-SOURCES = ("checksum.h", "tape.h", "options.h", "read.h", "works.h", "exchange.h", "steps.h", "fast.c")
+SOURCES = ("checksum.h", "calls.h", "tape.h", "options.h", "read.h", "works.h", "exchange.h", "steps.h", "fast.c")
 FLAGS = ("-O2", "-fPIC", "-shared", "-std=gnu11")
 BUILD_LIMIT_S = 60.0
 
