@@ -30,6 +30,7 @@ from repro.store.run_dir import RunDir
 def main() -> int:
     """Serve the launcher's requests until it closes the pipe; return 0."""
     die_with_parent()
+    gc.disable()  # until all is imported: what modules define is no garbage
     import torch
 
     import hybrid_moe_ref.engine.lifecycle
@@ -41,6 +42,7 @@ def main() -> int:
     with contextlib.suppress(OSError):  # a sandbox may refuse it; the ranks are only slower then
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     gc.freeze()  # a garbage collection in a rank would write to the shared pages, and so copy them
+    gc.enable()
     signal.signal(
         signal.SIGCHLD, signal.SIG_IGN
     )  # avoids zombies: no process reaps the job, and the watcher looks for it in /proc

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -75,9 +76,12 @@ class ProgramServer:
 
 def serve() -> None:
     """Run one program for each line of standard input, and print its exit code; "timeout" if it did not end."""
+    gc.disable()  # until all is imported: what modules define is no garbage
     import torch  # noqa: F401
     from torch.testing._internal.distributed import fake_pg  # noqa: F401
 
+    gc.freeze()  # a garbage collection in a program would write to the shared pages, and so copy them
+    gc.enable()
     path = sys.path[1:]  # without the folder of this file
     for line in iter(sys.stdin.readline, ""):
         command, cwd, environment, out, err, timeout_s = json.loads(line)
