@@ -140,6 +140,7 @@ class Tail:
             self._map = _mapped(file)
         self._writer, self._shape = parse_header(self._map[:GROUPS_AT], str(self.path))
         self._num_events = 0
+        self._last_event: Event | None = None
         self._beat_ns = 0
 
     def num_events(self) -> int:
@@ -157,10 +158,13 @@ class Tail:
         num_events = self.num_events()
         if num_events == 0:
             return None
+        if self._last_event is not None and self._last_event.n == num_events:  # a watcher asks many times in a poll
+            return self._last_event
         at = self._shape.ring_at + (num_events - 1) % self._shape.ring_records * RECORD.size
         record = self._map[at : at + RECORD.size]
         event = Event._make(RECORD.unpack(record))
-        return event if event.n == num_events and is_whole(record) else None
+        self._last_event = event if event.n == num_events and is_whole(record) else None
+        return self._last_event
 
     def heartbeat_ns(self) -> int:
         """Return the time of the last heartbeat in ns of the rank's monotonic clock; 0 if there is none."""
