@@ -10,7 +10,7 @@ import re
 from itertools import accumulate
 from typing import Any
 
-from hybrid_moe_ref.files.opening import DamagedFile, open_regular
+from hybrid_moe_ref.files.opening import DamagedFile, open_regular, read_at_most
 
 MAX_JSON_BYTES = 32 << 20
 MAX_JSON_DEPTH = 64
@@ -31,7 +31,7 @@ def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
     read.
     """
     with open_regular(path, most) as file:
-        data = file.read(most + 1)  # one byte more, to notice a file that grows meanwhile
+        data = read_at_most(file, most + 1)  # one byte more, to notice a file that grows meanwhile
     if len(data) > most:
         raise DamagedFile(f"{os.fspath(path)}:0: larger than {most} bytes")
     return parse_json(data, os.fspath(path))

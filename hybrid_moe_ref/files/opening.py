@@ -35,6 +35,16 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
     return open(os.fspath(path), "rb", opener=opener)
 
 
+def read_at_most(file: BinaryIO, most: int) -> bytes:
+    """Read a file that can seek from its start, but at most ``most`` bytes.
+
+    ``file.read(most)`` would allocate ``most`` bytes first, which takes longer than to read a small file.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return file.read(min(size, most))
+
+
 def open_own(path: str | os.PathLike[str], flags: int) -> int:
     """Open a file for writing, in a folder that other users can write to, and return its descriptor.
 

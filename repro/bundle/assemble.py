@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid_moe_ref.files import open_regular, read_json
+from hybrid_moe_ref.files import open_regular, read_at_most, read_json
 from repro import report
 from repro.bundle import replay
 from repro.bundle.archive import pack
@@ -196,7 +196,7 @@ def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -
     """
     if kind == "events":
         with open_regular(path, MAX_BYTES) as file:
-            return redact_witness(file.read(MAX_BYTES), path.name, recogniser)
+            return redact_witness(read_at_most(file, MAX_BYTES), path.name, recogniser)
     if kind in _DOCUMENTS:
         return (json.dumps(_DOCUMENTS[kind](read_json(path), recogniser), indent=1) + "\n").encode()
     with open_regular(path) as file:

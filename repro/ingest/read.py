@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from hybrid_moe_ref.files import open_regular
+from hybrid_moe_ref.files import open_regular, read_at_most
 from repro.ingest.formats import FILES
 from repro.ingest.join import join
 from repro.ingest.logs import log
@@ -203,7 +203,7 @@ def _records(file: BinaryIO, name: str) -> list[Observation]:
 
 
 def _whole(file: BinaryIO) -> bytes:
-    data = file.read(MAX_STRUCTURED_BYTES + 1)
+    data = read_at_most(file, MAX_STRUCTURED_BYTES + 1)
     if len(data) > MAX_STRUCTURED_BYTES:
         raise ValueError(f"the file is larger than {MAX_STRUCTURED_BYTES >> 20} MiB")
     return data

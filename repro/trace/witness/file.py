@@ -20,7 +20,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from hybrid_moe_ref.files import open_regular
+from hybrid_moe_ref.files import open_regular, read_at_most
 from repro.store.run_dir import SUFFIX
 from repro.trace.witness.format import (
     GROUPS_AT,
@@ -94,7 +94,7 @@ def _bytes_of(path: str | os.PathLike[str]) -> bytes:
     """
     place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)
     with _opened(path) as file:
-        data = file.read(MAX_BYTES)
+        data = read_at_most(file, MAX_BYTES)
         file.seek(place.start)
         later = file.read(WORD.size)
     return data if data[place] == later else data[: place.start] + later + data[place.stop :]
