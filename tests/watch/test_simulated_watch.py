@@ -10,6 +10,7 @@ verdict.json has.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
@@ -84,30 +85,30 @@ def check(seed: int, root: Path) -> bool:
     judged_again(world, got, rng, f"seed {seed}, {case.fault}, after its ranks went on", went_on=True)
     want = truth(case, sim)
     moved = {rank for rank, recorder in enumerate(sim.recorders) if recorder._num_events != before[rank]}
-    text = describe(case, world, want, got)
+    text = functools.partial(describe, case, world, want, got)  # is written only for a failure
     culprits = set(got["culprits"])
-    assert got["cause"] is None or got["cause"] in CLASSES[got["verdict"]].causes, text
+    assert got["cause"] is None or got["cause"] in CLASSES[got["verdict"]].causes, text()
     match got["verdict"]:
         case "deadlock":
             # A rank that the backend ended for its sizes, unseen, stands where its sizes differ.
             unseen = {str(rank) for rank in gone} - got["system"]["alive"].keys()
             aborted = ["crash"] if unseen and got["cause"] == "sizes" else []
-            assert want.verdict in ("deadlock", *aborted, *(["corrupt"] if case.shape is WRAPPING else [])), text
-            assert culprits <= set(want.culprits), text
-            assert not moved & {rank for link in got["cycle"] for rank in link["ranks"]}, text
+            assert want.verdict in ("deadlock", *aborted, *(["corrupt"] if case.shape is WRAPPING else [])), text()
+            assert culprits <= set(want.culprits), text()
+            assert not moved & {rank for link in got["cycle"] for rank in link["ranks"]}, text()
         case "slow":
-            assert culprits <= set(moving), text
+            assert culprits <= set(moving), text()
             still = [at for at in got["ranks"] if at["rank"] in culprits and at["state"] != "done"]
             quiet_s = world.options.quiet_window_s
             assert all(
                 at["since_s"] >= quiet_s or at["state"] == "starting" or at["rank"] in sim.frozen for at in still
-            ), text
+            ), text()
         case "crash":
-            assert gone and culprits <= {*case.culprits}, text
+            assert gone and culprits <= {*case.culprits}, text()
         case "stall" | "corrupt" | "clean":
-            assert got["verdict"] == want.verdict and culprits <= set(want.culprits), text
+            assert got["verdict"] == want.verdict and culprits <= set(want.culprits), text()
         case _:
-            assert got["verdict"] == "inconclusive" and not culprits, text
+            assert got["verdict"] == "inconclusive" and not culprits, text()
     return bool(got["verdict"] == want.verdict and (culprits == set(want.culprits) or not want.provable))
 
 

@@ -37,7 +37,7 @@ class Rank:
     step: int = -1
     marked: bool = False  # about to act on its fault
     tickets: dict[str, tuple[GroupKey, int, Collective, int]] = field(default_factory=dict)
-    log: list[tuple[int, str]] = field(default_factory=list)
+    log: list[tuple[int, Action]] = field(default_factory=list)
 
 
 class Simulation:
@@ -116,7 +116,8 @@ class Simulation:
 
     def timeline(self) -> str:
         """What every rank did, for a failing test to print."""
-        rows = sorted((t, rank, text) for rank, each in enumerate(self.ranks) for t, text in each.log)
+        log = ((t, rank, action) for rank, each in enumerate(self.ranks) for t, action in each.log)
+        rows = sorted((t, rank, " ".join(_brief(action))) for t, rank, action in log)
         return "\n".join(f"{t / MS:10.3f} ms  rank {rank:2d}  {text}" for t, rank, text in rows)
 
     def waits_for(self, rank: int) -> set[int]:
@@ -173,7 +174,7 @@ class Simulation:
             me.state = "done"
             return
         name, *arguments = action
-        me.log.append((self.now_ns, " ".join(str(part) for part in _brief(action))))
+        me.log.append((self.now_ns, action))
         delay_ns = getattr(self, f"_do_{name}")(rank, *arguments)
         if delay_ns is not None:
             self._wake(rank, delay_ns + self._rng.randrange(MS // 4))

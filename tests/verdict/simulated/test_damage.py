@@ -5,6 +5,7 @@ pytest -m full tests/verdict/simulated/test_damage.py        3,000 flipped bits 
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -89,12 +90,12 @@ def check_damage(num: int, damage: Damage) -> None:
             assert any(": damage: " in line for line in run.witness.problems), (run.place, run.witness.problems)
             assert run.witness.damaged and not run.witness.complete, run.place
         got = verdict_of(run.case, run.sim, witnesses)
-        text = f"{run.place}\n{report(run.case, run.sim, run.want, got)}"
-        assert is_harmless(run.want, got, whole=False), text
+        text = functools.partial(report, run.case, run.sim, run.want, got, str(run.place))
+        assert is_harmless(run.want, got, whole=False), text()
         if run.witness is not None:
-            assert run.rank not in got.culprits, text
-            assert got.confidence != "certain", text
-            assert got.verdict != "clean", text
+            assert run.rank not in got.culprits, text()
+            assert got.confidence != "certain", text()
+            assert got.verdict != "clean", text()
         areas[area(run)] += 1
     print(f"{num} damaged files, none unnoticed, no wrong culprit: {dict(areas)}")
 

@@ -7,6 +7,7 @@ In each simulated run one aspect is hidden, on all ranks and on one of them, and
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Iterable
@@ -43,12 +44,11 @@ def check(aspect: Knows, seeds: Iterable[int]) -> None:
             hidden = dict.fromkeys(ranks, aspect)
             sim = case.simulate(until_ns=FOREVER_NS // 2 if case.faults & {*LATE} else None, hidden=hidden)
             got = judged(case, sim)
-            text = f"{aspect} hidden on {list(ranks)}, judged {whole.verdict} {whole.culprits} with it\n" + report(
-                case, sim, truth(case, sim), got
-            )
+            detail = f"{aspect} hidden on {list(ranks)}, judged {whole.verdict} {whole.culprits} with it"
+            text = functools.partial(report, case, sim, truth(case, sim), got, detail)
             if not (case.faults & UNDECLARED_HABITS and aspect in PLAN and got.confidence == "likely"):
-                assert set(got.culprits) <= set(whole.culprits), text
-            assert got.verdict in (whole.verdict, "inconclusive"), text
+                assert set(got.culprits) <= set(whole.culprits), text()
+            assert got.verdict in (whole.verdict, "inconclusive"), text()
 
 
 @pytest.mark.parametrize("aspect", ASPECTS, ids=lambda each: each.name)

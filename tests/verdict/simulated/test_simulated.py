@@ -9,6 +9,7 @@ counted, and more than one in a thousand fails too.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Mapping
@@ -113,9 +114,10 @@ def is_harmless(want: Truth, got: Verdict, whole: bool = True) -> bool:
     return set(got.culprits) <= set(want.culprits) and got.verdict in allowed
 
 
-def report(case: Case, sim: Simulation, want: Truth, got: Verdict) -> str:
+def report(case: Case, sim: Simulation, want: Truth, got: Verdict, detail: str = "") -> str:
     return "\n".join(
         [
+            *filter(None, [detail]),
             f"seed {case.seed}, {case.fault} on {case.num_ranks} ranks (declared {case.declared}, habit {case.habit})",
             f"truth:   {want}",
             f"verdict: {got.verdict} {got.cause} culprits {got.culprits} suspects {got.suspects}",
@@ -169,15 +171,15 @@ def check_pairs(seeds: range) -> None:
         case = draw_pair(seed)
         sim = rest(case)
         want, got = Truth(class_of(case, sim), case.culprits), verdict_of(case, sim)
-        text = f"and {case.second}: {report(case, sim, want, got)}"
+        text = functools.partial(report, case, sim, want, got, f"second fault: {case.second}")
         # A rank killed in a meeting whose arguments differ may as well have been ended by the backend for that.
         died = want.verdict == "deadlock" and "dead" in {each.state for each in sim.ranks}
         # And with the beginning of the ring it may be lost that before they stood still they were paired wrongly.
         forgotten = want.verdict == "corrupt" and case.shape is WRAPPING
         since = ["deadlock", "slow"] if forgotten else []
         allowed = {want.verdict, "inconclusive", *(["crash"] if died else []), *since}
-        assert got.verdict in allowed, text
-        assert set(got.culprits) <= set(case.culprits), text
+        assert got.verdict in allowed, text()
+        assert set(got.culprits) <= set(case.culprits), text()
         if got.verdict == "inconclusive" != want.verdict:
             inexact.append(f"seed {seed}: {case.fault} and {case.second}: {want.verdict} judged {got.verdict}")
     print(f"{len(seeds) - len(inexact)} of {len(seeds)} runs with two faults judged exactly", *inexact, sep="\n")
@@ -240,21 +242,21 @@ def check_moments(seeds: range) -> None:
         moment = rng.randrange(max(1, min(sim.now_ns, 200 * MS)))
         sim = case.simulate(until_ns=moment)
         got = verdict_of(case, sim, later_s=0, window_s=0.002)
-        text = f"at {moment / MS:.3f} ms\n{report(case, sim, want, got)}"
+        text = functools.partial(report, case, sim, want, got, f"at {moment / MS:.3f} ms")
         match got.verdict:
             case "deadlock":
-                assert want.verdict in ("deadlock", "corrupt"), text
+                assert want.verdict in ("deadlock", "corrupt"), text()
                 for rank in {rank for link in got.cycle for rank in link["ranks"]}:
-                    assert sim.recorders[rank]._num_events == final[rank], text
-                assert set(got.culprits) <= set(want.culprits), text
+                    assert sim.recorders[rank]._num_events == final[rank], text()
+                assert set(got.culprits) <= set(want.culprits), text()
             case "slow":
-                assert all(sim.ranks[rank].blocked is None for rank in got.culprits), text
+                assert all(sim.ranks[rank].blocked is None for rank in got.culprits), text()
             case "stall" | "corrupt" | "clean":
-                assert got.verdict == want.verdict, text
+                assert got.verdict == want.verdict, text()
             case "crash":
-                assert {"dead", "failed"} & {each.state for each in sim.ranks}, text
+                assert {"dead", "failed"} & {each.state for each in sim.ranks}, text()
             case _:
-                assert got.verdict == "inconclusive", text
+                assert got.verdict == "inconclusive", text()
 
 
 def test_simulated_runs_are_judged_exactly() -> None:
