@@ -162,3 +162,24 @@ def test_a_library_that_does_not_load_leaves_the_hooks_in_python(tmp_path, text)
     done = run(program, tmp_path / "run", XDG_CACHE_HOME=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "function\n"), done.stderr
     assert operations(tmp_path / "run") == ["all_reduce"]
+
+
+def test_the_exception_that_ends_a_rank_of_mp_spawn_is_recorded_and_raised_as_it_was(tmp_path):
+    program = tmp_path / "job.py"
+    program.write_text(
+        "import torch, torch.distributed as dist\n"
+        "def main(rank, place):\n"
+        "    dist.init_process_group('gloo', 'file://' + place, rank=rank, world_size=2)\n"
+        "    dist.barrier()\n"
+        "    if rank == 1:\n"
+        "        raise ValueError('no such layer')\n"
+        "if __name__ == '__main__':\n"
+        f"    torch.multiprocessing.spawn(main, ({str(tmp_path / 'rendezvous')!r},), nprocs=2)\n"
+    )
+    to = tmp_path / "run"
+    env = {**os.environ, "HMR_RECORD": str(to), "PYTHONPATH": str(SITE), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([sys.executable, str(program)], env=env, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 1 and "ValueError: no such layer" in done.stderr, done.stderr
+    witness = read_dir(to / "events")[0][1]
+    (failed,) = [event for event in witness.events() if event.kind == witness_format.Kind.FAILED]
+    assert witness.text(failed.sig) == "ValueError: no such layer", done.stderr

@@ -138,17 +138,25 @@ def test_a_fault_in_each_kind_of_parallelism_is_named(tmp_path, kind, ranks, ver
 
 @pytest.mark.full
 @pytest.mark.timeout(240)
-def test_a_job_that_the_user_interrupts_has_not_crashed(tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "mp.spawn"])
+def test_a_job_that_the_user_interrupts_has_not_crashed(tmp_path, launcher):
     (tmp_path / "job.py").write_text(
-        "import time, torch, torch.distributed as dist\n"
-        "dist.init_process_group('gloo')\n"
-        "while True:\n"
-        "    dist.all_reduce(torch.ones(1))\n"
-        "    time.sleep(0.05)\n"
+        "import sys, time, torch, torch.distributed as dist\n"
+        "def main(rank, *given):\n"
+        "    dist.init_process_group('gloo', *given, rank=rank, world_size=2)\n"
+        "    while True:\n"
+        "        dist.all_reduce(torch.ones(1))\n"
+        "        time.sleep(0.05)\n"
+        "if __name__ == '__main__':\n"
+        "    if 'RANK' in __import__('os').environ:\n"
+        "        main(-1)\n"
+        "    torch.multiprocessing.spawn(main, ('file://' + sys.argv[1],), nprocs=2)\n"
     )
     to = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "job.py")]
-    command = [sys.executable, "-m", "repro", "record", "--to", str(to), "--", *torchrun]
+    spawning = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "rendezvous")]
+    program = torchrun if launcher == "torchrun" else spawning
+    command = [sys.executable, "-m", "repro", "record", "--to", str(to), "--", *program]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.PIPE, text=True) as recording:
         deadline = time.monotonic() + 60

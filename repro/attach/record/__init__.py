@@ -7,6 +7,7 @@ then runs ``site/sitecustomize.py`` in every interpreter of the program, also in
     start.py                the table of hooks: when the program imports module M, call hook H
     imports.py              calls a function right after a module has been imported
     rank.py                 this process as a rank: its witness file, its background thread, and how it ends
+    children.py             how a child process of multiprocessing ends
     attendant.py            the background thread
     collectives.py          hooks of torch's process groups: the collectives that the program calls in Python
     methods.py                  the table of the methods that are hooked, and how to read their arguments

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from repro.attach.record import compiled
@@ -329,23 +328,3 @@ def done() -> None:
     note_completions(rank)
     with rank.lock:
         rank.recorder.done()
-
-
-def hook_process(module: ModuleType) -> None:
-    """Hook the main method of multiprocessing's processes, to record the exception that ends a child process.
-
-    In such a child, Python does not call sys.excepthook.
-    """
-
-    def reporting(run: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(run)
-        def reported(self: Any) -> Any:
-            try:
-                return run(self)
-            except BaseException as error:
-                failed(error)
-                raise
-
-        return reported
-
-    replace(module.BaseProcess, "run", reporting)

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from repro.attach.record import builds, ddp, functional, groups, locks, modules, rank
+from repro.attach.record import builds, children, ddp, functional, groups, locks, modules, rank
 from repro.attach.record.imports import Hook, after_import
 
 HOOKS: dict[str, Hook] = {
@@ -25,7 +25,8 @@ HOOKS: dict[str, Hook] = {
     "torch.distributed.fsdp._fully_shard._fsdp_param_group": modules.hook_fsdp,
     "torch.distributed.pipelining.stage": modules.hook_pipeline,
     "torch.distributed.pipelining.schedules": modules.hook_schedule,
-    "multiprocessing.process": rank.hook_process,
+    "multiprocessing.process": children.hook_process,
+    "torch.multiprocessing.spawn": children.hook_spawn,
 }
 """Module -> the function that is called once the program has imported the module."""
 
