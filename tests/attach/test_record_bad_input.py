@@ -164,7 +164,7 @@ def test_a_library_that_does_not_load_leaves_the_hooks_in_python(tmp_path, text)
     assert operations(tmp_path / "run") == ["all_reduce"]
 
 
-def test_the_exception_that_ends_a_rank_of_mp_spawn_is_recorded_and_raised_as_it_was(tmp_path):
+def test_the_exception_that_ends_a_rank_of_torch_multiprocessing_is_recorded_and_raised_as_it_was(programs, tmp_path):
     program = tmp_path / "job.py"
     program.write_text(
         "import torch, torch.distributed as dist\n"
@@ -174,11 +174,12 @@ def test_the_exception_that_ends_a_rank_of_mp_spawn_is_recorded_and_raised_as_it
         "    if rank == 1:\n"
         "        raise ValueError('no such layer')\n"
         "if __name__ == '__main__':\n"
-        f"    torch.multiprocessing.spawn(main, ({str(tmp_path / 'rendezvous')!r},), nprocs=2)\n"
+        f"    place = {str(tmp_path / 'rendezvous')!r}\n"
+        "    torch.multiprocessing.start_processes(main, (place,), nprocs=2, start_method='fork')\n"
     )
     to = tmp_path / "run"
     env = {**os.environ, "HMR_RECORD": str(to), "PYTHONPATH": str(SITE), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, str(program)], env=env, capture_output=True, text=True, timeout=110)
+    done = programs.run(program, env=env)
     assert done.returncode == 1 and "ValueError: no such layer" in done.stderr, done.stderr
     witness = read_dir(to / "events")[0][1]
     (failed,) = [event for event in witness.events() if event.kind == witness_format.Kind.FAILED]
