@@ -67,7 +67,7 @@ moved = time.monotonic()
 
 
 def at(where):
-    """Publish the collective in which this rank is about to wait."""
+    """Write into the store, for all ranks, in which collective this rank is about to wait."""
     global moved
     positions.set(str(rank), where)
     moved = time.monotonic()

@@ -296,9 +296,11 @@ _COMPARED = {
 
 
 def differences(document: Document) -> list[str]:
-    """Return a sentence for each argument of a collective (sizes, dtype, …) in which the ranks differ.
+    """Return a sentence for each argument (sizes, dtype, …) in which the ranks' calls of one collective differ.
 
-    The collective is the first one in which the ranks diverge; ``document`` has each rank's call of it.
+    The collective is the first one in which the ranks diverge.
+
+    document: the content of verdict.json, which has the call of each rank
     """
     sides = document.sides
     lines = []

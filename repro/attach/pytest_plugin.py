@@ -29,8 +29,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _required_gpus(n: int = 1) -> int:
-    """Return the number n of the marker ``requires_gpus(n)``. If the marker has other arguments, Python raises
-    TypeError."""
+    """Return the number n of the marker ``requires_gpus(n)``. Call this with the arguments of the marker.
+
+    If the marker has other arguments than n, Python raises TypeError.
+    """
     return int(n)
 
 

@@ -59,6 +59,8 @@ class System:
         """Find the process of each rank of this host that has opened its witness; None for a process that has ended.
 
         A rank whose process is hidden from this user is left out.
+
+        writers: for each rank of the job, the process that wrote the rank's witness
         """
         here = {rank: writer for rank, writer in writers.items() if writer.pid and self.is_here(writer)}
         processes = self._find(here)

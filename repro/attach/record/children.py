@@ -12,15 +12,15 @@ from repro.attach.record.imports import replace
 
 
 def hook_process(module: ModuleType) -> None:
-    """Hook the main method of multiprocessing's processes."""
+    """Hook the method that runs a child process of multiprocessing, to record an exception in the child."""
     replace(module.BaseProcess, "run", _reporting)
 
 
 def hook_spawn(module: ModuleType) -> None:
-    """Hook the function that torch.multiprocessing runs in each child process.
+    """Hook the function that torch.multiprocessing runs in each child process, to record an exception in the child.
 
-    This function catches the exceptions of the program's own function. It ignores KeyboardInterrupt: without the hook,
-    a rank that the user interrupted would end as if it had finished its work.
+    torch's function catches the exceptions of the program's own function, and ignores KeyboardInterrupt. So without the
+    hook, a rank that the user interrupted would end as if it had finished its work.
     """
 
     def wrapping(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -109,12 +109,11 @@ class beneath:
 
 
 def _named(name: str, function: Any) -> Any:
-    """Give the code of a hook the name of the method that the hook replaces.
+    """Give the code of a hook the name of the method that the hook replaces. This prevents an endless recursion.
 
-    Without this name, a call on an object of a class that the program derived from torch's class could recurse without
-    end: pybind11 looks in Python for a method that overrides the original, finds the hook, and calls it; the hook calls
-    the original, and so on. pybind11 does not look for such a method if the calling frame has the name of the method,
-    and has the object as its first argument.
+    If the program derived a class from torch's class, the original method looks in Python for a method that overrides
+    it. It finds the hook and calls it, and the hook calls the original method again. But the original method (made by
+    pybind11) does not look if the calling frame has the method's name, and has the object as its first argument.
     """
     function.__code__ = function.__code__.replace(co_name=name)
     return function
@@ -128,10 +127,11 @@ def _hook(name: str, method: Method, original: Any) -> Any:
         return slow
 
     def resolve(group: Any, *args: Any, **options: Any) -> tuple[Call, int, bool] | None:
-        """Read a call of the hooked method. The compiled hook asks this if it has not seen a call like this one before.
+        """Read a call of the hooked method. The compiled hook calls this if it has not seen a call like this one yet.
 
-        Returns the recorder's `Call`, the number of frames up to the call site, and whether the recorder is allowed to
-        ask at any time if the collective is complete. Returns None if the call is not recorded.
+        Returns the recorder's `Call`, the number of frames from the caller of the hook to the call site, and whether
+        the recorder is allowed to ask at any time if the collective is complete. Returns None if the call is not
+        recorded.
         """
         rank = this.current
         read = _read(rank, group, method, args, options) if rank is not None else None
@@ -268,7 +268,7 @@ def _recorded_end(original: Any) -> Any:
 
 
 def issued(rank: Rank, collective: Collective) -> int:
-    """Record that C++ code issues a collective. Returns its ticket, the number of the collective in its group."""
+    """Record that C++ code issues a collective. Returns the ticket: the number of the collective in its group."""
     with rank.lock:
         return rank.recorder.issue(collective)
 

@@ -34,7 +34,7 @@ def hook(module: ModuleType) -> None:
 
 
 def hook_backward(module: ModuleType) -> None:
-    """Hook the function of torch.autograd.graph with which each backward pass begins."""
+    """Hook the function of torch.autograd.graph that runs a backward pass, to record that DDP averages gradients."""
     replace(module, "_engine_run_backward", _passing)
 
 

@@ -81,9 +81,10 @@ def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> N
 def _joining(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_process_group(*args: Any, **options: Any) -> Any:
-        """Open the witness: before the ranks connect if this process already knows its rank, else afterwards.
+        """Call torch's init_process_group, in which the ranks connect, and open the witness of this rank.
 
-        In the first case, the witness also shows a rank that waits for ever to connect.
+        If this process already knows its rank, open the witness before the call, so that the witness also shows a rank
+        that waits for ever to connect. If not, open the witness after the call.
         """
         number, size = options.get("rank", -1), options.get("world_size", -1)
         method = options.get("init_method", args[1] if len(args) > 1 else None)
@@ -156,6 +157,8 @@ def dist_ranks(group: Any) -> list[int]:
 
 def group_of(rank: this.Rank, group: Any) -> _Group:
     """Return what the recorder knows of a group. The first call for a group also records its name and members.
+
+    rank: the recorded rank of this process, which gets this record
 
     Raises LookupError if torch.distributed does not know the group.
     """

@@ -40,7 +40,10 @@ def hook(module: ModuleType) -> None:
 
 
 def _name(module: Any) -> str:
-    """Return the qualified name of a module, relative to the first module that ran, such as the model."""
+    """Return the name of a module within the model, such as "layers.0.mlp". The model's own name is its class.
+
+    The model is the first module that ran and that contains this module.
+    """
     name = _names.get(module)
     if name is None:
         for inner_name, inner in module.named_modules():

@@ -82,7 +82,10 @@ class Rank:
             self.recorder.local(event, name, holder)
 
     def note_device_group(self, name: str) -> None:
-        """Note that a group's collectives are queued on a device: a call returns before the collective completes."""
+        """Tell the watcher, in a file, that the collectives of the group ``name`` are queued on a device.
+
+        The watcher then knows that a call of such a collective returns before the collective completes.
+        """
         with contextlib.suppress(OSError), (self.root / DEVICE_GROUPS).open("a") as file:
             file.write(f"{name}\n")
 

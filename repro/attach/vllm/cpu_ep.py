@@ -68,7 +68,11 @@ def all_gatherv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[in
 
 
 def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[int] | None = None) -> Any:
-    """Sum the tensors of all ranks; return this rank's rows. The arguments are those of ``all_gatherv``."""
+    """Sum the tensors of all ranks; return those rows of the sum that belong to this rank.
+
+    input_  a tensor with the rows for all ranks, in the order of the ranks
+    sizes   as in ``all_gatherv``
+    """
     import torch
 
     if dim not in (0, -input_.dim()):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 def tracing_test() -> Callable[[], bool]:
     """Return the function of torch that says whether Dynamo (torch.compile) traces the code that calls it.
 
-    While Dynamo traces, it replaces the call of torch's function by a constant. Hooks call torch's function about 20
-    times in a step. They call it directly, because a function of ours around it was seen in 1.8 % of the samples of a
-    profile: at some depths of the call stack, CPython maps new memory for each further call of a Python function.
+    While Dynamo traces, it replaces the call of torch's function by a constant. Hooks call torch's function directly,
+    about 20 times in a step. When they called it through a function of ours, this function was in 1.8 % of the samples
+    of a profile.
     """
     import torch
 

@@ -67,8 +67,8 @@ def _recorded_exchange(op: str, num_tensors: int, original: Callable[..., Any]) 
 def _resolve_exchange(op: str, num_tensors: int, group: Any, *args: Any, **options: Any) -> Any:
     """Read an exchange of rows for the compiled hook.
 
-    Returns the recorder's `Call`, the number of frames up to the call site, and False: the recorder does not ask later
-    if the exchange is complete. Returns None if this process is no rank.
+    Returns the recorder's `Call`, the number of frames from the caller of the hook to the call site, and False: the
+    recorder does not ask later if the exchange is complete. Returns None if this process is no rank.
     """
     at = worker.current
     if at is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Habits:
-    """Learns the schedules of one rank and keeps them in its progress, where the compiled hooks read them too.
+    """Learns the schedules of one rank, and keeps them in the rank's `Progress`, which the compiled hooks also read.
 
     Call all methods with the rank's lock held.
     """

@@ -16,14 +16,14 @@ class Progress:
 
     phase      name of the phase of the rank
     step       number of the last step; -1 before the first
-    live       number of live requests in the model execution
+    live       number of this rank's requests in the model execution
     executing  whether the worker executes the model, with requests or as a dummy batch
-    begun      whether this execution has begun its step
+    begun      whether the step of this execution has begun
     agreement  the collectives with which each step begins; () before the first step
     kind       the kind of this step, on which the ranks have agreed; None before the agreement
     expected   all collectives of this step; None if they are not known
-    plans      for each kind of step whose schedule is learned: the collectives after the agreement, and the list of
-               all collectives, which is None until such a step was seen with the present agreement
+    plans      for each kind of step whose schedule is learned, a pair: the collectives after the agreement, and all
+               collectives of the step. When the agreement changes, the second value is None until the next such step
     """
 
     phase: str = ""

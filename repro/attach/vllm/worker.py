@@ -292,13 +292,13 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def _within() -> Callable[..., Any]:
-    """Return ``within``: within(layer, function, …) calls the function, and its collectives get the layer's name."""
+    """Return the function `_run_within`, or the same function of the compiled library if this library exists."""
     library: Any = compiled.load()
     return _run_within if library is None else library.within
 
 
 def _run_within(layer: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call the function, and record its collectives as those of the layer. The library in C has the same function."""
+    """Call the function, and record the name of the layer with each collective that the function issues."""
     assert current is not None
     local = current.rank.local
     outer, local.layer = local.layer, layer

@@ -79,10 +79,10 @@ class Job:
         return replace(self, members=members, world_size=self.world_size or world_size)
 
     def missing_ranks(self, num_unreaped: int) -> list[int]:
-        """Return the ranks that certainly belong to this host and have no process. Leave out ranks of other hosts.
+        """Return the ranks without a process that certainly belong to this host. Others are possibly on other hosts.
 
-        num_unreaped: number of the launcher's children that have ended and were not reaped. If as many ranks of the job
-        have no process, these ranks are those children, and so belong to this host
+        num_unreaped: number of the launcher's children that have ended and were not reaped. If this is also the number
+        of ranks without a process, these children were the missing ranks, so all of them belong to this host
         """
         known = {member.rank for member in self.members if member.rank is not None}
         if self.world_size is None or len(known) < sum(member.role == "worker" for member in self.members):

@@ -153,9 +153,9 @@ def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
 
 
 def _openers(status: os.stat_result, table: Iterable[int], proc: Path) -> tuple[list[int], int]:
-    """Return two values: the pids that have the file open, and the number of Python processes that possibly have.
+    """Return the pids that have the file open, and the number of Python processes with hidden files.
 
-    The second value counts the Python processes whose open files this user is not allowed to see.
+    This user is not allowed to see the hidden files, so one of these processes possibly has the file open, too.
     """
     openers, hidden = [], 0
     for pid in table:

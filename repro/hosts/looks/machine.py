@@ -101,7 +101,10 @@ def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path(
 
 
 def versions(pid: int, proc: Path = PROC) -> dict[str, str]:
-    """Return the versions of torch and NCCL in a process, from the installed packages that contain its libraries."""
+    """Return the versions of torch and NCCL that a process has loaded: {"torch": "2.11.0", "nccl": "2.28.9"}.
+
+    The version is that of the installed package that has the loaded library. A library without a package is left out.
+    """
     loaded: dict[str, str] = {}
     with contextlib.suppress(OSError):
         paths = {line.split(maxsplit=5)[-1] for line in read_text(proc / str(pid) / "maps", 64 << 20).splitlines()}

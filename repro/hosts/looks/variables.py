@@ -26,7 +26,7 @@ MAX_THREADS = 200
 
 
 def main_thread(threads: Threads, pid: int) -> Mapping[str, Any]:
-    """Return the thread that runs the program; {} if it is missing."""
+    """Return the main thread of the process ``pid`` from the list of its threads; {} if the list does not have it."""
     named = [thread for thread in threads if thread.get("thread_name") == "MainThread"]
     first = [thread for thread in threads if thread.get("os_thread_id") == pid]
     return (named or first or [{}])[0]
@@ -82,7 +82,10 @@ def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
 
 
 def stripped(threads: Threads, pid: int, title: str) -> list[dict[str, Any]]:
-    """Return the threads in the form of py-spy, with ``title``, and only with the variables that a diagnosis needs."""
+    """Return the threads in the form of py-spy, but only with the variables that a diagnosis needs.
+
+    title: the title of the process, which is saved in place of its command line
+    """
     return [
         {
             "pid": pid,

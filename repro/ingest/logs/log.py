@@ -26,8 +26,8 @@ The beginning shows which rank each process has, and the first sign of a hang. T
 class _Readers:
     """The readers for the lines of one file.
 
-    A line is given to one reader after another, until a reader returns a record for the line. The reader of serving
-    engines then gets every line, too.
+    A line is given to the readers of programs, one after another, until one of them returns a record for the line.
+    The reader of serving engines always gets the line, too.
     """
 
     def __init__(self) -> None:

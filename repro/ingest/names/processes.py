@@ -60,8 +60,11 @@ def rank_in(text: str) -> int | None:
     """Return the global rank that a process title or the prefix of a line shows; None if the text shows no global rank.
 
     "Worker_DP7_EP7" -> 7, "Worker_TP3" -> 3, "Worker_DP0_TP2_EP2" -> 2, "EngineCore_DP3" -> 3.
-    An EP rank is the global rank, and so is the only DP, PP or TP rank. "PP1_TP3" gives None, because the number of TP
-    ranks is not known.
+
+    - Without a PP rank, the EP rank is the global rank.
+    - If there is only one of DP, PP and TP rank, it is the global rank.
+    - If the DP and PP ranks beside a TP rank are 0, the TP rank is the global rank.
+    - "PP1_TP3" gives None, because the number of TP ranks is not known.
     """
     if found := _ENGINE.search(text):
         return int(found.group(1)) if found.group(1) else None

@@ -19,7 +19,7 @@ _library: Any = compiled.load()
 
 
 def recorder_type() -> type[Recorder]:
-    """Return the class that records this process's ranks: CompiledRecorder if the library exists, else Recorder."""
+    """Return the class of this process's recorder: CompiledRecorder if the compiled library exists, else Recorder."""
     return Recorder if _library is None else CompiledRecorder
 
 

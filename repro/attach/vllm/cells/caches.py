@@ -49,7 +49,7 @@ def make(root: Path, pair: str) -> Path:
 
 
 def environment(folder: Path, environ: dict[str, str]) -> dict[str, str]:
-    """Return the environment of a server that keeps its caches in ``folder``."""
+    """Return ``environ``, changed so that a server with this environment keeps its caches in ``folder``."""
     kept = {name: value for name, value in environ.items() if name not in UNSET}
     return {**kept, **{name: str(folder / part) for name, part in VARIABLES.items()}}
 

@@ -180,7 +180,7 @@ class Experiment:
     def _write(self, outcomes: dict[str, Outcome]) -> None:
         """Write the tables. If a table cannot be written, print the reason and go on.
 
-        If the reason is a full disk, the experiment starts no further cell anyway.
+        A full disk ends the experiment in another place: the free space is checked before each start.
         """
         found = table.rows(self.cells, outcomes)
         rest = [

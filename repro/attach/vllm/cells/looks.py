@@ -15,7 +15,10 @@ BUNDLE_S = 180.0
 
 
 def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
-    """Run `collect` on the job of a process. Returns the answer and "", or None and the reason for having none."""
+    """Run `collect` on the job of a process. Returns (answer, ""), or (None, why there is no answer).
+
+    to: the folder into which `collect` writes
+    """
     text, failure = _run(["collect", str(pid), "--to", str(to), "--json"], LOOK_S)
     try:
         return Answer.of(json.loads(text)), ""
@@ -24,7 +27,10 @@ def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
 
 
 def bundle(run: Path, to: Path) -> str:
-    """Pack a recording, or a folder that `collect` wrote, into a zip file. Returns "", or the reason if this failed."""
+    """Pack a folder into the zip file ``to``. Returns "", or the reason if this failed.
+
+    run: a recording, or a folder that `collect` wrote
+    """
     to.parent.mkdir(parents=True, exist_ok=True)
     _, failure = _run(["bundle", str(run), "--to", str(to)], BUNDLE_S)
     return "" if to.is_file() else f"no bundle of {run.name}: {failure}"

@@ -23,7 +23,7 @@ MAX_WHERE = 160
 
 
 def rows(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[tuple[str, ...]]:
-    """Return a row of COLUMNS for each cell that has started."""
+    """Return a row for each cell that has started; a row has a text for each column in COLUMNS."""
     return [
         _row(cell, outcome)
         for cell in cells

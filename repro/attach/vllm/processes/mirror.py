@@ -49,7 +49,8 @@ class Mirror:
 
     Call all methods with the rank's lock held, because the background thread can record at any time.
 
-    first_workers  the rank of each engine's first worker
+    first_workers  the rank of each engine's first worker; the witness shows these ranks as the members of the group
+                   of engines
     since_ns       when the worker began to wait for a message of its engine (time.monotonic_ns); 0 if it does not wait
     """
 
@@ -77,7 +78,10 @@ class Mirror:
             self.catch_up()
 
     def note_idle(self) -> None:
-        """If the worker has been idle for IDLE_NS, record the engine's new questions, and for what the engine waits."""
+        """If the worker is idle, record the engine's new questions, and for what the engine waits.
+
+        A worker is idle if it has waited for a message of its engine for IDLE_NS nanoseconds.
+        """
         if not self.since_ns or time.monotonic_ns() - self.since_ns < IDLE_NS:
             return
         self.catch_up()
@@ -90,9 +94,9 @@ class Mirror:
             self._rank.recorder.phase(idle)
 
     def _front_end(self) -> str:
-        """Return what the name of the idle phase says of the rank's front end, from the table FRONT_ENDS.
+        """Return the last part of the idle phase's name, such as ", front end waits for outputs".
 
-        Returns "" if the front end does something that is not in this table, or if it is not known what it does.
+        Returns "" if the front end does nothing that is in the table FRONT_ENDS, or if it is not known what it does.
         """
         if self._front is None:
             self._front = open_notes(Path(self._rank.root), self._rank.rank, FRONT)

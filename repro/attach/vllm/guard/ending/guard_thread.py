@@ -114,8 +114,10 @@ class GuardThread:
     def fail(self, sentence: str) -> None:
         """Announce that an exception ends this process, and stop the ranks that would wait for it.
 
-        sentence: what to announce. If the exception came because a worker of this engine was killed, the announcement
-        names this worker instead. In the mode ``observe``, do nothing.
+        If a worker of this engine has ended, announce this instead, because it caused the exception. In the mode
+        ``observe``, do nothing.
+
+        sentence: what to announce about the exception
         """
         if self.stop.sentence or not self.stop.agrees:
             return
@@ -246,9 +248,12 @@ class GuardThread:
         return bool(left)
 
     def _without_store(self, error: Exception) -> None:
-        """Handle a store that does not answer: stop this process, unless the worker of rank 0 has ended normally.
+        """Handle a store that no longer answers. Its server runs in the worker of rank 0, which has probably ended.
 
-        The store's server runs in that worker.
+        If this worker has announced a normal end, do nothing. Otherwise stop this process; in the mode ``observe`` only
+        print the reason.
+
+        error: the exception of the last call of the store
         """
         until = self._clock() + 2 * PARENT_FIRST_S
         server = self._peers.known.get(SERVER)

@@ -35,7 +35,7 @@ class Stop:
 
     who      the name of the process in its log lines: "rank 1", "engine of rank 1"
     agrees   whether the mode is ``agree``, in which the guard stops the process; in the mode ``observe`` it only prints
-    leave    ends the process with the exit code that it gets
+    leave    is called with the exit code, to end the process
     tell     is called once, at the refusal; an engine uses it to notify its front end, which has no guard thread
     """
 
@@ -101,9 +101,9 @@ class Stop:
                 raise Refused(self.sentence) from error
             time.sleep(POLL_S)
 
-    def due(self, extra_s: float = 0.0) -> bool:
-        """Whether the process must be ended: GRACE_S + ``extra_s`` seconds have passed since a refusal."""
-        return bool(self.sentence) and self._clock() - self._since_s >= GRACE_S + extra_s
+    def due(self) -> bool:
+        """Whether the process must be ended, because GRACE_S seconds have passed since a refusal."""
+        return bool(self.sentence) and self._clock() - self._since_s >= GRACE_S
 
     def leave(self) -> None:
         """End the process at once, with the guard's exit code."""

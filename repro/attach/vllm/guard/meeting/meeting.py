@@ -49,7 +49,7 @@ class Meeting:
         return cls(dist.PrefixStore(PREFIX, dist.TCPStore(host, port, None, False)))
 
     def prepare(self, ranks: Iterable[int]) -> None:
-        """Create the keys that all processes read. Rank 0 calls this before the start vote."""
+        """Create the keys that all processes read. Rank 0 calls this before the start vote. ranks: all ranks."""
         for key in ("refusal", *(f"post/{rank}" for rank in ranks)):
             self._store.set(key, "")
         self._store.add("calls", 0)

@@ -102,9 +102,10 @@ class Guard:
         return not self.inside and threading.get_ident() == self.thread
 
     def issue(self, group: str, op: str, call: Callable[[], T]) -> T:
-        """Issue a collective by ``call``. If it is not the next one of the schedule, first wait for the other ranks.
+        """Issue a collective by ``call``; return the result of ``call``.
 
-        Raises Refused, and does not issue the collective, if another rank issues another collective in its place.
+        If the collective is not the next one of the schedule, first wait for the other ranks. If another rank issues
+        another collective in its place, do not issue the collective, and raise Refused.
         """
         self._admit(entry_of(group, op, self.layer))
         return self._run(call)
