@@ -73,7 +73,7 @@ def token_ids(text: str) -> list[int]:
 
 
 def dtype_of(*names: str) -> Callable[[str], str]:
-    """Return an argparse type for an option that takes the dtypes `names`.
+    """Return an argparse type for an option whose value is one of the dtypes `names`.
 
     The user can give the long or the short name of a dtype ("bfloat16", "bf16"). The type converts it to the long name.
     """

@@ -8,8 +8,8 @@ Shapes:
 
     N   rows of the batch
     B   sequences of a group
-    T   new tokens of each sequence of a group; in a name that belongs to a part: rows of the part
-    X   1 + the number of sequences of a part: the bounds of their rows
+    T   new tokens of each sequence of a group; in an attribute of `Part`: rows of the part
+    X   1 + the number of sequences of a part: the first row of each, and the end of the last
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Cached(Protocol):
-    """What a batch uses of a cached sequence: `length` (its number of tokens so far), and the device of its cache."""
+    """What a batch reads of a cached sequence: `length` (its number of tokens so far), and the device of its cache."""
 
     length: int
 
@@ -56,9 +56,10 @@ class Part(Generic[S]):
 
     In a part, either every sequence has one new token (decode), or every sequence has more than one.
 
-    cached   for each group, its index among the cached groups of the batch; empty if the tokens are not cached
-    is_step  whether the part is the whole batch, with the rows in the same order
-    tables   rotary tables that were computed for this part, by (rotary dim, theta, dtype)
+    cached   for each group, its index among the cached groups of the batch, which is also the index of the group's view
+             of the cache; empty if the tokens are not cached
+    is_step  whether the part is the whole batch and has its rows in the order of the batch
+    tables   rotary tables of this part, which all layers share, by (rotary dim, theta, dtype)
     """
 
     groups: tuple[Group[S], ...]
@@ -185,7 +186,7 @@ class Batch(Generic[S]):
 
     @cached_property
     def order_N(self) -> Tensor:
-        """Return, for each row of the batch, its index among the concatenated rows of all parts."""
+        """Return the index that brings the concatenated rows of all parts back into the order of the batch."""
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property

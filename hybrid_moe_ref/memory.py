@@ -48,7 +48,11 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
 
 
 def container_limit(root: Path = _CGROUPS, of_process: Path = Path("/proc/self/cgroup")) -> float:
-    """Return how many bytes the control groups of this process let it use; infinity if there is no limit."""
+    """Return how many bytes the control groups of this process let it use; infinity if there is no limit.
+
+    root        the folder where the control groups are mounted
+    of_process  the file that names the control groups of this process
+    """
     limits = [float("inf")]
     with contextlib.suppress(OSError):
         for line in of_process.read_text().splitlines():

@@ -43,7 +43,7 @@ class Slice:
 
     @property
     def row(self) -> Slice:
-        """Return the slice of each row, for code that handles the rows of the first dimension one by one."""
+        """Return the slice of one row (an element of the first dimension); it is the same for every row."""
         return Slice(self.full_shape[1:], tuple((dim - 1, ranges) for dim, ranges in self.cuts if dim))
 
     def of(self, full: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class HybridCache:
         return Snapshot(sequence.length, [buffer[pages] for buffer in self.buffers])
 
     def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        """Set a sequence's length and recurrent states back to those in `snapshot`, an earlier snapshot of it."""
+        """Set a sequence's length and recurrent states back to those in `snapshot`, which is of the same sequence."""
         self._check(sequence)
         pages = self._state_pages(sequence)
         for buffer, states in zip(self.buffers, snapshot.states, strict=True):

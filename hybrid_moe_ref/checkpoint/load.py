@@ -1,8 +1,8 @@
 """Copy the tensors of a folder into the parameters of a model, a few rows at a time.
 
 A model can hold only a part of its parameters: some experts of each layer, or the slices in `model.slices`. Then only
-the rows that the model holds are read. If the model holds only some columns of a row, the whole row is read: these
-columns mostly take less than one memory page of the mapped file, so it would save nothing to read only these columns.
+the rows that the model holds are read. If the model holds only some columns of a row, the whole row is read: the
+operating system reads whole memory pages of the mapped file, and these columns mostly take less than one page.
 
 Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """
@@ -185,7 +185,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     Qwen3-Next stores these projections in blocks of rows. There are two blocks for each key head: [q | k | R v | R z]
     and [R b | R a].
 
-    slices: for each projection, the rows that this rank holds; a piece copies these rows from the blocks
+    slices: for each projection, the rows that this rank holds
     """
     K = net.key_dim
     values, per_head = slices["in_proj_z"].full_shape[0], slices["in_proj_b"].full_shape[0]
@@ -201,8 +201,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
         """Make the piece that fills the weight of the projection `linear`.
 
         kind   the name of the stored tensor: "in_proj_qkvz" or "in_proj_ba"
-        parts  for each of q, k, v, z, b or a in this weight: the range of its rows that this rank holds, how many rows
-               it has in a block, and its first row in a block
+        parts  for each of q, k, v, z, b or a in this weight: the arguments (held, size, offset) of `_in_blocks`
         """
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
         held = tuple(rows for part in parts for rows in _in_blocks(*part, block))
@@ -218,10 +217,12 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
 
 
 def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
-    """Convert the range `held` of rows of q, k, v, z, b or a to ranges of rows of the checkpoint's tensor.
+    """Convert a range of rows of q (or of k, v, z, b, a) to ranges of rows of the checkpoint's tensor.
 
-    This tensor consists of blocks of `block` rows. In each block, `size` rows belong to q (or k, ...); the first of
-    them is row `offset` of the block.
+    held    the range of rows of q
+    size    number of rows of q in a block of the tensor
+    offset  index in the block of the first row of q
+    block   number of rows of a block
     """
     start, stop = held
     while start < stop:

@@ -1,9 +1,9 @@
 """Compare the logits of a loaded checkpoint, token by token, with those that transformers computes from its folder.
 
-First, both models compute in float64. Even a float64 model of transformers computes norms, softmax, router, rotary
-table and recurrence in float32, so the comparison replaces these casts to float32 by casts to float64. Then the two
-models differ only in the order of sums. A relative error of more than LIMIT means that a constant, a cast or a formula
-differs. (A rounding difference of 1e-14 in the router does not change which experts the router chooses.)
+First, both models compute in float64. Even a float64 model of transformers casts to float32 in norms, softmax, router,
+rotary table and recurrence, so the comparison replaces these casts by casts to float64. Then the two models differ only
+in the order of sums. This order changes the router's numbers by 1e-14, which does not change the chosen experts. So a
+relative error of more than LIMIT means that a constant, a cast or a formula differs.
 
 Then both models compute in the requested dtype, and the error of each token is measured against the float64 logits of
 transformers. The models agree if our median error is at most FACTOR times the median error of transformers. The median

@@ -65,7 +65,10 @@ class Source:
         return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
     def suggestion(self, requested: str | None) -> str:
-        """Return advice for a model that does not fit into memory, as the end of an error text; "" if there is none."""
+        """Return advice on a model that does not fit into memory, as the end of an error text; "" if there is none.
+
+        requested: the dtype that the user requested; None if there is no `--dtype`
+        """
         if self.folder is None and requested is None:
             return "; a preset's default dtype is float32, --dtype bfloat16 takes half the memory"
         return ""

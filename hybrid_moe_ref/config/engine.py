@@ -64,7 +64,9 @@ class EngineConfig(Config):
         at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages")
         at_least(self, 0, "unfinished_interval", "microbatch_tokens", "num_drafts")
         if not 0 <= self.collective_limit_s < float("inf"):
-            raise ConfigError(f"{self.collective_limit_s} is not a number of seconds", "collective_limit_s")
+            raise ConfigError(
+                f"{self.collective_limit_s} is not a number of seconds of at least 0", "collective_limit_s"
+            )
         if self.protocol not in PROTOCOLS:
             raise ConfigError(f"unknown protocol {self.protocol!r}; known: {', '.join(PROTOCOLS)}", "protocol")
         if self.mode not in ENGINE_MODES:

@@ -33,7 +33,7 @@ class ParallelConfig(Config):
         return self.dp_size * self.tp_size
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ConfigError if the experts of `model` do not divide over these ranks."""
+        """Raise ConfigError if the experts of `model` cannot be divided evenly over the `ep_size` ranks."""
         if model.num_experts % self.ep_size:
             raise ConfigError(
                 f"{model.num_experts} experts do not divide over {self.ep_size} ranks"

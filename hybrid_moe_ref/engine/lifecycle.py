@@ -62,7 +62,7 @@ class Engine:
     PrepareFailed  on every rank, if a rank could not prepare or compile, or if the configurations of the ranks differ
     ConfigError    for sizes that do not fit
     Refused        for a configuration that could deadlock
-    RuntimeError   if an earlier engine used this communicator, and a rank has stopped all ranks
+    RuntimeError   if an earlier engine used this communicator until a rank stopped all ranks
 
     A rank that fails in a phase without a vote raises its own error, and all other ranks raise ScheduleMismatch with
     the text of this error. With checks="observe", a rank that fails in `serve` does not stop the other ranks: the other
@@ -203,8 +203,8 @@ class Engine:
     def _take_first_uses(self) -> None:
         """Make the policy `builds` of this engine load each extension that a kernel needs at its first use.
 
-        The process has only one function that loads such extensions, and another engine in the process can have
-        replaced it. So this is called again before `serve`.
+        The process has only one function that loads such extensions, and each engine in the process replaces it. So
+        `serve` calls this again.
         """
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 

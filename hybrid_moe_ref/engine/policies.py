@@ -32,8 +32,9 @@ NewTokens = list[tuple[str, int]]
 class StepAgreement:
     """Lets the ranks agree on a step, by one collective per step.
 
-    Later calls within the step return the same answer without a collective. A rank does not know whether the other
-    ranks call again. So if a second call issued a collective, the rank could wait for ever.
+    Only the first call of `agree` in a step issues the collective; later calls return the same answer. A rank does not
+    know whether the other ranks also make a second call. So if a second call issued a collective, the rank could wait
+    in it for ever.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class StepAgreement:
         self._agreed: AgreedStep | None = None
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
-        """Return the agreed step for ``plan.step``.
+        """Return the result of the step agreement for ``plan.step``. Only the first call for a step calls `exchange`.
 
         exchange   makes the agreement, by one all-reduce
         layer      the name of the layer that needs the agreement
@@ -53,16 +54,16 @@ class StepAgreement:
 
 
 class StateBinding:
-    """Chooses the metadata (an `AgreedStep`) with which a rank goes on at the first recurrent layer of a step.
+    """Chooses the sizes (an `AgreedStep`) that a rank uses from the first recurrent layer of a step on.
 
-    The ranks have agreed on this metadata before the model ran, and the agreement is still valid. So a rank needs no
-    collective when its recurrent layers look up their states.
+    At this layer vLLM connects ("binds") the recurrent states to the requests. The ranks agreed on the sizes before the
+    model ran, and these sizes are still valid. So binding needs no collective.
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """Return the metadata with which this rank goes on. This class returns ``agreed``, without a collective.
+        """Return the sizes with which this rank goes on. This class returns ``agreed``, without a collective.
 
-        rebuild: builds the metadata again, by another call of the policy `agreement`
+        rebuild: calls the policy `agreement` once more, and returns its result; this class does not use it
         """
         return agreed
 
@@ -119,9 +120,9 @@ class IdlePolicy:
     """Decides what a rank without requests does in a step. Here it takes part, with a dummy batch of one row."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
-        """Return the number of rows of the dummy batch, which can be 0 (here: 1).
+        """Return the number of rows of the dummy batch, or None: then the rank leaves its serve loop.
 
-        None: this rank leaves its serve loop.
+        This class returns 1. A policy can also return 0.
 
         unfinished: whether requests will still arrive at this rank
         """
@@ -140,7 +141,7 @@ class Ballot:
     """What a rank reports about its configuration in each vote of a start (`StartVote`)."""
 
     def digest(self, shared: str) -> int:
-        """Return a 31-bit number that is equal on all ranks only if `shared` is equal on all of them.
+        """Return a 31-bit hash of `shared`. If the hashes of the ranks differ, the vote stops all ranks.
 
         shared: the rank's settings and kernels, as JSON
         """
@@ -163,6 +164,8 @@ class Preemption:
 
         If the step raises an error, this rank fails, and the engine stops the other ranks (except with
         checks="observe").
+
+        make_room: preempts requests; this class does not use it within a step
         """
         return step()
 

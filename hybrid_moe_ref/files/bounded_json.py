@@ -74,7 +74,10 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _depth(data: bytes) -> int:
-    """Return how deeply lists and mappings are nested; 0, to save time, if they are too few to be nested too deeply."""
+    """Return how deeply lists and mappings are nested.
+
+    To save time, return 0 if there are at most MAX_JSON_DEPTH of them, which cannot be nested too deeply.
+    """
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return 0
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)

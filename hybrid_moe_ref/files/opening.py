@@ -36,7 +36,7 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
 
 
 def read_at_most(file: BinaryIO, most: int) -> bytes:
-    """Read a file that can seek from its start, but at most ``most`` bytes.
+    """Read at most ``most`` bytes from the start of a file. The file must support `seek`.
 
     ``file.read(most)`` would allocate ``most`` bytes first, which takes longer than to read a small file.
     """

@@ -1,8 +1,7 @@
-"""Call `nn.Linear` modules. If all modules of a call are plain, compute them in one operation.
+"""Compute several `nn.Linear` modules for the same rows, in one operation if all of them are plain.
 
 A linear is plain if its call only multiplies by its weight. It is not plain if it has a bias or a hook, or if it is
-replaced, wrapped, parametrized or quantised. If one module is not plain, every module of the call is called as a
-module.
+replaced, wrapped, parametrized or quantised. If one of the modules is not plain, each module is called on its own.
 
 Shapes: N rows, H inputs, O outputs.
 """
@@ -36,7 +35,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether the module has no hook and no `forward` of its own, so that a kernel can compute its result instead."""
+    """Whether a kernel can do the work of the module: it has no hook, and its `forward` is that of its class."""
     have = module.__dict__  # every step does this for every module, and attribute access takes twice as long
     return not (
         have["_forward_hooks"]

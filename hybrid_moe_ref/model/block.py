@@ -19,7 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {"G": GatedDeltaNet, "A": GatedAttention, "M": 
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer's attribute has the name that LAYER_KINDS has for its kind."""
+    """x += mixer(norm(x)); x += mlp(norm(x)). LAYER_KINDS has the attribute name of each kind of mixer."""
 
     def __init__(self, config: ModelConfig, kind: str, name: str) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ def _error(text: str) -> Stopped:
 
 
 class RollCall:
-    """Knows the processes of the other ranks on this host. Outside Linux, it never reports a lost rank."""
+    """Checks whether the processes of the other ranks on this host still exist. Outside Linux, it always says so."""
 
     def __init__(self, rank: int, members: Sequence[int], store: dist.Store) -> None:
         self._store = dist.PrefixStore("roll_call", store)
@@ -120,14 +120,14 @@ class Watchdog:
         self.limit_s = 0.0
 
     def entered(self, event: Collective) -> None:
-        """Note that the rank is about to issue this collective."""
+        """Note that the rank is about to issue this collective: its waiting time counts from now."""
         self._event, self._entered_s = event, time.monotonic()
 
     def reason(self) -> Stopped | None:
         """Return why a collective failed on this rank: a rank has died or has stopped the job. None: neither.
 
-        Waits up to PATIENCE_S seconds for such a reason. The operating system closes the connections of a process
-        shortly before other processes can see that it has ended.
+        Waits up to PATIENCE_S seconds for such a reason: when a process ends, its connections are closed, and the
+        collective fails, shortly before other processes can see that the process has ended.
         """
         deadline = time.monotonic() + (PATIENCE_S if self.roll_call else 0)
         while True:

@@ -55,7 +55,7 @@ class Steps:
         return plan
 
     def declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """Begin a step that issues the collectives of this schedule, but does not run the model."""
+        """Begin a step that issues the collectives of this schedule without the model, such as those of the tuning."""
         self._runner.declare(self.plan([], 0), schedule)
 
     @torch.inference_mode()

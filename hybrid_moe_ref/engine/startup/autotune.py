@@ -65,7 +65,7 @@ class ExpertTuner:
 
     rows       the numbers of rows to tune for
     cache_dir  the folder for saved choices; "": choices are not saved
-    declare    announces collectives before they are issued
+    declare    called with a schedule before its collectives are issued; begins a step with this schedule
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ExpertTuner:
 
     @property
     def key(self) -> str:
-        """Return the key under which a choice is saved. The key contains everything that the choice depends on."""
+        """Return the key under which a choice is saved: version of torch, device, dtype, experts' shape, and rows."""
         experts = self._layers[0]
         shape = "x".join(map(str, experts.gate_up_proj.shape))
         device = self._comm.device.type

@@ -35,8 +35,8 @@ class BuildPlace:
 
     cache       folder of compiled extensions, shared by the ranks of a host
     stopped_by  returns the message with which another rank stopped the job; "" while the job runs
-    sum_up      called with (numbers, layer): returns the sum of each number over all ranks, by one all-reduce. Every
-                rank must call it
+    sum_up      returns the sum of each number over all ranks, by one all-reduce, which all ranks must call. Arguments:
+                the numbers, and the name by which the all-reduce is recorded
     deadline_s  longest time in seconds for a build, or for the wait for a build
     """
 
@@ -158,10 +158,11 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
 def _end_children_but(others: set[int], by_force: bool) -> None:
     """Kill the processes that the build started: all children except ``others``.
 
-    by_force: send SIGKILL instead of SIGTERM
+    others    process ids of the children that existed before the build
+    by_force  send SIGKILL instead of SIGTERM
 
-    Call this with SIGTERM first: when ninja gets SIGTERM, ninja ends its compilers. After SIGKILL, compilers that ninja
-    has just started would run on if this function has not seen them yet, and nothing could find them.
+    Send SIGTERM first, because ninja then ends its compilers. A ninja that gets SIGKILL does not, and a compiler that
+    it has just started, and that this function has not seen yet, would run on.
     """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
@@ -172,9 +173,10 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
     """Delete the extension loader's lock file ("baton") if the process that holds it has ended.
 
-    torch itself never checks whether the holder still runs. A holder that still runs does not use this project's lock.
-    If the holder still runs, or is not visible from here, this function waits for at most ``place.deadline_s`` seconds
-    until the file is deleted, and raises LockTimeout after that.
+    torch itself never checks whether the holder still runs. If the holder still runs, or is not visible from here, wait
+    until the file is deleted, but for at most ``place.deadline_s`` seconds: then raise LockTimeout.
+
+    lock: this project's lock for the build. This rank has it, so a running holder is a program that does not use it
     """
     baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():

@@ -33,7 +33,10 @@ class Refused(ConfigError):
 
 
 def check_start(config: ServerConfig, policies: Policies | None = None) -> list[str]:
-    """Raise Refused with the first finding, if any; with `config.allow_unsafe`, return all findings instead."""
+    """Raise Refused with the first finding, if there is one. With `config.allow_unsafe`, return all findings instead.
+
+    policies: the policies to try; None: check only the settings
+    """
     reasons = list(findings(config, policies))
     if reasons and not config.allow_unsafe:
         raise Refused(f"{reasons[0]} (to start nevertheless: --allow-unsafe)")
@@ -96,7 +99,7 @@ def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iter
 
 
 def _exchanges(protocol: Protocol, policies: Policies, plan: StepPlan, layer: str) -> int:
-    """Return how many step agreements a rank with this plan would issue up to its first recurrent layer."""
+    """Return how many step agreements a rank with this plan would issue up to `layer`, its first recurrent layer."""
     count = 0
 
     def exchange(plan: StepPlan, asker: str) -> AgreedStep:

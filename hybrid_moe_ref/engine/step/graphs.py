@@ -2,9 +2,9 @@
 
 A captured step has a fixed number of rows and fixed collectives. A step with fewer rows is padded to a captured size.
 All ranks must replay the same size, so mode and size are part of the step agreement (C1). Collectives are not captured:
-on a GPU, the graphs contain the row-wise modules between the collectives. A CPU cannot capture, but runs the same
-passes with the same padding. On both devices, a rank records which collectives a captured step issues. If a replay
-would issue a different collective, the schedule guard refuses it before it is issued, and all ranks stop (with
+on a GPU, the graphs contain the row-wise modules between the collectives. A CPU cannot capture, so it runs these
+modules as usual, with the same padding. On both devices, a rank records which collectives a captured step issues. If a
+replay would issue a different collective, the schedule guard refuses it before it is issued, and all ranks stop (with
 checks="observe", only this rank stops).
 
 Shapes: N rows of a step, H hidden.

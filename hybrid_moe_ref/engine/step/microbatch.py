@@ -9,7 +9,7 @@ from hybrid_moe_ref.batch import Batch
 
 @dataclass(frozen=True)
 class Half:
-    """Rows `start` to `stop` of a step."""
+    """Rows `start` to `stop` - 1 of a step."""
 
     start: int
     stop: int

@@ -96,11 +96,11 @@ class Protocol:
         raise NotImplementedError
 
     def _padded(self, rows: dict[str, Sequence[int]]) -> int:
-        """Return the size to which all ranks pad a step that replays a graph."""
+        """Return the size to which all ranks pad a step that replays a graph. rows: each row of C1, by its name"""
         raise NotImplementedError
 
     def _splits(self, rows: dict[str, Sequence[int]]) -> bool:
-        """Whether all ranks would split the step in two."""
+        """Whether all ranks would split the step in two. rows: each row of C1, by its name"""
         raise NotImplementedError
 
 

@@ -41,8 +41,8 @@ class ModelRunner:
     """Runs steps of a model in any layout. All ranks must execute the same steps in the same order.
 
     Each decision that the ranks must make alike is a call of one of `policies`, which a scenario can replace by a
-    faulty policy. So a policy gets the step agreement as a function (`_agree`, `_exchange`), and the policy decides
-    whether to call this function.
+    faulty policy. A policy that needs the step agreement gets it as a function (`_agree`, `_exchange`), and the policy
+    decides whether to call this function.
     """
 
     def __init__(

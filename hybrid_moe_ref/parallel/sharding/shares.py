@@ -63,7 +63,7 @@ class Place:
 
 
 def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "intermediate") -> ModelConfig:
-    """Return the configuration with the sizes of one rank's part. It also gives the sizes of the rank's cache.
+    """Return the configuration with the sizes of one rank's part of the model and of the cache.
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """
