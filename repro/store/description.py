@@ -56,8 +56,8 @@ class RunDescription(Config):
     queued_groups   groups (such as NCCL's) whose collectives a rank records when it queues them, not when they run
     mechanism       how the fault causes the hang, in one line
     source          the upstream bug report or change that the run reproduces
-    family          a key that is equal for all runs whose settings are equal, apart from the settings ``variant`` and
-                    ``checks``; "" outside the lab
+    family          a key by which a report finds the other variants of this run: runs have the same key if all their
+                    settings except ``variant`` and ``checks`` are equal; "" outside the lab
     variant         one of VARIANTS; "" outside the lab
     commands        commands that repeat this run, or run another variant of it
     """

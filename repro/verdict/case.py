@@ -67,7 +67,7 @@ class Case:
         return [rank for rank in ranks if rank in self.witnesses and aspects not in self.witnesses[rank].knows]
 
     def ranks(self, *states: str) -> tuple[int, ...]:
-        """Return, in ascending order, the ranks that are in one of the given states, such as "dead" or "blocked"."""
+        """Return, in ascending order, the ranks whose state is one of ``states``, such as "dead" or "blocked"."""
         return tuple(rank for rank, rank_state in sorted(self.rank_states.items()) if rank_state.state in states)
 
     def place(self, rank: int) -> str:

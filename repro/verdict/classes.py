@@ -24,7 +24,7 @@ class VerdictClass:
     causes    name of a cause -> how a headline describes the cause; a verdict of this class can also have no cause
     outside   the events outside the job (INTERRUPT, END) that leave the same evidence as this class. If one of them
               ended the job, the verdict becomes inconclusive
-    live      whether a run of this class can end normally: then its files look `clean`, and only a watcher that watched
+    live      whether a run of this class can end normally. Its files then look `clean`, so only a watcher that watched
               the run while it ran can find this class
     """
 
@@ -45,12 +45,12 @@ class VerdictClass:
 
     @property
     def exit_code(self) -> int:
-        """Return the exit code of a command, if the run has this class but another class was expected."""
+        """Return the exit code of a command that finds this class although another class was expected."""
         return UNEXPECTED if self.decided else CANNOT_TELL
 
     @property
     def junit(self) -> str:
-        """Return the JUnit result, "failure" or "error", if the run has this class but another class was expected."""
+        """Return the JUnit result, "failure" or "error", of a run that has this class although another was expected."""
         return "failure" if self.decided else "error"
 
 

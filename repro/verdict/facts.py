@@ -17,9 +17,9 @@ class Facts:
     excused        why the process cannot make progress, whatever the rank's witness shows: "stopped by a signal"
     lock_holders   (the lock for which the rank waits, pid of the process that holds the lock; 0 if no process holds it)
     cores          how many processors the process and its descendants kept busy since the previous observation
-    starved        share of the time since the previous observation in which the threads of the process could run but
-                   got no processor, summed over the threads. If the hypervisor took a larger share of the time from
-                   the host, or the watcher woke up late by a larger share, the value is this larger share
+    starved        for which share of the time since the previous observation the process lacked a processor. This is
+                   the largest of three shares: the time in which its threads could run but got no processor, summed
+                   over the threads; the time that the hypervisor took from the host; the delay of the watcher's sleep
     died           when the watcher (or agent) first noticed that the process had ended, in seconds on one clock for
                    all ranks. Processes whose ends were noticed together have the same time
     contradicted   what other evidence shows that contradicts the rank's witness

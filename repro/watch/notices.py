@@ -28,7 +28,7 @@ class Notices:
 
     notice          prints a line
     remark          returns a line about a verdict that is not final, or "". Equal lines are printed only once
-    quiet_window_s  for how many seconds no rank has recorded an event when `silence` is called
+    quiet_window_s  the quiet window: the caller calls `silence` when no rank has recorded an event for this long
     """
 
     def __init__(self, notice: Callable[[str], None], remark: Callable[[Verdict], str], quiet_window_s: float) -> None:
@@ -63,7 +63,10 @@ class Notices:
         return waited_ns >= PATIENCE_S * 1e9 and now_ns >= self._next_check_ns
 
     def builds(self, verdict: Verdict, began_ns: int, now_ns: int) -> None:
-        """Print which ranks build a kernel, which ranks wait for them, and since when. Do not repeat a recent notice.
+        """Print which ranks build a kernel, which ranks wait for them, and since when.
+
+        Print nothing if no rank waits for a rank that builds. Also print nothing if the last notice about builds named
+        the same ranks, and was printed less than REPEAT_S seconds ago.
 
         began_ns, now_ns: when the check began and ended. The longer a check takes, the later the next check is due.
         """
@@ -78,15 +81,18 @@ class Notices:
 
 
 def _news(verdict: Verdict) -> list[str]:
-    """Return the sentences about the ranks, without the time since the last heartbeat, which always changes.
+    """Return the sentences about the ranks without the times since heartbeats, because these times always change.
 
-    If the result is the same as at the last notice, the watcher prints nothing.
+    The watcher prints waits only if this result is not the same as at the last notice.
     """
     return [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in verdict.sentences()]
 
 
 def describe_since(verdict: Verdict) -> str:
-    """Return a line that says where each rank is, for how long, and which ranks hold the locks that others wait for."""
+    """Return a line that says where each rank is, and which ranks hold the locks that others wait for.
+
+    For ranks that build or wait, the line also says for how long.
+    """
     together: dict[str, list[Position]] = {}
     for at in verdict.ranks:
         together.setdefault(at.words(), []).append(at)

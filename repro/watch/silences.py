@@ -102,9 +102,10 @@ class Silences:
         return silence.starved_s
 
     def slowest(self, quiet_window_s: float) -> Verdict | None:
-        """Return the `slow` verdict of the longest silence; None if no silence lasted SLOW_WINDOWS quiet windows.
+        """Return the `slow` verdict of the longest silence; None if no silence was long enough for such a verdict.
 
-        The verdict has a line of evidence for each other silence of at least SLOW_WINDOWS quiet windows.
+        A silence is long enough if it lasted at least SLOW_WINDOWS quiet windows. The verdict has a line of evidence
+        for each other silence that is long enough.
         """
         silences = sorted(self._longest.values(), key=lambda silence: -silence[0])
         silences = [silence for silence in silences if silence[0] >= SLOW_WINDOWS * quiet_window_s]

@@ -190,8 +190,8 @@ class Calls(Sequence[Call]):
     def last_number(self, *, done: bool = False, where: Callable[[Form], bool] | None = None) -> int | None:
         """Return the highest sequence number of these operations; None if no operation has a number.
 
-        done    consider only operations that are complete
-        where   consider only operations for whose `Form` this returns True
+        done    if True, ignore operations that are not complete
+        where   if given, ignore operations for whose `Form` it returns False
         """
         seqs: Iterator[int] | array[int] = self.seqs
         if where is not None:

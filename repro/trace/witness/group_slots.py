@@ -30,7 +30,7 @@ _MAX_MEMBERS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class GroupTrace:
-    """How far one rank has come in one group: the newer of what the group's slot and the ring of events show."""
+    """How far one rank has come in one group. If the group's slot and the ring of events differ, the newer counts."""
 
     name: str
     members: tuple[int, ...]

@@ -87,7 +87,7 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """The newest events of a witness without a gap between them, oldest first. A damaged record is a gap."""
+    """The newest events of a witness that have no gap between them, oldest first. A damaged record is a gap."""
 
     records: bytes
     torn: bool = False  # whether an incomplete record follows the last one

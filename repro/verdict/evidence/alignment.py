@@ -22,8 +22,9 @@ class Deviation:
 
     kind     extra (a collective too many), skipped, order (issued before an entry that was due first), or mismatch
              (another operation in place of the entry)
-    index    the index in the schedule of the entry that was due
-    entry    the entry that the rank skipped or has not issued yet; otherwise the entry that the rank issued wrongly
+    index    the place in the schedule, from 0, at which the rank left it
+    entry    the entry that the rank skipped or has not issued yet; for any other deviation, the entry that the rank
+             issued wrongly
     planned  the entry that was due; None after the end of the schedule
     issued   the collective that the rank issued instead; None if the step ended without one
     group    the group of ``entry``; None if it is not known
@@ -161,11 +162,11 @@ def unshared_deviations(
 ) -> tuple[list[Deviation], list[Deviation]]:
     """Find, for each rank, its first deviation from step ``since`` on that can explain a hang.
 
-    A deviation that all members of the group made in the same step cannot explain a hang, so it does not count.
+    A deviation that all members of the group made in the same step cannot explain a hang, so neither list has it.
 
-    Return two lists with at most one deviation for each rank. In the first list, a deviation does not count either if
-    all members made it together in a different step. In the second list such a deviation counts, because it can explain
-    a hang if nothing else explains it.
+    Return two lists, each with at most one deviation for each rank. They differ in the deviations that all members made
+    together in another step. The first list leaves these deviations out. The second list has them; it is needed only if
+    nothing else explains the hang.
     """
     by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}
@@ -202,7 +203,7 @@ def inverted_before(
 ) -> list[int]:
     """Return the ranks that issued the two collectives of an `order` deviation in this same order in an earlier step.
 
-    In the earlier step the rank issued both collectives. So it can still issue the second one in the present step, too.
+    In the earlier step this order caused no hang. The evidence of a verdict mentions this.
     """
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []

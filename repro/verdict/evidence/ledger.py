@@ -115,7 +115,7 @@ class Ledger:
         return self._differing[key][seq]
 
     def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
-        """Find the first collective that ranks issued with different arguments: possibly it never completes.
+        """Find the first collective that members issued with different arguments, so that it possibly never completes.
 
         over, upto   search the sequence numbers over + 1 to upto
 
@@ -167,7 +167,7 @@ def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> No
 
     A field that is not known, such as sizes that were overwritten, matches every value.
 
-    together   call -> the ranks that issued it, with details
+    together   call -> (rank, whether the rank completed the call, call site, time in ns) for each rank that issued it
     """
     for call in [call for call in together if not call.sizes or call.step < 0 or UNKNOWN in call.signature]:
         alike = [other for other in together if other is not call and not difference(call, other)]

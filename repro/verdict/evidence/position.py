@@ -203,7 +203,7 @@ def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
 def _blocked_in(witness: Witness) -> Event | None:
     """Return the event with which the rank began to wait; None if the rank does not wait.
 
-    The events DONE and FAILED at the end are ignored, because a rank that failed may have waited until it failed.
+    The events DONE and FAILED at the end are ignored. So if a rank failed while it waited, this wait is returned.
     """
     kinds = witness.column("kind")
     index = len(kinds) - 1
@@ -243,11 +243,11 @@ def clocks(
 ) -> tuple[dict[int, int], list[str]]:
     """Return, for each rank, the judged moment on the monotonic clock of the rank's host; and lines of evidence.
 
-    now_ns   the judged moment on the clock of one host, or rank -> this moment on the clock of the rank's host
-    home     a process of the host of this one clock; by default the process of the lowest rank
+    now_ns   the judged moment: one time on the clock of one host, or rank -> the time on the clock of the rank's host
+    home     if ``now_ns`` is one time: a process on the host that measured it; default: the process of the lowest rank
 
-    If ``now_ns`` is one number, the moment on the clocks of other hosts is computed by means of the wall clocks. The
-    result is only as exact as the wall clocks agree, and a line of evidence says so.
+    If ``now_ns`` is one time, it is converted to the clocks of other hosts by means of the wall clocks. The result is
+    wrong by as much as the wall clocks differ. A line of evidence says that times were converted.
     """
     if isinstance(now_ns, Mapping):
         return {rank: now_ns[rank] for rank in witnesses}, []

@@ -41,7 +41,7 @@ class ScheduleDivergence:
 
     part     number of the part of the schedule that differs, from 0; a rank declares the schedule of a step in parts
     sides    each declared schedule -> the ranks that declared it
-    places   rank -> the index of the first entry that can differ, in the rank's schedule of the whole step
+    places   rank -> the index, in the rank's schedule of the whole step, of the first entry that can differ
     """
 
     step: int

@@ -66,7 +66,7 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
     """Read the last ``num_steps`` steps of a rank.
 
     A step is left out if its first event is overwritten, or if the witness lacks the text of its schedule or the
-    signature of one of its collectives. Return [] if the witness does not record STEP_CONTENT.
+    signature of one of its collectives. Return [] if the witness does not record order, steps and layers.
     """
     if STEP_CONTENT not in witness.knows:
         return []

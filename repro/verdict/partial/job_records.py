@@ -99,7 +99,7 @@ class JobRecords:
         """Keep the newest usable dump of each rank and, if there is one, the oldest dump of the same process.
 
         A dump is not usable if it is older than the dumps of the other ranks, or if its entries have no group, no
-        number or no state. According to such a dump, a rank would not have queued operations that it has queued.
+        number or no state. Such a dump would wrongly show that a rank has not queued some operations.
         """
         blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
         if blind:

@@ -57,8 +57,8 @@ def _explain_places(
 ) -> None:
     """Replace the cause `sizes` of a finding: the calls are for different layers or steps, so their sizes may differ.
 
-    The new cause is `order` if all ranks that issued one of the calls then issued, under the next sequence number, a
-    call that other ranks had issued under this number. Otherwise no cause is known.
+    Let n be the sequence number of the calls. The new cause is `order` if all ranks that issued one of the calls under
+    n then issued, under n + 1, a call that other ranks had issued under n. Otherwise no cause is known.
     """
     key, seq, sides = divergence
     finding.cause = ""

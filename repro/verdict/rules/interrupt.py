@@ -17,8 +17,8 @@ _ERROR = "KeyboardInterrupt:"
 def interrupted(case: Case, resolution_s: float) -> tuple[int, ...]:
     """Return the ranks that failed with KeyboardInterrupt; () if another rank possibly died or failed before them.
 
-    The end of another rank counts as a consequence of the interrupt if it was noticed after the first interrupt, or at
-    most resolution_s seconds before it. If the time of an end is not known, return ().
+    Another rank possibly ended before them if its end was noticed more than ``resolution_s`` seconds before the first
+    interrupt, or if the time of its end is not known. Any other end counts as a consequence of the interrupt.
     """
     failed = case.ranks("failed")
     ranks = tuple(rank for rank in failed if case.rank_states[rank].position.detail.startswith(_ERROR))

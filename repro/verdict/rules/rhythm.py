@@ -32,7 +32,7 @@ class _Break:
     """The place where a rank left its repeating pattern.
 
     events  the operations that the rank issued from this place on
-    due     the operations of one period of the pattern; the first of them was due at this place
+    due     the operations of one period of the pattern, in the order in which they were due from this place on
     """
 
     events: Sequence[Event]
@@ -98,7 +98,8 @@ def _key(event: Event) -> _Key:
 def _rhythm(issued: Sequence[Event]) -> tuple[bool, _Break | None]:
     """Return whether a rank has a repeating pattern, and the place where it left the pattern.
 
-    The place is None if the rank kept the pattern, or left it more than RECENT_PERIODS periods ago.
+    The place is None if the rank kept the pattern. It is also None if the rank left the pattern too long ago to explain
+    the hang, that is, more than RECENT_PERIODS periods of the pattern ago.
     """
     keys = [_key(event) for event in issued]
     cut = 0

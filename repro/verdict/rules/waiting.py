@@ -1,7 +1,10 @@
 """Judge waits that form no cycle, if no rank died or failed. What is at the end of a chain of waits decides.
 
-This is a rank that works, is done, left no usable witness, or waits in a collective that all members have entered; or
-it is a lock that no rank holds.
+A chain of waits ends in one of these:
+
+- a rank that works, is done, or left no usable witness
+- a collective that all members have entered
+- a lock that no rank holds
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ LATE_S = 1.0
 
 
 def judge_advance(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge a job whose ranks advanced between their two dumps, and wait now only in what all members have queued.
+    """Judge a job whose ranks advanced between their two dumps, if all members queued what ranks now wait in.
 
-    If a rank queued an operation at least LATE_S after the ranks that waited for it in the earlier dumps, the verdict
-    is `slow` and names this late rank. Otherwise the verdict is `inconclusive`. Return None for any other job. Also
-    return None if all times are known, no rank came late, and no rank waits now.
+    A rank is late if it queued an operation LATE_S seconds or more after the ranks that waited for it in the earlier
+    dumps. If there is a late rank, the verdict is `slow` and names it. Otherwise the verdict is `inconclusive`.
+
+    Return None for any other job. Also return None if all times are known, no rank is late, and no rank waits now.
     """
     moved = [rank for rank, dump in job.earlier.items() if advanced(dump, job.recorders[rank])]
     waiting = {wait.rank for wait in waits}
@@ -81,9 +82,9 @@ def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
 
 
 def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
-    """Return how many seconds a rank queued an operation after the members that waited there; None if unknown.
+    """Return how many seconds a rank queued an operation after the members that waited in it; None if unknown.
 
-    The time of these members is their median.
+    It is compared with the median of the times at which these members queued the operation.
 
     times   for each rank, when it queued the operation, in seconds
     wait    the wait that the earlier dumps show. A member waited if the wait does not list it as missing

@@ -125,7 +125,10 @@ def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
 
 
 def _name(record: GroupRecord, form: Form, framed: bool) -> tuple[str, str, str]:
-    """Return (group, name, call site) of an operation. Two operations count as equal if these three are equal."""
+    """Return (group, name, call site) of an operation. Operations with equal results count as equal.
+
+    If not ``framed``, the call site is "", so that it is not compared.
+    """
     return record.group.name, form.op, program_frames(form.frames, 1) if framed else ""
 
 

@@ -2,9 +2,9 @@
 
 The counters of a group are compared between its members. If a rank has completed fewer operations than the others,
 although it has queued more than it completed, its device makes no more progress. If a rank has queued fewer operations
-than the others and waits for nothing, its host process makes no more progress. A rank is named only if the counters
-show this in at least CONVINCING_GROUPS groups. The counters of gloo are not used, because they can also differ between
-members of a healthy group.
+than the others and waits for nothing, its host process makes no more progress. One such group is not enough to name a
+rank: the counters must show the same in several groups (CONVINCING_GROUPS). The counters of gloo are not used, because
+they can also differ between members of a healthy group.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupReco
 def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
     """Whether the stacks of these ranks allow the conclusion that their programs make no more progress.
 
-    The last stack of a rank contradicts it if this stack shows work, a wait for a lock, or a collective. A rank without
-    a stack does not contradict it.
+    They do not allow it if the last stack of one of these ranks shows work, a wait for a lock, or a collective. Ranks
+    without a stack are ignored.
     """
     stacks = [rows[-1] for rank, rows in job.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)

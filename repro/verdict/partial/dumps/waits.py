@@ -16,7 +16,7 @@ class Wait:
     call      the operation
     missing   members whose dump shows that they have not queued it
     unseen    members for which no dump shows whether they have queued it
-    at        the place of the entry in the dump
+    at        where the dump has the operation, as text: the name of the file and the number of the entry
     """
 
     rank: int

@@ -109,9 +109,9 @@ def _seen_waiting(job: JobRecords) -> set[int]:
 
 
 def _first(roots: Sequence[Failure]) -> Failure | None:
-    """Return the earliest error by time stamp; None if the time stamps may be of different time zones.
+    """Return the earliest of the errors that can be the cause; None if their times may be of different time zones.
 
-    If a line has no time stamp, return the most severe error; None if several ranks have errors of this severity.
+    If one of the errors has no time, return the most severe error; None if several ranks have errors of this severity.
     """
     stamped = [record for record in roots if record.at_s is not None]
     if stamped and len(stamped) == len(roots):
@@ -124,9 +124,10 @@ def _first(roots: Sequence[Failure]) -> Failure | None:
 
 
 def _zones_may_differ(one: Failure, two: Failure) -> bool:
-    """Whether the time stamps of two errors may be of different time zones.
+    """Whether the times of two errors may be of different time zones.
 
-    Such time stamps differ by roughly a multiple of half an hour.
+    This is so if the errors are of different ranks and files, and if their times differ by roughly a multiple of half
+    an hour.
     """
     gap = abs((one.at_s or 0.0) - (two.at_s or 0.0))
     if one.source.file == two.source.file or one.process.rank == two.process.rank or gap < ZONE_S - ZONE_SLACK_S:
@@ -190,7 +191,10 @@ def _crash(job: JobRecords, first: Failure) -> Diagnosis:
 
 
 def _closed(job: JobRecords, rank: int | None) -> list[str]:
-    """Return a sentence on the ranks whose NCCL log says that ``rank`` closed its connection; [] if no log says it."""
+    """Return a sentence that says in which ranks' NCCL logs the local rank ``rank`` closed its connection.
+
+    Return [] if no log says so.
+    """
     notes = [
         record for record in job.notes if record.kind == "local rank" and rank is not None and record.value == str(rank)
     ]

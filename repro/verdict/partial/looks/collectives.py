@@ -131,7 +131,8 @@ def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | No
 def _key(look: RankLook) -> Key:
     """Return (operation, group) of the collective in which a rank waits.
 
-    If the stack does not show the operation, return ANYTHING in its place, or ANY_DATA if it certainly transfers data.
+    If the stack does not show which operation it is, the first part of the result is ANY_DATA if the operation
+    certainly transfers data, otherwise ANYTHING.
     """
     stack = look.stack
     if stack is None or stack.detail in POLLING or stack.detail.startswith(("a wait", "wait ")):

@@ -129,7 +129,10 @@ class RankLook:
 
     @property
     def spins(self) -> bool:
-        """Whether the rank spins in a collective: SPINNING_LOOKS or more stacks show it there, with equal frames."""
+        """Whether the rank spins in a collective: all its stacks show the same frames, and a collective.
+
+        The rank must have at least SPINNING_LOOKS stacks.
+        """
         collective = all(stack.activity in AMONG_RANKS for stack in self.stacks)
         return len(self.stacks) >= SPINNING_LOOKS and collective and len({stack.frames for stack in self.stacks}) == 1
 

@@ -1,7 +1,7 @@
 """Judge a job by stacks alone.
 
-A stack shows a place in the code, but no sequence number. So stacks rarely prove more than that a rank builds a kernel
-while the other ranks wait.
+A stack shows a place in the code, but no sequence number. So stacks alone rarely prove a deadlock. They can prove that
+a rank builds a kernel while the other ranks wait.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ MOST_PLACES, MOST_PROCESSES = 6, 8
 def judge_unranked(job: JobRecords) -> Diagnosis | None:
     """Judge stacks of processes whose rank is unknown. Return None if there are none.
 
-    This is the last of the rules for stacks. If the stacks of some ranks show what these ranks do, an earlier rule has
-    judged them. Then the processes without a rank are launchers or front ends.
+    This is the last of the rules for stacks, so it is used only if the stacks of known ranks, if any, decided nothing.
+    If they did decide, the processes without a rank are launchers or front ends, and need no judgement.
     """
     last: dict[int | str, Stack] = {}
     for stack in job.stacks:
