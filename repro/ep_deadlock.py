@@ -94,7 +94,10 @@ def watch():
 
 
 def agree(num_tokens, who):
-    """Agree on the step's metadata (the number of tokens of every rank) by one all-reduce."""
+    """Agree on the step's metadata (the number of tokens of every rank) by one all-reduce.
+
+    who: the step and the layer, for the text about a hang
+    """
     tokens = torch.zeros(world, dtype=torch.int32)
     tokens[rank] = num_tokens
     at(f"dp all_reduce ({who})")

@@ -48,7 +48,10 @@ def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> dict
 
 
 def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
-    """Return a sentence for each set of ranks that lack the same evidence: "ranks 1,2 left no stack within 0.7 s"."""
+    """Return a sentence for each set of ranks that lack the same evidence: "ranks 1,2 left no stack within 0.7 s".
+
+    unanswered: the result of `collect`; patience_s: how many seconds `collect` waited
+    """
     ranks: dict[str, list[int]] = {}
     for rank, what in sorted(unanswered.items()):
         ranks.setdefault(what, []).append(rank)

@@ -224,7 +224,10 @@ def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
 
 
 def _key(num_ranks: int, meeting: str) -> str:
-    """Return the key of this process's job. All ranks of the job compute the same key; other jobs have other keys."""
+    """Return the key of this process's job. All ranks of the job compute the same key; other jobs have other keys.
+
+    meeting: the rendezvous of the ranks; "" if it is the address and port in the environment
+    """
     environ = os.environ
     place = _meeting or meeting or f"{environ.get('MASTER_ADDR', '')}-{environ.get('MASTER_PORT', '')}"
     parts = (place, f"{num_ranks}ranks", environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -114,7 +114,10 @@ class _Candidate:
 
 
 def find_jobs(table: Mapping[int, Status]) -> list[Job]:
-    """Find the jobs among these processes. The first job is the one with the most processes."""
+    """Find the jobs among the processes of this host. The first job is the one with the most processes.
+
+    table: all processes of this host, by pid
+    """
     candidates = {row.pid: row for row in _candidates(table)}
     jobs = [*_by_variables(candidates, table), *_by_titles(candidates, table)]
     taken = {pid for job in jobs for pid in job.pids}
@@ -258,7 +261,8 @@ def _by_titles(candidates: Mapping[int, _Candidate], table: Mapping[int, Status]
 
 
 def _top_server(pid: int, table: Mapping[int, Status]) -> int:
-    """Return the topmost ancestor of a process whose command line still looks like part of the server."""
+    """Return the topmost process of a server: go from ``pid`` to the parent as long as the parent's command line looks
+    like the server's."""
     while table[pid].parent in table and _SERVER.search(command_of(table[pid].parent)[:200]):
         pid = table[pid].parent
     return pid
@@ -267,9 +271,11 @@ def _top_server(pid: int, table: Mapping[int, Status]) -> int:
 def _by_parent(
     candidates: Mapping[int, _Candidate], table: Mapping[int, Status], taken: Collection[int]
 ) -> Iterator[Job]:
-    """Find jobs without rank variables: several children of one parent that have loaded torch.
+    """Find jobs without rank variables: at least two processes that have loaded torch and have the same parent.
 
     At least two of these children must have a socket of their own, or multiprocessing must have started all of them.
+
+    taken: the pids that already belong to a job; their children form no further job
     """
     families: dict[int, list[_Candidate]] = {}
     for row in candidates.values():

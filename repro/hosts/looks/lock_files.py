@@ -76,7 +76,7 @@ def look_at_locks(
     """Return the lock files of a job.
 
     family  pids of the job's processes and their descendants
-    table   pids of all processes
+    table   pids of all processes of this host: each can be the holder of a baton
     named   a dict from the path of a lock file to the pid of a process whose stack names this file
     """
     try:
@@ -153,7 +153,7 @@ def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
 
 
 def _openers(status: os.stat_result, table: Iterable[int], proc: Path) -> tuple[list[int], int]:
-    """Return the pids that have the file open, and the number of Python processes with hidden files.
+    """Return the pids that have a file open, and the number of Python processes with hidden files.
 
     This user is not allowed to see the hidden files, so one of these processes possibly has the file open, too.
     """

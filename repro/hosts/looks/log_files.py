@@ -52,7 +52,7 @@ def named(paths: Sequence[Path]) -> list[LogFile]:
 
 
 def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
-    """Return the regular files to which the job's processes, or their ancestors, print (standard output or error).
+    """Return the regular files to which the job's processes and their ancestors print (standard output or error).
 
     A file to which this process or one of its ancestors writes is left out, because the file contains the output of
     `collect`.

@@ -62,7 +62,7 @@ def ask_worker_server(member: Member, question: str) -> bytes:
 
 
 def request_dumps(members: Mapping[int, Member]) -> dict[int, Path]:
-    """Make the ranks that have opened torch's dump pipe write Flight Recorder dumps. members: the process of each rank.
+    """Request Flight Recorder dumps from the ranks that opened torch's dump pipe. members: the process of each rank.
 
     Returns the dump file of each rank whose file changed within PATIENCE_S seconds.
     """

@@ -17,7 +17,7 @@ MAX_BYTES = 4 << 20
 
 
 def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
-    """Send a signal to the processes that handle it. Returns the text that faulthandler wrote, by pid.
+    """Send the signal ``number`` to the processes that handle it. Returns what faulthandler then wrote, by pid.
 
     faulthandler writes to standard error, which can be read only if it goes to a regular file. Otherwise the process
     gets no signal.

@@ -58,8 +58,9 @@ class Line:
 
 
 def parse(number: int, raw: str, owner: Process) -> Line:
-    """Parse a line.
+    """Parse a line of a log file.
 
+    number: the number of the line in the file; raw: the line as it is in the file
     owner: the process to which the file belongs. A line that names no process was written by the owner.
     """
     text = _ANSI.sub("", raw).rstrip("\r\n") if "\x1b" in raw else raw.rstrip("\r\n")

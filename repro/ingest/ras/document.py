@@ -60,9 +60,9 @@ def read(content: Any, file: str) -> Iterator[Observation]:
 
 
 def _status(ranks: Iterable[dict[str, Any]]) -> str:
-    """Return the status of a communicator, from the flags of its ranks: RUNNING, INIT, FINALIZE or ABORT.
+    """Return the status of a communicator from the flags of its ranks: ABORT, FINALIZE, INIT or RUNNING.
 
-    RAS's text format has the same words.
+    If the flags of the ranks differ, the first of these words counts. RAS's text format has the same words.
     """
     found = {"RUNNING"}
     for rank in ranks:

@@ -138,7 +138,9 @@ def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
 
 
 def complete_the_earlier(rows: Rows) -> None:
-    """Mark collectives as over if a later collective of their group is over, because a group completes them in order.
+    """Mark collectives as over if a later collective of their group is over.
+
+    A group completes its collectives in order, except with gloo: then nothing is marked.
 
     A coalesced operation has an entry for each part, and after them an entry for the whole, with the same number. Only
     the completion of the whole is recorded. If the whole is over, mark its parts as over.

@@ -91,7 +91,8 @@ def build() -> str:
 def load() -> Any:
     """Return the library as a module; None if this process must record in Python.
 
-    That is so if the library does not exist, cannot be loaded or belongs to another user, or with HMR_RECORD_PURE=1.
+    It records in Python with HMR_RECORD_PURE=1, and if `is_supported` returns False. It also does so if the library
+    does not exist, cannot be loaded, or belongs to another user.
     """
     if os.environ.get("HMR_RECORD_PURE") == "1" or not is_supported():
         return None

@@ -193,7 +193,10 @@ class Trial:
         return self._log_grew_s
 
     def _loads(self, tails: Sequence[Tail]) -> bool:
-        """Whether all ranks that have a witness are in the phase `load`, in which they read the checkpoint."""
+        """Whether all ranks that have a witness are in the phase `load`, in which they read the checkpoint.
+
+        In this phase it is normal that no rank records an event for a long time.
+        """
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns != self._loads_at[0]:
             self._loads_at = last_ns, bool(tails) and all(phase_of(tail) == LOADING for tail in tails)

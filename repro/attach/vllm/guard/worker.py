@@ -139,9 +139,9 @@ def join(config: Any) -> None:
 
 
 def raise_or_say(stop: Stop, why: str) -> None:
-    """Handle a rank that cannot take part in the start vote. why: the reason
+    """Handle a rank that cannot take part in the start vote, for the reason ``why``.
 
-    In the mode ``agree`` raise Refused, in the mode ``observe`` print that the guard is off.
+    In the mode ``agree`` raise Refused, in the mode ``observe`` only print that the guard is off.
     """
     if not stop.agrees:
         stop.say(f"off: {why}")

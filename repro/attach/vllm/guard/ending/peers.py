@@ -53,7 +53,7 @@ class Process:
 
 
 class Peers:
-    """The other processes of the server, as this process watches them."""
+    """Watches the other processes of the server, for this process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -138,7 +138,10 @@ def gone(process: Process, code: int | None = None) -> str:
 
 
 def silence(process: Process, silent_s: float) -> str:
-    """Return the sentence about a host that no longer answers."""
+    """Return the sentence about a host that has been silent for ``silent_s`` seconds.
+
+    process: a process on this host, whose rank and pid the sentence names
+    """
     return (
         f"rank {process.rank} is gone: no process on its host has been heard of for {silent_s:.0f} s; its "
         f"{process.name.partition(' of ')[0]} had pid {process.pid}"

@@ -70,8 +70,10 @@ class Stop:
         self._keep(sentence, "observed")
 
     def begin(self, sentence: str) -> None:
-        """Note and print why the ranks stop. If this process still runs GRACE_S seconds later, the guard's thread ends
-        it."""
+        """Print and save the sentence, which says why the ranks stop.
+
+        If this process still runs GRACE_S seconds later, the guard's thread ends it.
+        """
         with self._lock:
             if self.sentence:
                 return
