@@ -153,7 +153,7 @@ def _family(root: Path) -> dict[str, Path]:
 
 
 def _hosts(run: Path) -> Iterator[str]:
-    """Yield the name of each rank's host. Redaction needs all of them first: each file can have any name."""
+    """Yield the name of each rank's host. Redaction needs all names before it begins: any file can contain any name."""
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
@@ -163,7 +163,10 @@ def _hosts(run: Path) -> Iterator[str]:
 
 
 def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[str]) -> None:
-    """Copy the files of a run, each redacted by the rules for its kind."""
+    """Copy the files of a run, each redacted by the rules for its kind.
+
+    For each file that is left out, add a sentence to ``notes``.
+    """
     target.mkdir(parents=True, exist_ok=True)
     names = [f"{folder}/{file.name}" for folder in _FOLDERS for file in sorted((source / folder).glob("*"))]
     for name in (*names, *_FILES):
@@ -290,7 +293,8 @@ def _environment(recogniser: Recogniser) -> str:
 def _reproducer(data: RunData, others: list[RunData], notes: list[str]) -> str:
     """Return the source of one script that repeats the hang. Raises ReplayError if the run cannot be replayed.
 
-    If there is a run with the fix that has the verdict `clean` and can be replayed, the script repeats it with --fix.
+    If one of ``others`` is a run with the fix that has the verdict `clean` and can be replayed, the script repeats this
+    run with --fix.
     """
     if replay.is_that_of_ep_deadlock(data.verdict):
         return replay.EP_DEADLOCK.read_text()

@@ -39,8 +39,8 @@ def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
     """Raise LeakError if a file in `folder` still contains a name in `private`.
 
     This search does not use the rules of redaction, so it also finds mistakes of these rules. It ignores names that a
-    file can contain by chance: names of only letters, in files that this program writes itself; and names of fewer than
-    six characters, in witnesses.
+    file can contain by chance. In files with sentences of this program, these are names of only letters. In witnesses,
+    which are binary, these are names of fewer than six characters.
     """
     patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
     page = [style().encode(), script().encode()]

@@ -180,7 +180,8 @@ def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
 def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[Act, int]) -> str:
     """Return the ranks' programs (lists of actions) as Python source. Ranks with equal programs share one.
 
-    name: the variable to which the source assigns the programs; number: for each action, its number
+    name: the variable to which the source assigns the programs
+    number: for each action, its place in the source's list of all actions
     """
     together: dict[tuple[int, ...], list[int]] = {}
     for rank, program in programs.items():

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made(args: argparse.Namespace) -> Made:
-    """Make the bundle. The files under the path show whether the path is a run of this program or other evidence."""
+    """Make the bundle: of a run of this program, or of evidence for `diagnose`, as the files under the path show."""
     root = args.run.resolve()
     target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
     if root.exists():

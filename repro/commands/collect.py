@@ -135,7 +135,10 @@ def _refuse(args: argparse.Namespace, jobs: Sequence[Job], table: dict[int, Stat
 
 
 def _describe(job: Job, table: dict[int, Status]) -> str:
-    """Return a line about a job: "python a.py (master a:29500): ranks 0-7 of 8, 8 processes (41 …), since 310 s"."""
+    """Return a line about a job: "python a.py (master a:29500): ranks 0-7 of 8, 8 processes (41 …), since 310 s".
+
+    table: for each pid of this host, what /proc says about the process
+    """
     ranks = sorted({member.rank for member in job.members if member.rank is not None})
     pids = " ".join(map(str, job.pids[:8])) + (" …" if len(job.pids) > 8 else "")
     ages = [uptime_s() - table[pid].started_s for pid in job.pids if pid in table]

@@ -33,7 +33,7 @@ from repro.watch.document import Document
 class Planned:
     """One run that the user requested.
 
-    unsafe    reasons why the run can hang, which its settings accept; () if there is no such reason
+    unsafe    reasons why the run can hang, although its settings allow the start; () if there is no such reason
     refused   with `run all`: why this scenario cannot run with the user's flags; "" if it can
     """
 
@@ -109,7 +109,7 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 
 
 def _preflight(settings: RunSettings) -> list[str]:
-    """Return the reasons why a run can hang. If there are any, raises Refused, unless the settings allow such a run.
+    """Return the reasons why a run can hang. If there are reasons, but the settings allow no such run, raises Refused.
 
     Raises CannotRunHere if torch is not installed: the check uses the run's policies, and some policies need torch.
     """

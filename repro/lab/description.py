@@ -1,4 +1,4 @@
-"""The content of run.json for a run of the lab."""
+"""Describe a run of the lab: run.json has its title, its watcher's options, and the commands that repeat it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from repro.store.description import RunDescription
 
 
 def describe(settings: RunSettings) -> RunDescription:
-    """Return the description of a run with these settings."""
+    """Return the content of run.json for a run with these settings."""
     scenario = scenarios.load(settings.scenario)
     options = watch_options(settings)
     return RunDescription(

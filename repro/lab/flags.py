@@ -75,14 +75,17 @@ FLAGS = (
 
 
 def add_flags(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """Add to a parser the flags of the settings ``*fields``. A flag that the user does not give has the value None."""
+    """Add flags to a parser. A flag that the user does not give has the value None.
+
+    *fields: the settings to add flags for, each named as in `Flag.field`
+    """
     for flag in FLAGS:
         if flag.field in fields:
             parser.add_argument(flag.option, dest=flag.dest, **flag.options)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a dict from field to value for the flags that the user gave."""
+    """Return a dict from setting (named as in `Flag.field`) to value, for the flags that the user gave."""
     values = {flag.field: getattr(args, flag.dest, None) for flag in FLAGS}
     return {field: value for field, value in values.items() if value is not None}
 
@@ -95,8 +98,9 @@ def settings_of(
     The values come from four sources: the scenario's defaults, the file ``config``, ``flags`` and ``**fixed``.
     Each source overrides the sources before it.
 
-    flags    a dict from field to value, from :func:`given`
+    flags    the values of the user's flags, from :func:`given`
     config   the user's --config file; None if there is none
+    fixed    settings that the calling command sets itself
 
     Raises ConfigError for a wrong value or an unreadable file, and DamagedFile if the file is not JSON.
     """
@@ -128,9 +132,9 @@ def read_config(path: Path | None) -> Mapping[str, Any]:
 def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Iterator[tuple[Flag, Any]]:
     """Yield (flag, value) for each flag that a command needs to change ``plain`` into ``settings``.
 
-    If no flag can set a difference, the difference is left out.
+    Differences that no flag can set are left out.
 
-    *without: fields whose differences are also left out
+    *without: settings (named as in `Flag.field`) whose differences are also left out
     """
     for flag in FLAGS:
         value = flag.value(settings)

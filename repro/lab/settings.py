@@ -162,7 +162,7 @@ class RunSettings(Config):
     def page_layout(self) -> PageLayout:
         """Return the page layout of a rank's cache.
 
-        With tensor parallelism a page can hold fewer tokens than a page of the same model on a single rank.
+        With tensor parallelism (tp) a page can hold fewer tokens than without tp.
         """
         itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
         return page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)

@@ -95,7 +95,10 @@ class RunData:
 
 
 def gather(root: Path, with_lanes: bool = True) -> RunData:
-    """Read a run directory. Raises ConfigError if it contains nothing of a run."""
+    """Read a run directory. Raises ConfigError if it contains nothing of a run.
+
+    with_lanes: whether to read the witnesses, too
+    """
     data = RunData(root)
     if not root.is_dir():
         raise ConfigError("there is no such folder", str(root))
@@ -275,6 +278,6 @@ def siblings(root: Path, data: RunData) -> list[Path]:
 
 
 def describe(label: Label) -> str:
-    """Return a span's name as the trace and the pictures show it."""
+    """Return the label of a span as text, for the trace and the pictures: "ep all_gather_v layers.0.moe"."""
     parts = (label.group, label.name, label.layer) if label.kind in ("call", "async") else (label.name,)
     return " ".join(part for part in parts if part)

@@ -126,7 +126,11 @@ class SharedClock:
 
 
 def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
-    """Return the spans of one witness."""
+    """Return the spans of one witness.
+
+    labels: the labels of all ranks; those of this witness are added
+    clock: converts the times; pass the same clock for all ranks
+    """
     lane = Lane(witness.rank, witness.writer.hostname, first_event=witness.first_event, problems=witness.problems)
     lane.groups = {group.name: (group.members, group.issued) for group in witness.groups}
     shift_ns = clock.offset_ns(witness)

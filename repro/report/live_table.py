@@ -53,7 +53,10 @@ class LiveTable:
         self._drawn_ns = 0
 
     def show(self, tails: list[Tail]) -> None:
-        """Redraw the table unless it was drawn recently; the watcher calls this at every poll."""
+        """Redraw the table unless it was drawn recently; the watcher calls this at every poll.
+
+        tails: for each rank, the reader of its witness
+        """
         if self._now_ns() - self._drawn_ns > REFRESH_S * 1e9:
             self._drawn_ns = self._now_ns()
             self._live.update(self.draw(tails), refresh=True)

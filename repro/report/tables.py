@@ -18,7 +18,9 @@ _UNLIMITED = 10_000
 def make_table(*columns: str, right: Collection[str] = (), header: bool = True) -> Table:
     """Make an empty table without lines between cells. Long cells are folded, never cut.
 
+    columns: the names of the columns
     right: the names of the columns that are aligned right, usually columns of numbers
+    header: whether the table shows the names of its columns
     """
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=header)
     for name in columns:
@@ -27,7 +29,10 @@ def make_table(*columns: str, right: Collection[str] = (), header: bool = True) 
 
 
 def cell(text: str, style: str = "", limit: int = 400) -> Text:
-    """Make a cell that shows its text literally: no markup, and no terminal escapes."""
+    """Make a cell that shows its text literally: no markup, and no terminal escapes.
+
+    style: a style of rich, such as "bold red"; limit: the largest number of characters to show
+    """
     return Text(escape_control_characters(text, limit), style)
 
 

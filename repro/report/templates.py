@@ -22,9 +22,11 @@ _MOST_CHARACTERS, _MOST_A_LINE = 4000, 2000
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of this folder.
+    """Fill a template with ``values``. Returns the text.
 
-    Raises jinja2.UndefinedError if the template uses a name that is not given as a keyword argument.
+    template: the name of a file in this folder
+
+    Raises jinja2.UndefinedError if the template uses a name that is not in ``values``.
     """
     return _environment().get_template(template).render(**values)
 

@@ -100,10 +100,11 @@ def _spans(data: RunData, lane: Lane, start_ns: int, end_ns: int, skip: int) -> 
 
 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
-    """Yield two events for a span, one for its begin and one for its end, from one event with a duration.
+    """Replace an event with a duration by two events, one for its begin and one for its end.
 
-    In the trace format, events with a duration must not overlap partly in one track. The spans for which this is called
-    can overlap.
+    Call this for spans that can overlap: events with a duration must not overlap partly in one track of the format.
+
+    identity: a number by which a viewer finds the two events of a span
     """
     dur = event.pop("dur")
     yield {**event, "ph": "b", "id": identity}

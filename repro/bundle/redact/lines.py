@@ -89,9 +89,12 @@ def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
 
 
 def _rebuilt(match: re.Match[str], recogniser: Recogniser) -> str:
-    """Rebuild a prefix. A host name becomes a stand-in; a path is shortened, or becomes "file" if not recognised.
+    """Redact a prefix of a log line, such as a time, a host, a path, or the name and pid of a process.
 
-    The name and pid of a process become "(pid)" if the name is not a known word.
+    A host becomes a stand-in. A path is shortened; if it is not recognised, it becomes "file". The name and pid become
+    "(pid)" if the name is not a known word. Any other prefix stays.
+
+    match: a match of one of _PREFIXES
     """
     text, names = match[0], match.groupdict()
     if (host := names.get("host")) is not None:

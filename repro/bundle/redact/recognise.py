@@ -47,8 +47,8 @@ class Recogniser:
     """Redacts the strings of one bundle. All files share one recogniser, so that equal strings get equal stand-ins.
 
     private    names that are never recognised, even if they consist of known words: "gpu-node"
-    search     called with text that is not recognised; returns True to keep the text. Without a search, such text is
-               left out
+    search     given with --with-logs: called with text that is not recognised, returns True to keep the text. Without
+               a search, such text is left out
     left_out   for each kind of content (a key of LEFT_OUT), how many pieces were left out or replaced
     hosts      for each host name, its stand-in
     """
@@ -172,8 +172,8 @@ class Recogniser:
     def line(self, text: str, before: str = "") -> str:
         """Return a line of prose, redacted. A line that is left out is counted in ``left_out`` and becomes "".
 
-        A recognised line stays. Any other line is left out, unless this object has a search for private texts, and the
-        search finds none in this line or in the line above (``before``). The line above matters because it can name a
+        A recognised line stays. Any other line stays only with ``search`` (--with-logs), and only if this search finds
+        nothing private in the line or in the line above (``before``). The line above matters because it can name a
         secret whose value is in this line.
         """
         kept = self._text(text) if not before or self._is_free(before) else self.recognised(text)
@@ -235,13 +235,13 @@ class Recogniser:
     def free(self, text: str, before: str = "") -> str | None:
         """Return an unrecognised text, cleaned by `plain`; None if the text must be left out.
 
-        The text stays only if there is a search, and the search finds nothing private in the text or in the line above
-        (``before``). The line above matters because it can name a secret whose value is in this text.
+        The text stays only with ``search`` (--with-logs), and only if this search finds nothing private in the text or
+        in the line above (``before``). The line above matters because it can name a secret whose value is in the text.
         """
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
-        """Whether unrecognised text can stay: there is a search, and it finds nothing that could be private."""
+        """Whether unrecognised text can stay: with --with-logs, if ``search`` finds nothing that could be private."""
         return self.search is not None and len(text) <= MAX_TEXT and self.search(text)
 
 
@@ -258,7 +258,7 @@ def is_error(name: str) -> bool:
 
 
 def distinct(names: Iterable[str]) -> frozenset[str]:
-    """Return the names that a text does not often contain by chance.
+    """Return the names that are worth searching for, because a harmless text seldom contains them.
 
     These are the names that are not in words.txt, are not numbers, and are longer than two characters.
     """

@@ -1,7 +1,8 @@
 """Redact the records of a job's evidence: numbers stay, and unrecognised strings are replaced by stand-ins.
 
-The judge compares strings of the evidence with each other, and searches the strings for a few words. So equal strings
-get equal stand-ins, different strings get different stand-ins, and the names of files keep their order.
+The redacted records must lead to the same verdict. The judge compares strings of the evidence with each other, and uses
+the order of file names. So equal strings get equal stand-ins, different strings get different stand-ins, and the
+stand-ins of file names have the same order as the names.
 """
 
 from __future__ import annotations

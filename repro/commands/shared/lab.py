@@ -10,7 +10,10 @@ from repro.store.run_dir import refuse_unwritable
 
 
 def add_arguments(parser: argparse.ArgumentParser, launcher_help: str) -> None:
-    """Add the flags that are not settings of a run, such as --json. launcher_help: the help text of --launcher"""
+    """Add the flags that are not settings of a run, such as --json.
+
+    launcher_help: which launcher the command uses by default, for the help text of --launcher
+    """
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="settings as JSON, with the keys of a run's config.json"
     )

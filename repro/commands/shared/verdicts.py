@@ -41,7 +41,7 @@ def write_reports(console: Console, roots: Sequence[Path]) -> None:
 
 
 def print_verdicts(console: Console, documents: Sequence[Document], as_json: bool) -> None:
-    """Print the verdicts as JSON, or as a table with sentences below it."""
+    """Print the verdicts as JSON (``as_json``), or as a table with sentences below the table."""
     if as_json:
         print(json.dumps(to_json(documents), indent=1))
     elif documents:

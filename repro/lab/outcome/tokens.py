@@ -16,10 +16,12 @@ MAX_LINES, MAX_NAME = 1000, 120
 def compare_tokens(
     run_dir: RunDir, num_ranks: int, tp_size: int, reference_alive: Callable[[], bool], final: bool
 ) -> Comparison | None:
-    """Compare the outputs of all ranks with reference.json. Returns None if its writer still has to finish that file.
+    """Compare the outputs of all ranks with reference.json.
+
+    If reference.json does not exist yet, but its writer still runs, returns None: call this again later.
 
     reference_alive  returns whether the process that writes reference.json still runs
-    final            return a result even if the process still runs; if reference.json is missing, the result says why
+    final            never return None: without reference.json, the result says why this file is missing
     """
     if not run_dir.reference.exists():
         if reference_alive() and not final:

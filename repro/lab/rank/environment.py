@@ -22,7 +22,7 @@ _FOLDERS = ("HMR_KERNEL_CACHE", "HMR_NATIVE_DIR")
 def refuse_bad_variables() -> None:
     """Raise ConfigError for the first HMR_* variable whose value would make every rank fail.
 
-    A variable with an empty value counts as unset.
+    Commands call this before they start ranks. A variable with an empty value counts as unset.
     """
     for name, choices in _ONE_OF.items():
         value = os.environ.get(name, "")

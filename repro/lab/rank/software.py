@@ -31,7 +31,10 @@ _VARIABLES = (
 
 
 def describe() -> str:
-    """Return lines "what: value" and "VARIABLE=value". Ranks with the same software have the same lines."""
+    """Return the list as lines "torch: 2.9.1 (…)", "module triton: 3.5.1" and "NCCL_DEBUG=INFO".
+
+    Ranks with the same software and variables have the same lines.
+    """
     import torch
 
     lines = [

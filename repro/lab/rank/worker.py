@@ -3,8 +3,8 @@
 Under ``python -m repro run`` the launcher creates the run directory and watches the run. Under plain torchrun, rank 0
 creates the run directory and starts the watcher, so that the run leaves the same files as under `run`.
 
-A rank that is done or failed does not exit by itself: an early exit would change the evidence that the watcher collects
-from other ranks. The rank records in its witness that it is done or failed, and waits until the watcher lets it exit.
+A rank that has finished or failed does not exit by itself: an early exit would change the evidence that the watcher
+collects from other ranks. Such a rank records its state in its witness, and waits until the watcher lets it exit.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def serve(
 
     Returns a dict from request id to new tokens.
 
+    store: the store through which the ranks meet; None if they meet by torchrun's environment variables
     cache_dir: where the engine keeps tuning results and compiled kernels, unless the settings name another folder
     """
     import torch

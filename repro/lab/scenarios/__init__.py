@@ -2,7 +2,7 @@
 
 In the docstring of a scenario, "Upstream" gives the reports of the hang that the scenario rebuilds. "The trigger" is
 the situation in which the fault causes a hang. The variant `fault` has the trigger and the fault. The variant `fix` has
-the trigger and the cure.
+the trigger and the cure. The variant `control` has no fault, and in most scenarios no trigger.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ REFUSED = Expected("crash", "error", error="ScheduleMismatch")
 class Scenario:
     """A fault and its fix.
 
-    The callables are given as "(arguments) -> result". The result of each depends only on its arguments.
+    A field that is a function is shown below as "(arguments) -> result". The result depends only on the arguments.
 
     summary    one line that says what goes wrong
     source     the upstream issue or change with the hang that the scenario rebuilds
@@ -149,11 +149,13 @@ def load(name: str) -> Scenario:
 
 
 def settings_of(flags: Mapping[str, Any], document: Mapping[str, Any] | None = None, where: str = "") -> RunSettings:
-    """Return the settings of one run of the scenario that the flags name.
+    """Return the settings of one run of the scenario ``flags["scenario"]``.
 
-    A user's document overrides the scenario's defaults, and the flags override both.
+    The user's document overrides the scenario's defaults, and the flags override both.
 
-    where: the path of the document's file, for error messages
+    flags     a dict from setting to value
+    document  the content of the user's --config file
+    where     the path of this file, for error messages
 
     Raises ConfigError for an unknown scenario, or with the path of a wrong value.
     """

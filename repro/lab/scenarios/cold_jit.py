@@ -78,7 +78,7 @@ def hang(settings: RunSettings) -> Expected:
     """Predict the verdict `slow` in the step that first uses the kernels, or `clean` if no kernel is built.
 
     With a quiet window of more than 1 s, also accept `clean`, because the build can be shorter than the window. With a
-    split kernel cache and a group timeout, predict a crash.
+    split kernel cache and a group timeout, predict a crash: the ranks that wait for rank 0 reach the timeout.
     """
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN

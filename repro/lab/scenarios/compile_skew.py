@@ -59,9 +59,9 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 def hang(settings: RunSettings) -> Expected:
     """Predict the verdict `slow` with the compiling rank as culprit, or a crash if the group timeout is too short.
 
-    A group timeout of at most LIKELY_S seconds is too short: the waiting ranks give up before the compilation ends. The
-    prediction names no culprit of the crash, because any waiting rank can be the first to fail. With a quiet window of
-    more than 1 s, also accept `clean`, because the compilation can be shorter than the window.
+    If the group timeout is at most LIKELY_S, the waiting ranks give up before the compilation ends. The prediction
+    names no culprit of the crash, because any waiting rank can be the first to fail. With a quiet window of more than
+    1 s, also accept `clean`, because the compilation can be shorter than the window.
     """
     if 0 < settings.group_timeout_s <= LIKELY_S:
         return Expected("crash", "error")

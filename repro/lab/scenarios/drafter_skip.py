@@ -1,11 +1,12 @@
 """A rank whose requests are about to end skips the drafter (the MTP layer that drafts tokens), which contains experts.
 
-Upstream: vLLM issues 44185 and 49027, and pull requests 29422, 40589 and 44954. Near the maximum length no draft fits
-any more, so the rank skips the drafter. The other ranks run the drafter, the idle ones with a dummy batch. The MTP
-layer contains an MoE, so all ranks must run this layer together. The ranks that run it wait in its dispatch, and the
-rank that skipped it waits in the agreement of the next step.
+Upstream: vLLM issues 44185 and 49027, and pull requests 29422, 40589 and 44954. A request near its maximum length has
+no room for a draft. A rank that has only such requests skips the drafter. The other ranks run the drafter, the idle
+ranks with a dummy batch. The MTP layer contains an MoE, so all ranks must run this layer together. The ranks that run
+the MTP layer wait in its dispatch, and the rank that skipped this layer waits in the agreement of the next step.
 
-The fix: every rank takes part. The number of passes is a setting of the server, and unneeded drafts are discarded.
+The fix: every rank runs the drafter equally often in a step, as a setting of the server says, and discards the drafts
+that it does not need.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def hang(settings: RunSettings) -> Expected:
     A rank skips the drafter if none of its requests needs more than one further token.
 
     The prediction is exact only if every draft is rejected, because an accepted draft shortens a request. With random
-    weights one draft in vocab_size is accepted.
+    weights about one draft in vocab_size is accepted.
     """
     schedulers = [Scheduler(requests, settings.engine) for requests in settings.requests()]
     serve_step = 0

@@ -1,9 +1,9 @@
 """Ranks enter two groups in different orders: some send load statistics before the dispatch, others after the combine.
 
 Upstream: torchrec issue 4149, where collectives of two groups overlap and their order depends on rank-local timing.
-Here every layer all-reduces the number of tokens of each expert over the dp group. A rank with many rows sends these
-statistics before its dispatch, so that both overlap. A rank with few rows sends them after the combine. Within each
-group the order is the same on every rank, so neither group alone looks wrong.
+Here every layer all-reduces the number of tokens of each expert over the dp group. A rank with many rows (tokens)
+sends these statistics before its dispatch. A rank with few rows sends them after the combine. Within each group the
+order of collectives is the same on every rank, so neither group alone looks wrong.
 
 The fix: the agreed schedule decides when a collective is issued, not the local load.
 """

@@ -1,10 +1,10 @@
 """All ranks wait in the same collective, no rank is absent, and no data moves, because the transport has stopped.
 
-Upstream: vLLM issue 48720 (as of its July update) and FlashInfer issue 2623, where a device kernel does not end: every
-rank has issued the same operation, and the order of collectives is not the cause. A CPU has no such kernel. In gloo a
-separate thread, which gloo calls its device, moves the data through the sockets. Here a signal stops this thread for
-good in every rank: the signal's handler never returns. The main threads are healthy, enter the next collective and wait
-for ever. The symptom is the same as in the upstream issues, but its mechanism differs.
+Upstream: vLLM issue 48720 (the report as updated in July) and FlashInfer issue 2623, where a GPU kernel does not end:
+every rank has issued the same operation, and the order of collectives is not the cause. A CPU has no such kernel. In
+gloo a separate thread, which gloo calls its device, moves the data through the sockets. Here a signal stops this thread
+for good in every rank: the signal's handler never returns. The main threads are healthy, enter the next collective and
+wait for ever. The symptom is the same as in the upstream issues, but the mechanism differs.
 
 A server cannot continue without its transport, but it can stop with an error. With a time limit for one collective, the
 first rank that reaches the limit stops all ranks with an error that names the layer.

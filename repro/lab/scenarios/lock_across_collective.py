@@ -1,6 +1,6 @@
 """A rank holds the build lock while it waits in a collective, which the other ranks enter only after they had the lock.
 
-No single upstream report describes this. But build locks are common, and so is tuning with collectives (vLLM issue
+No upstream report describes all of this. But build locks are common, and so is tuning with collectives (vLLM issue
 54618 has an all-reduce for each tactic that the tuner times). A server that does both under one lock can hang like
 this. At the first use of the experts a rank takes the lock and compiles the extension of the experts. The rank then
 measures several ways to run the extension and sums up the times by an all-reduce, while it still holds the lock. The

@@ -34,15 +34,15 @@ class KilledInStep(StateBinding):
 def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank.
 
-    In fault and fix, the policy `binding` of one rank kills this rank. The fix differs from the fault by its default of
-    `checks` ("agree"), with which every waiting rank checks that the processes of the other ranks still exist.
+    In fault and fix, one rank has a policy that kills the rank's own process. The fix differs from the fault only by
+    its default of `checks`: with "agree", every waiting rank checks that the processes of the other ranks still exist.
     """
     killed = settings.variant != "control" and rank == struck_rank(settings)
     return Policies(binding=KilledInStep()) if killed else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a crash with the dead rank as culprit: without it, the other ranks wait or fail."""
+    """Predict a crash with the dead rank as culprit. The other ranks wait for this rank, or fail."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP)
 
 

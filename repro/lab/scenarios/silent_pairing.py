@@ -49,7 +49,7 @@ class FallBack(SumOverRanks):
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
-        """Sum over the tp group by one all-reduce, in place of the fused all-reduce or of the plain one."""
+        """Sum over the tp group by one all-reduce. This simulates both the fused and the plain all-reduce."""
         return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
 
 

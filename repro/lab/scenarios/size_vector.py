@@ -54,9 +54,10 @@ class KeepSizes(GatherOrBroadcast):
 
 
 def first_stale(settings: RunSettings) -> tuple[int, int] | None:
-    """Return (serve step, rank): the first step in which a rank would use a stale list, and this rank; else None.
+    """Return (serve step, rank): the first step in which a rank would use a stale list, and this rank.
 
-    If several ranks would use a stale list in this step, the seed decides between them.
+    If several ranks would use a stale list in this step, the seed decides between them. Returns None if there is no
+    such step.
     """
     kept: list[dict[int, list[int]]] = [{} for _ in range(settings.num_ranks)]
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):

@@ -33,7 +33,7 @@ PATIENCE_S = 60.0
 
 
 def kill_a_builder(settings: RunSettings, cache: Path) -> None:
-    """The trigger: start a builder and kill it in the middle of its build.
+    """The trigger: start a builder and kill it in the middle of its build, so that its lock file stays in ``cache``.
 
     The builder stands for an earlier start of the server that was killed. In the control, do nothing.
     """

@@ -61,7 +61,10 @@ class InitialiseState(AllGatherReduceScatter):
         return True
 
     def initialise(self, like: Tensor) -> None:
-        """Agree, by an all-reduce, on the largest number of cache entries that any rank must clear."""
+        """Agree, by an all-reduce, on the largest number of cache entries that any rank must clear.
+
+        The number is always 0 here, because only the collective matters. ``like`` gives its dtype.
+        """
         self.comm.all_reduce("dp", like.new_zeros(1, device="cpu"), "max", layer=STATE.layer)
 
 

@@ -60,7 +60,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict the verdict `slow` with the straggler as culprit. The straggler is late by QUIET_WINDOWS quiet windows.
+    """Predict the verdict `slow` with the straggler as culprit, because it is late by several quiet windows.
 
     The setting `checks` does not change the verdict, because the straggler keeps to its schedule.
     """

@@ -1,8 +1,8 @@
 """Shrink a scenario while its verdict stays the same, and write the result as one file to paste into an issue.
 
 A scenario can predict its verdict without a run. First reduce the settings as long as the predicted verdict stays the
-same, then run the smallest settings. If that run has a different verdict than predicted, bisect the list of reduced
-settings by more runs. At the end, run the written file itself.
+same, then run the smallest settings. If that run has a different verdict than predicted, find the smallest settings
+with the predicted verdict by a bisection with more runs. At the end, run the written file itself.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
 class Runner:
     """The trial of :func:`minimise`: a call runs the settings and returns the content of verdict.json.
 
-    The run has no single-process reference, because a run that hangs serves no tokens that could be compared.
+    A call computes no single-process reference, because a run that hangs serves no tokens that could be compared.
 
     last       the directory of the last run
     settings   the settings of the last run
@@ -130,7 +130,7 @@ class Runner:
     def run(self, settings: RunSettings, reference: Path | None = None) -> Document:
         """Run one variant. Returns the content of verdict.json.
 
-        reference: a file with reference tokens; by default a single process generates the tokens
+        reference: a file to use as the single-process reference; by default a process computes the reference
 
         Raises CannotRunHere if this machine lacks what the run needs, and KeyboardInterrupt if the user interrupts.
         """

@@ -28,7 +28,7 @@ from repro.store.run_dir import RunDir
 
 
 def main() -> int:
-    """Serve the launcher's requests until it closes the pipe; return 0."""
+    """Serve the launcher's requests until the launcher closes the pipe; return 0."""
     die_with_parent()
     gc.disable()  # until all is imported: what modules define is no garbage
     import torch
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def _import_compiler() -> None:
-    """Import torch.compile's compiler, once for all ranks: each would need two seconds of processor time for it."""
+    """Import torch.compile's compiler once, because in every rank the import would take two seconds of CPU time."""
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1  # otherwise the import starts processes and a thread

@@ -113,7 +113,7 @@ class ForkedJob:
         self._ticks = start_ticks(pid)
 
     def poll(self) -> int | None:
-        """Return 0 if the job has ended; None while it runs."""
+        """Return 0 if the job has ended, because its exit code cannot be known; None while the job runs."""
         return None if processes.running(self.pid, self._ticks) else 0
 
 

@@ -181,7 +181,7 @@ def _attend(
 def _living(ranks: Callable[[], list[processes.Process]], notice: Callable[[str], None]) -> list[processes.Process]:
     """Return the ranks that still run. If they cannot be listed, print a notice and return [].
 
-    Even if they cannot be listed, the ranks that this process started are ended, because they descend from its jobs.
+    The ranks that this process started are ended even without this list, because they are descendants of its jobs.
     """
     try:
         return ranks()

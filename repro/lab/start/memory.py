@@ -36,7 +36,10 @@ def refuse_too_large(runs: Iterable[RunSettings]) -> None:
 
 
 def refuse_too_many(runs: Iterable[RunSettings]) -> None:
-    """Raise ConfigError for a run with so many ranks that not even the smallest model fits into the memory."""
+    """Raise ConfigError for a run with so many ranks that not even the smallest model fits into the memory.
+
+    This check is cheap, because it needs no torch. :func:`refuse_too_large` counts the memory of the run's own model.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for settings in runs:
         if (needed := settings.num_ranks * RANK_BYTES) > total:

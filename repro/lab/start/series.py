@@ -44,7 +44,7 @@ class Series:
         """Run one variant. Returns (run directory, content of verdict.json).
 
         shown      a context manager that shows the run's progress; it is entered only if the run is possible
-        reference  a file with reference tokens; by default a single process generates the tokens
+        reference  a file to use as the single-process reference; by default a process computes the reference
 
         If this machine cannot run the variant, returns (None, document); ``document.skipped`` gives the reason.
 

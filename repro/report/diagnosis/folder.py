@@ -32,7 +32,7 @@ def write(
 ) -> None:
     """Write the folder of a diagnosis. Raises OSError.
 
-    alone: for each path, the diagnosis of only this path's files, for a table of runs that differ in one setting
+    alone: for each path that the user gave, the diagnosis of only its files; ISSUE.md shows them in a table
     closing: the last line of ISSUE.md
     """
     folder.mkdir(parents=True, exist_ok=True)

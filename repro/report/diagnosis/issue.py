@@ -17,7 +17,9 @@ MAX_TREE, MAX_ROWS = 60, 64
 def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, job: JobRecords, apart: Mapping[str, str]) -> str:
     """Return the bug report as Markdown.
 
-    apart: for each path, the headline of the diagnosis of only this path's files, for a table of runs
+    headline: the title of the report
+    job: the records of `evidence`
+    apart: for each path that the user gave, the headline of the diagnosis of only its files; for a table
     """
     lines = [f"# Hang: {headline}", "", *diagnosis.summary, ""]
     lines += _listed("Why", diagnosis.evidence)
@@ -48,7 +50,7 @@ def _runs(apart: Mapping[str, str]) -> list[str]:
 
 
 def _tree(job: JobRecords) -> list[str]:
-    """Draw the stacks of the last look as a tree, and name the processes whose place differs in the first look."""
+    """Draw the stacks of the last look as a tree, and name the processes that did something else in the first look."""
     roles = ("worker", "engine", "front end")  # a process without a role is listed under each role
     looks = list({
         str(rows[0].process): rows for role in roles for rows in job.main_stacks(role).values() if rows
@@ -77,7 +79,8 @@ def _place(stack: Stack) -> tuple[str, str]:
 def _counters(job: JobRecords) -> list[str]:
     """Make a table of the highest sequence numbers that each rank has queued and completed in each group.
 
-    The numbers come from the rank's last dump. If the rank also has an earlier dump, a second column has its numbers.
+    The numbers come from the rank's last dump. If the rank also has an earlier dump, another column has the numbers of
+    the earlier dump.
     """
     rows = []
     for rank, dump in job.recorders.items():

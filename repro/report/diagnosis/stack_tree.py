@@ -1,7 +1,7 @@
 """Merge the stacks of all ranks into one tree, outermost frame first, as STAT does (Arnold et al., IPDPS 2007).
 
-Ranks that share a path form one class. A small class at the end of a branch does not prove that its ranks are at fault:
-perhaps these ranks are the only ones that work as intended.
+The ranks on one branch of the tree form a class. A small class does not prove that its ranks are at fault: perhaps
+these ranks are the only ones that work as intended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_DEPTH = 120
 class Node:
     """A frame of the tree.
 
-    names   the processes whose stacks have this frame, below all frames of the tree between the root and this frame
+    names   the processes whose stacks have this frame, below the same outer frames
     ends    the processes among `names` whose innermost frame is this frame
     """
 

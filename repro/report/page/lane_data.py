@@ -23,7 +23,7 @@ _NEVER = 0xFFFFFFFF
 
 
 def script_data(data: RunData) -> dict[str, Any]:
-    """Return the data as JSON values. A time is a number of units since the first event; ``unit`` is one unit in ns."""
+    """Return the data as JSON values. Times count units since the first event; ``unit`` is the length of one in ns."""
     start_ns, end_ns = data.span_ns()
     unit_ns = _unit_ns(data)
     verdict = data.verdict

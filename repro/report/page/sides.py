@@ -43,7 +43,7 @@ class SideBySide:
 
     heads    a heading for each side: "ranks 0,6 issued"
     step     the number of the step that the rows belong to
-    planned  the schedule's entry at the divergence; "" after the end of the schedule
+    planned  the entry that the schedule has at the divergence; "" if it has none there
     cut      how many earlier rows of the step are left out
     """
 

@@ -69,7 +69,7 @@ class Svg:
         element.text = escape_control_characters(words, most_characters)
 
     def markup(self, width: float, height: float, *, paper: bool = True) -> str:
-        """Return the SVG document. paper: whether the picture has its own background."""
+        """Return the SVG document. paper: whether to draw a background, as a picture in a file of its own needs."""
         self._root.attrib |= {"viewBox": f"0 0 {_px(width)} {_px(height)}", "width": _px(width), "height": _px(height)}
         self._root.append(self._shapes)
         if paper:

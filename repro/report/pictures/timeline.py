@@ -45,7 +45,7 @@ def timeline(data: RunData, width: int = 1200) -> str:
 
 
 def strip(data: RunData, width: int = 560) -> str:
-    """Draw a small picture of the most interesting part of the run, for several runs side by side."""
+    """Draw the lanes in the window of :func:`interesting_ns` as a small picture, to compare runs side by side."""
     ranks = choose_ranks(data, 16)
     row_px = 9 if len(ranks) <= 8 else 6
     svg = Svg(f"strip-{re.sub('[^a-z]', '', data.verdict.variant)}", f"lanes of {_title(data)}")
@@ -93,7 +93,7 @@ def _title(data: RunData) -> str:
 
 
 def _draw_rails(svg: Svg, waits: Sequence[Wait], ranks: Sequence[int], frame: Frame) -> None:
-    """Draw a line for each place at which ranks wait, a dot for each rank there, and arrows between the lines."""
+    """Draw a line for each place at which ranks wait, a dot for each rank there, and arrows for who waits for whom."""
     middles: dict[int, tuple[float, float]] = {}
     for k, wait in enumerate(waits):
         rows = [ranks.index(rank) for rank in wait.ranks if rank in ranks]

@@ -51,7 +51,7 @@ def _draw_box(svg: Svg, place: int, css: str, lines: Sequence[str]) -> None:
 
 
 def _draw_arrow(svg: Svg, source: int, target: int) -> None:
-    """Draw an arrow above the boxes if it leads to the right, below them if it leads to the left."""
+    """Draw an arrow between two boxes: above the boxes if it leads to the right, below them if to the left."""
     up = target > source
     nudge, bend, y, gap = (26, -34, _TOP, -2) if up else (-26, 34, _TOP + _HEIGHT, 2)
     x1 = _left(source) + _WIDTH / 2 + nudge
