@@ -132,7 +132,8 @@ class Watch:
     def _poll(self) -> Verdict | None:
         """Return the final verdict, or None if the watch must continue.
 
-        If a file cannot be read, continue, because the next poll may succeed. Raise the error after READ_PATIENCE_S.
+        If a file cannot be read, return None, because the next poll may succeed. Raise the error if reading has failed
+        for more than READ_PATIENCE_S seconds.
         """
         try:
             self._tails.open()

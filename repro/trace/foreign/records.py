@@ -202,6 +202,7 @@ class RasCommunicator:
 
     launched   for each operation, a dict from rank in the communicator to the number of launches by this rank; RAS does
                not say which launches are complete
+    others     for ranks that the answer counts but does not list: operation -> (how many ranks, launches of each rank)
     missing    the ranks, in the communicator, from which RAS got no data
     """
 
@@ -211,8 +212,6 @@ class RasCommunicator:
     errors: str
     launched: dict[str, dict[int, int]] = field(default_factory=dict)
     others: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """For ranks that the answer counts but does not list: operation -> (how many ranks, launches of each rank)."""
-
     missing: tuple[int, ...] = ()
 
 

@@ -300,7 +300,8 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 def _may_be_torn(record: memoryview, number: int) -> bool:
     """Whether the record looks as if its writer died while it wrote event ``number``.
 
-    A writer first clears the bytes of the record, and writes its checksum last.
+    A writer first clears the bytes of the record, and writes its checksum last. So the incomplete record has no
+    checksum yet, or it has the number of the event and a wrong checksum.
     """
     event = Event._make(RECORD.unpack(record))
     return event.check == 0 or (event.n == number and not is_whole(record))

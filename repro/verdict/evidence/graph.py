@@ -44,7 +44,7 @@ class Node:
 
     @property
     def collective(self) -> tuple[GroupKey, int]:
-        """Return the group and sequence number of a collective node."""
+        """Return the group and sequence number of this node, which must be a collective."""
         kind, (name, members), seq = self.key
         assert kind == "collective" and isinstance(members, tuple)
         return (name, members), seq

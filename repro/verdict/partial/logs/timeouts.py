@@ -94,7 +94,10 @@ def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
 
 
 def _waits_elsewhere(job: JobRecords, rank: int) -> bool:
-    """Whether a gloo error in the log of a rank, or its stack, shows that the rank waits in another collective."""
+    """Whether a gloo error in the log of a rank, or one of its stacks, shows that the rank waits in a collective.
+
+    The rank has not queued the collective that timed out. So it waits in another one.
+    """
     return any(record.seen_by.rank == rank and record.text.startswith("gloo") for record in job.left) or any(
         stack.activity == "collective" for stack in job.main_stacks().get(rank, [])
     )

@@ -173,7 +173,7 @@ def rank_looks(job: JobRecords) -> dict[int, RankLook]:
 
 
 def place_of(stack: Stack) -> str:
-    """Return where a thread is: the innermost frame outside torch, and the innermost frame in a file of the program."""
+    """Return where a thread is: the innermost frame outside torch, and the next frame in a file of the program."""
     own = [frame for frame in stack.frames if "(torch/" not in frame and ".so" not in frame]
     files = [frame for frame in own[1:] if "/" not in frame.rpartition("(")[2]]
     return " < ".join([*own[:1], *files[:1]]) or (stack.frames[0] if stack.frames else "?")

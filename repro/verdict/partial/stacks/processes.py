@@ -53,7 +53,7 @@ def _asks_early(looks: Mapping[Place, Sequence[Stack]]) -> tuple[int, ...]:
     """Return the ranks whose worker is idle and whose engine asks the other engines whether any rank has requests.
 
     All engines ask this question together, after a fixed number of model executions. So the question is early if the
-    workers of all other ranks are still in an execution, which a collective shows. Otherwise return ().
+    workers of all other ranks are in a collective, because then their executions have not ended. Otherwise return ().
     """
     workers = {rank: rows[-1].activity for (role, rank), rows in looks.items() if role == "worker"}
     early = tuple(
