@@ -15,12 +15,12 @@ from repro.watch.document import Document
 
 
 def write_junit(path: Path, documents: Sequence[Document]) -> None:
-    """Write the verdicts to a file. An unexpected verdict is a failure, and a missing verdict is an error.
+    """Write the verdicts to a file. Raises OutputError if the file cannot be written.
 
-    documents: the content of each run's verdict.json, sorted by scenario. If its ``skipped`` is not empty, the run did
-    not take place.
+    An unexpected verdict is a failure; if this verdict is `inconclusive`, it is an error. A run that did not take place
+    (its ``skipped`` gives the reason) is a skipped test.
 
-    Raises OutputError.
+    documents: the content of each run's verdict.json, sorted by scenario
     """
     root = ET.Element("testsuites", name="repro")
     for scenario, group in groupby(documents, key=lambda document: document.scenario):

@@ -75,7 +75,11 @@ class LiveTable:
 
 
 def row_of(tail: Tail, now_ns: int) -> Row:
-    """Return a rank's row in the table. tail: the reader of the rank's witness; now_ns: its host's monotonic clock"""
+    """Return a rank's row in the table.
+
+    tail: the reader of the rank's witness
+    now_ns: the present time, by the monotonic clock of the rank's host
+    """
     rank = tail.writer().rank
     try:
         witness = tail.witness()

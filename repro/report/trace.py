@@ -114,8 +114,8 @@ def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
 def _waiting_flows(data: RunData, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
     """Yield the arrows of the verdict's wait-for graph.
 
-    An arrow leads from one rank of each place at which ranks wait to one rank that they wait for. A viewer draws arrows
-    between spans, so a rank without an open call or lock has no arrow.
+    For each place at which ranks wait, an arrow leads from one of these ranks to one of the ranks that they wait for. A
+    viewer draws arrows between spans, so a rank without an open call or lock has no arrow.
     """
     stuck = _stuck_spans(data)
     for number, wait in enumerate(data.verdict.waits, start=1):

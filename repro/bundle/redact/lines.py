@@ -75,7 +75,7 @@ def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
 
 
 def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
-    """Rebuild the known prefixes of a line (time, writer). Returns the prefixes and the rest of the line."""
+    """Redact the known prefixes of a line (time, writer). Returns (redacted prefixes, the text after the prefixes)."""
     prefix, rest = "", line
     while rest:
         match = next((found for form in _PREFIXES if (found := form.match(rest))), None)

@@ -158,7 +158,7 @@ class Recogniser:
         return self.stand_in("file", text) + (extension[0] if extension else "")
 
     def stand_in(self, noun: str, text: str) -> str:
-        """Return the stand-in of `text`: noun-001 for the first such string, noun-002 for the second, and so on."""
+        """Return the stand-in of `text`: `noun` with a number, such as "name-001". Equal texts get equal numbers."""
         self.left_out["text" if noun in ("text", "message") else "names"] += 1
         known = self._stand_ins.get((noun, text))
         if known is None:
@@ -241,7 +241,7 @@ class Recogniser:
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
-        """Whether unrecognised text can stay: with --with-logs, if ``search`` finds nothing that could be private."""
+        """Whether unrecognised text can stay: ``search`` is given, and finds nothing that could be private."""
         return self.search is not None and len(text) <= MAX_TEXT and self.search(text)
 
 

@@ -60,10 +60,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the server's configuration, with a time limit for one collective that is shorter than the quiet window.
+    """Return the server's configuration, in some runs with a time limit for one collective.
 
-    The limit is set only if `checks` is "agree" or "strict". This is so by default in the fix, but not in the fault.
-    The control has no limit.
+    The limit is set if `checks` is "agree" or "strict". The default is "agree" in the fix, but "observe" in the fault.
+    The limit is shorter than the quiet window. The control has no limit.
     """
     config = settings.server()
     if settings.variant == "control" or settings.effective_checks == "observe":

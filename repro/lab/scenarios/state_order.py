@@ -3,9 +3,9 @@
 This implements the hypothesis of the report, vLLM issue 41862: ranks set up their Mamba or GDN state in different
 orders relative to the expert dispatch. vLLM's own state set-up contains no collective, so there is no evidence that
 this happened there (docs/ROOT-CAUSE.md, H5). If vLLM's state set-up contained a collective, the server could hang like
-this. Here the ranks agree in every step on how many entries of the state cache ("slots", one for each sequence) to
-clear. A rank whose batch size has changed issues the collective of this agreement before the first dispatch. A rank
-whose batch size is the same as in the last step issues this collective after the dispatch.
+this. Here the ranks agree in every step on how many entries of the state cache (one for each sequence) to clear. A rank
+whose batch size has changed issues the collective of this agreement before the first dispatch. A rank whose batch size
+is the same as in the last step issues this collective after the dispatch.
 
 The fix: the agreed schedule decides when a collective is issued, not the needs of one rank.
 """

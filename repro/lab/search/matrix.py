@@ -67,7 +67,8 @@ class Cell:
 
         The variant is always "fault", in which kernels are compiled at their first use, as in servers.
 
-        document: the content of the user's --config file; flags: a dict from field to value
+        document: the content of the user's --config file
+        flags: a dict from setting to value
         """
         engine = {**document.get("engine", {}), "gdn_prefill_backend": self.gdn, "moe_backend": self.moe}
         mine = {"scenario": self.configuration, "variant": "fault", "kernel_cache": self.cache}

@@ -32,7 +32,7 @@ def write(
 ) -> None:
     """Write the folder of a diagnosis. Raises OSError.
 
-    alone: for each path that the user gave, the diagnosis of only its files; ISSUE.md shows them in a table
+    alone: for each path that the user gave, the diagnosis of this path alone; ISSUE.md shows these in a table
     closing: the last line of ISSUE.md
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, job: JobRecor
 
     headline: the title of the report
     job: the records of `evidence`
-    apart: for each path that the user gave, the headline of the diagnosis of only its files; for a table
+    apart: for each path that the user gave, the headline of the diagnosis of this path alone; shown as a table
     """
     lines = [f"# Hang: {headline}", "", *diagnosis.summary, ""]
     lines += _listed("Why", diagnosis.evidence)

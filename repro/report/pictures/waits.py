@@ -65,7 +65,7 @@ def _name(ranks: Sequence[int]) -> str:
 
 
 def _fit(place: str) -> str:
-    """Shorten the name of a place at which ranks wait. A lock's path is cut at its beginning: its end identifies it."""
+    """Shorten the name of a place at which ranks wait. A lock's path keeps its end, which identifies the lock."""
     most = _MOST_CHARACTERS["mono"]
     if not place.startswith("lock ") or len(place) <= most:
         return place
