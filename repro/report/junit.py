@@ -17,7 +17,7 @@ from repro.watch.document import Document
 def write_junit(path: Path, documents: Sequence[Document]) -> None:
     """Write the verdicts to a file. Raises OutputError if the file cannot be written.
 
-    An unexpected verdict is a failure; if this verdict is `inconclusive`, it is an error. A run that did not take place
+    An unexpected verdict is a failure, or an error if it is `inconclusive` or missing. A run that did not take place
     (its ``skipped`` gives the reason) is a skipped test.
 
     documents: the content of each run's verdict.json, sorted by scenario
