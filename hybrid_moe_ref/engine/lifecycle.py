@@ -62,11 +62,11 @@ class Engine:
     PrepareFailed  on every rank, if a rank could not prepare or compile, or if the configurations of the ranks differ
     ConfigError    for sizes that do not fit
     Refused        for a configuration that could deadlock
-    RuntimeError   if an earlier engine used this communicator until a rank stopped all ranks
+    RuntimeError   if an earlier engine on this communicator failed and so stopped all ranks: make a new communicator
 
-    A rank that fails in a phase without a vote raises its own error, and all other ranks raise ScheduleMismatch with
-    the text of this error. With checks="observe", a rank that fails in `serve` does not stop the other ranks: the other
-    ranks wait until the timeout of their collective.
+    The phases that end in PrepareFailed have a vote. In every other phase, a rank that fails raises its own error, and
+    all other ranks raise ScheduleMismatch with the text of this error. With checks="observe", a rank that fails in
+    `serve` does not stop the other ranks: the other ranks wait until the timeout of their collective.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:

@@ -32,10 +32,10 @@ from hybrid_moe_ref.engine.step.plan import EAGER, AgreedStep, StepPlan, padded_
 class Protocol:
     """What the ranks exchange in one vLLM version, for the settings of an engine.
 
-    rows      the names of the version's rows of C1, in order
+    rows      the names of the rows of the tensor that the step agreement C1 reduces, in order
     interval  number of steps between two questions "is anyone unfinished?", unless `engine.unfinished_interval` names
               another number
-    question  the reduction of the all-reduce by which the ranks ask this question
+    question  the reduction, such as "max", of the all-reduce that asks this question
     """
 
     engine: EngineConfig

@@ -44,9 +44,11 @@ _BRACKETED = re.compile(r"\[(/[^\s\]]+?)((?::\d{1,6})?)\]")
 
 @dataclass
 class Recogniser:
-    """Redacts the strings of one bundle. All files share one recogniser, so that equal strings get equal stand-ins.
+    """Redacts the strings of one bundle: keeps only text that it recognises, because this text is known to be harmless.
 
-    private    names that are never recognised, even if they consist of known words: "gpu-node"
+    All files share one recogniser, so that equal strings get equal stand-ins.
+
+    private    names that are always replaced, even if they consist of known words, such as "gpu-node"
     search     given with --with-logs: called with text that is not recognised, returns True to keep the text. Without
                a search, such text is left out
     left_out   for each kind of content (a key of LEFT_OUT), how many pieces were left out or replaced

@@ -1,4 +1,4 @@
-"""Find the global ranks of processes from the largest communicator in an answer of NCCL's RAS."""
+"""Find the global rank of each process in an answer of NCCL's RAS: its rank in the largest communicator."""
 
 from __future__ import annotations
 

@@ -186,7 +186,8 @@ class Recorder:
 
         collective   None is allowed if `call` is given
         ticket       what `issue` returned; 0 means the collective that was issued last in its group
-        call         the value of `last_call` after the collective was issued; if None, the recorder looks the `Call` up
+        call         the recorder's `Call` for this collective: read `last_call` directly after the collective was
+                     issued. If None, the recorder finds the `Call` from ``collective``, which takes longer
         """
         if call is None:
             call = self._entered_call if collective is self._entered else None

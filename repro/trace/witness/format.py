@@ -159,7 +159,10 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sizes and offsets of the areas of one witness file. Raises ValueError if a size is odd or out of range."""
+    """The sizes and offsets of the areas of one witness file.
+
+    Raises ValueError if a size is not an even number or is out of range.
+    """
 
     ring_records: int = 20_480
     vector_words: int = 32_768

@@ -27,7 +27,10 @@ def positions(cycle: Sequence[Node], rank_states: Mapping[int, RankState]) -> di
 
 
 def calls_of_sides(divergence: tuple[GroupKey, int, list[CallVariant]]) -> dict[str, Any]:
-    """Return the different calls under one sequence number of a group in the form of verdict.json: a side for each."""
+    """Return the field ``first_divergence`` of verdict.json: one side for each of the different calls.
+
+    divergence: a group, a sequence number in it, and the different calls that ranks issued under this number
+    """
     key, seq, sides = divergence
     return {
         "sides": [

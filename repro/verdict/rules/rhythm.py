@@ -66,12 +66,13 @@ def rhythm_finding(
 ) -> Finding | None:
     """Name the rank that left its repeating pattern, if no other rank did so and other ranks wait for this rank.
 
-    If the operation with which the rank left its pattern occurs in the pattern, the rank is the culprit; otherwise the
-    rank is only a suspect. Return None if no rank is named, or if a rank has no pattern.
+    The rank is the culprit if the operation with which it left the pattern occurs elsewhere in the pattern: then it
+    skipped or repeated something. After a new operation the rank is only a suspect. Return None if no rank is named, or
+    if any rank has no pattern.
 
     awaited  the ranks for which other ranks wait
-    until    (group, sequence number) under which ranks issued different collectives, and some ranks completed them;
-             None if there is none. What a rank did after this collective cannot be the cause
+    until    the group and the sequence number of the collective that ranks completed although their calls differed;
+             None if there is none. What a rank did later cannot be the cause
     """
     broken: dict[int, _Break] = {}
     if len(witnesses) < 2 or any(NEEDED not in witness.knows for witness in witnesses.values()):

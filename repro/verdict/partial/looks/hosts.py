@@ -178,7 +178,7 @@ def _use(look: RankLook) -> str:
 
 
 def _below(job: JobRecords, look: RankLook) -> list[str]:
-    """Return a sentence on the stack of each Python process that the rank started, such as a data loader's worker."""
+    """Return, for each Python process that the rank started (such as a data loader's worker), what its stack shows."""
     pids = {child.pid for child in look.last.children}
     stacks = {
         stack.process.pid: stack for stack in job.stacks if stack.process.pid in pids and stack.thread == "MainThread"

@@ -68,7 +68,7 @@ class Post:
 
 
 def difference(posts: Sequence[Post]) -> str:
-    """Return a sentence about the first difference between the states of these ranks; "" if there is none."""
+    """Return a sentence about the first difference between the ranks that sent these posts; "" if there is none."""
     return _left_out(posts) or _entries(posts) or _asks(posts)
 
 
