@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from repro.attach.vllm.guard import engine, hooks, worker
-from repro.attach.vllm.guard.ending.stop import Refused, Stop
+from repro.attach.vllm.guard.ending.stop import TELL_S, Refused, Stop
 from repro.attach.vllm.guard.meeting import board, settings
 from repro.attach.vllm.guard.meeting.board import RING, Field
 from repro.attach.vllm.guard.schedule.entry import as_words, digest_of, entry_of
@@ -220,6 +220,22 @@ def test_a_refusal_is_printed_once_and_kept_as_evidence(tmp_path, monkeypatch, c
     assert capfd.readouterr().err == "[rank 1] repro guard: refused: rank 0 is gone\n"
     (line,) = (tmp_path / "evidence" / "guard.jsonl").read_text().splitlines()
     assert json.loads(line)["sentence"] == "rank 0 is gone" and json.loads(line)["pid"] == os.getpid()
+
+
+def test_after_a_refusal_the_front_end_is_told_first_and_the_others_have_time_to_read_the_reason(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("HMR_GUARD_DIR", str(tmp_path))
+    kept_before: list[bool] = []
+    waited: list[float] = []
+    stop = Stop(
+        "rank 0", True, lambda code: None, clock=iter([10.0, 10.1]).__next__, wait=waited.append,
+        tell=lambda: kept_before.append((tmp_path / "guard.jsonl").exists()),
+    )  # fmt: skip
+    stop.begin("rank 1 could not prepare")
+    assert kept_before == [False] and (tmp_path / "guard.jsonl").exists(), "a slow disk does not delay the front end"
+    assert str(stop.refused()) == "rank 1 could not prepare"
+    assert waited == [pytest.approx(TELL_S - 0.1)], "the store is in this process, and is gone after the exception"
 
 
 def test_a_folder_that_cannot_be_written_changes_nothing(monkeypatch):

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterable
 
 from repro.attach.vllm.guard.ending.peers import Peers, Process, gone, silence
-from repro.attach.vllm.guard.ending.stop import Refused, Stop
+from repro.attach.vllm.guard.ending.stop import Stop
 from repro.attach.vllm.guard.meeting.meeting import Meeting
-from repro.attach.vllm.guard.schedule.guard import TELL_S, WAIT_S, Guard
+from repro.attach.vllm.guard.schedule.guard import WAIT_S, Guard
 from repro.attach.vllm.guard.schedule.post import difference
 
 INTERVAL_S = 0.1
@@ -143,10 +143,8 @@ class GuardThread:
             self.stop.observe(sentence)
             return
         connection = self._connect()
-        sentence = connection.refuse(sentence) if connection is not None else sentence
-        self.stop.begin(sentence)
-        time.sleep(TELL_S)
-        raise Refused(sentence)
+        self.stop.begin(connection.refuse(sentence) if connection is not None else sentence)
+        raise self.stop.refused()
 
     def _run(self) -> None:
         while not self._leaving.is_set() or self.stop.sentence:

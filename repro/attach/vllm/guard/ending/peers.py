@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from repro.attach.vllm.guard.ending.stop import EXIT_CODE
+
 SILENT_S = 15.0
 """A host counts as down if no process on it has changed its heartbeat for this many seconds."""
 
@@ -132,6 +134,8 @@ def gone(process: Process, code: int | None = None) -> str:
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
             how = f"was ended by {signal.Signals(-code).name}"
+    elif code == EXIT_CODE:
+        how = "was ended by the guard, whose line in the log of this process says why"
     elif code is not None:
         how = f"has ended with exit code {code}"
     return f"rank {process.rank} is gone: its {process.name.partition(' of ')[0]} (pid {process.pid}) {how}"

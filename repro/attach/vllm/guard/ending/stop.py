@@ -20,6 +20,12 @@ EXIT_CODE = 86
 GRACE_S = 0.7
 """Seconds that vLLM has, after a refusal, to shut down by itself. After that the guard ends the process."""
 
+TELL_S = 0.3
+"""Seconds between a refusal and the exception, in which all other processes must read the reason from the store.
+
+If the server of the store runs in this process, the store is gone after the exception.
+"""
+
 EXPLAIN_S = 1.0
 """When a collective has failed, a rank waits this many seconds for a refusal that says why."""
 
@@ -37,6 +43,7 @@ class Stop:
     agrees   whether the mode is ``agree``, in which the guard stops the process; in the mode ``observe`` it only prints
     leave    is called with the exit code, to end the process
     tell     is called once, at the refusal; an engine uses it to notify its front end, which has no guard thread
+    wait     sleeps for a number of seconds
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class Stop:
         leave: Callable[[int], None] = os._exit,
         clock: Callable[[], float] = time.monotonic,
         tell: Callable[[], None] = lambda: None,
+        wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self.who = who
         self.agrees = agrees
@@ -53,6 +61,7 @@ class Stop:
         self._leave = leave
         self._clock = clock
         self._tell = tell
+        self._wait = wait
         self._since_s = 0.0
         self._said: set[str] = set()
         self._lock = threading.Lock()
@@ -79,9 +88,9 @@ class Stop:
                 return
             self.sentence, self._since_s = sentence, self._clock()
         self.say(f"refused: {sentence}")
-        self._keep(sentence, "refused")
         with contextlib.suppress(Exception):
-            self._tell()
+            self._tell()  # before the file: a slow disk must not delay this beyond the end of the process
+        self._keep(sentence, "refused")
         with contextlib.suppress(Exception):
             from multiprocessing import util
 
@@ -100,8 +109,13 @@ class Stop:
         until = self._clock() + EXPLAIN_S
         while self._clock() < until:
             if self.sentence:
-                raise Refused(self.sentence) from error
-            time.sleep(POLL_S)
+                raise self.refused() from error
+            self._wait(POLL_S)
+
+    def refused(self) -> Refused:
+        """Return the exception to raise after a refusal, as soon as TELL_S seconds have passed since the refusal."""
+        self._wait(max(0.0, self._since_s + TELL_S - self._clock()))
+        return Refused(self.sentence)
 
     def due(self) -> bool:
         """Whether the process must be ended, because GRACE_S seconds have passed since a refusal."""
@@ -129,7 +143,6 @@ class Stop:
             os.makedirs(folder, exist_ok=True)
             descriptor = os.open(os.path.join(folder, "guard.jsonl"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(descriptor, (json.dumps(line) + "\n").encode())
-                os.fsync(descriptor)
+                os.write(descriptor, (json.dumps(line) + "\n").encode())  # no fsync: a busy disk takes seconds for it
             finally:
                 os.close(descriptor)

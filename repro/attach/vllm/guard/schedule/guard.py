@@ -35,12 +35,6 @@ EXPLAIN_S = 10.0
 """Seconds for which the ranks look for the difference after an agreement whose digests differ."""
 
 CALL_S = 0.2
-TELL_S = 0.3
-"""Seconds between a refusal and the exception, in which all other processes must read the reason from the store.
-
-If the server of the store runs in this process, the store is gone after the exception.
-"""
-
 T = TypeVar("T")
 
 
@@ -204,10 +198,8 @@ class Guard:
         if not self.stop.agrees:
             self.stop.observe(sentence)
             return
-        sentence = self.meeting.refuse(sentence)
-        self.stop.begin(sentence)
-        time.sleep(TELL_S)
-        raise Refused(sentence)
+        self.stop.begin(self.meeting.refuse(sentence))
+        raise self.stop.refused()
 
     def fail(self, error: Exception) -> None:
         """Stop the ranks that would wait for this rank, because this rank's model raised ``error``."""
@@ -216,7 +208,7 @@ class Guard:
 
     def raise_if_stopped(self) -> None:
         if self.stop.sentence:
-            raise Refused(self.stop.sentence)
+            raise self.stop.refused()
 
     # -- any thread ---------------------------------------------------------------------------------------------------
 
