@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from repro.attach.vllm.guard.ending.guard_thread import PARENT_FIRST_S, GuardThread
 from repro.attach.vllm.guard.ending.peers import SILENT_S, Peers, Process, gone, start_ticks
-from repro.attach.vllm.guard.ending.stop import GRACE_S, Stop
+from repro.attach.vllm.guard.ending.stop import EXIT_CODE, GRACE_S, Stop
 from repro.attach.vllm.guard.meeting.meeting import Meeting
 
 
@@ -139,6 +139,7 @@ def test_sentences_about_the_end_of_a_process():
     process = Process("engine of rank 3", 3, 77, 1, "")
     assert gone(process) == "rank 3 is gone: its engine (pid 77) has ended"
     assert gone(process, 1) == "rank 3 is gone: its engine (pid 77) has ended with exit code 1"
+    assert gone(process, EXIT_CODE).startswith("rank 3 is gone: its engine (pid 77) was ended by the guard, whose line")
     assert gone(process, -11) == "rank 3 is gone: its engine (pid 77) was ended by SIGSEGV"
 
 
