@@ -16,6 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.notice import notice
 from repro.attach.record import compiled
 from repro.attach.record import rank as this
 from repro.attach.record.groups import group_of
@@ -218,7 +219,7 @@ def say_once(rank: Rank, op: str, error: Exception) -> None:
     if op not in _unread:
         _unread.add(op)
         problem = f"{type(error).__name__}: {error}"
-        print(f"[rank {rank.rank}] repro record: the arguments of {op} are not recorded: {problem}", file=sys.stderr)
+        notice(f"[rank {rank.rank}] repro record: the arguments of {op} are not recorded: {problem}")
 
 
 def _recorded_wait(original: Any) -> Any:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from types import FunctionType, ModuleType
 from typing import Any
 
+from repro.attach.notice import notice
+
 Hook = Callable[[ModuleType], None]
 
 
@@ -73,7 +75,7 @@ def _apply(hook: Hook, module: ModuleType) -> None:
     try:
         hook(module)
     except Exception as error:
-        print(f"repro record: {module.__name__} is not recorded: {type(error).__name__}: {error}", file=sys.stderr)
+        notice(f"repro record: {module.__name__} is not recorded: {type(error).__name__}: {error}")
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -17,6 +17,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repro.attach.notice import notice
 from repro.attach.record import compiled
 from repro.attach.record.imports import replace
 from repro.trace.knowledge import UNDECLARED, WITNESS
@@ -197,7 +198,7 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
             root / "events" / f"rank{rank:03d}.wit", rank, num_ranks, run_id=root.name[:60], knows=knows
         )
     except (OSError, WitnessError) as error:
-        print(f"[rank {rank}] repro record: this process is not recorded: {error}", file=sys.stderr)
+        notice(f"[rank {rank}] repro record: this process is not recorded: {error}")
         return
     me = Rank(recorder, rank, root)
     use(me)
@@ -280,10 +281,7 @@ def _quiet_window_s() -> float:
     with contextlib.suppress(ValueError):
         if not text or 0 < float(text) <= LONGEST_WATCH_S:
             return float(text or QUIET_WINDOW_S)
-    print(
-        f"repro record: HMR_QUIET_WINDOW={text} is not a number of seconds above 0: {QUIET_WINDOW_S:g} is used",
-        file=sys.stderr,
-    )
+    notice(f"repro record: HMR_QUIET_WINDOW={text} is not a number of seconds above 0: {QUIET_WINDOW_S:g} is used")
     return QUIET_WINDOW_S
 
 

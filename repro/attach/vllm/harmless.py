@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from repro.attach.notice import notice
 
 _reported: set[str] = set()
 
@@ -35,4 +35,4 @@ class Harmless:
         if self._what not in _reported:
             _reported.add(self._what)
             reason = f"{type(error).__name__}: {error}"
-            print(f"repro record: {self._what} is not recorded: {reason}; the server is not affected", file=sys.stderr)
+            notice(f"repro record: {self._what} is not recorded: {reason}; the server is not affected")

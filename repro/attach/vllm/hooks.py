@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from repro.attach.notice import notice
 from repro.attach.record import rank, start
 from repro.attach.record.imports import after_import
 from repro.attach.vllm import exchange, places, worker
@@ -113,10 +113,9 @@ def _apply(hooks: list[Hook], module: ModuleType) -> None:
     for hook in hooks:
         place = places.find(module, hook.names)
         if place is None:
-            print(
+            notice(
                 f"repro record: this vLLM has no {hook.names[0]} in {module.__name__}, so {hook.shows} will not be "
-                f"recorded (supported: vLLM {hook.versions})",
-                file=sys.stderr,
+                f"recorded (supported: vLLM {hook.versions})"
             )
         else:
             place.replace(hook.make)

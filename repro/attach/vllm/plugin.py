@@ -8,7 +8,6 @@ several times in one process.
 from __future__ import annotations
 
 import os
-import sys
 
 
 def register() -> None:
@@ -22,7 +21,9 @@ def register() -> None:
 
         hooks.install(directory)
     except Exception as error:
-        print(f"repro record: this process is not recorded: {type(error).__name__}: {error}", file=sys.stderr)
+        from repro.attach.notice import notice
+
+        notice(f"repro record: this process is not recorded: {type(error).__name__}: {error}")
 
 
 def _compile_hooks() -> None:
@@ -36,4 +37,6 @@ def _compile_hooks() -> None:
 
     if problem := compiled.build():
         os.environ["HMR_RECORD_PURE"] = "1"  # the processes that this one starts need not try again
-        print(f"repro record: without the compiled hooks, a step costs some percent more: {problem}", file=sys.stderr)
+        from repro.attach.notice import notice
+
+        notice(f"repro record: without the compiled hooks, a step costs some percent more: {problem}")

@@ -317,7 +317,8 @@ def test_without_its_variable_the_plug_in_imports_nothing_of_ours_but_itself(val
     env = {name: text for name, text in os.environ.items() if not name.startswith("HMR_")}
     env |= {"HMR_GUARD": value} if value else {}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
-    packages = ["repro", "repro.attach", "repro.attach.vllm", "repro.attach.vllm.guard"]
+    prints = ["repro.attach.notice"] if value else []
+    packages = ["repro", "repro.attach", *prints, "repro.attach.vllm", "repro.attach.vllm.guard"]
     assert done.stdout.strip() == str([*packages, "repro.attach.vllm.guard.plugin"]), done.stdout + done.stderr
     assert bool(value) == ("set it to observe or agree" in done.stderr)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from repro.attach.notice import notice
 from repro.attach.vllm.guard.ending.guard_thread import GuardThread, front_end_of
 from repro.attach.vllm.guard.ending.peers import Process
 from repro.attach.vllm.guard.ending.stop import Stop
@@ -42,7 +43,7 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             begin(self, vllm_config.parallel_config)
         except Exception as error:
-            print(f"repro guard: this engine is not watched: {type(error).__name__}: {error}", file=sys.stderr)
+            notice(f"repro guard: this engine is not watched: {type(error).__name__}: {error}")
         return original(self, vllm_config, *args, **options)
 
     return _init_data_parallel

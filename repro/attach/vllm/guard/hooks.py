@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from repro.attach.notice import notice
 from repro.attach.record.imports import after_import, replace
 from repro.attach.record.methods import METHODS
 from repro.attach.vllm import places
@@ -134,10 +134,9 @@ def _apply(hooks: list[Hook], module: ModuleType) -> None:
         if place is not None:
             place.replace(hook.make)
             continue
-        print(
+        notice(
             f"repro guard: this vLLM has no {hook.names[0]} in {module.__name__}, which shows {hook.shows} "
-            f"(known: vLLM {hook.versions})",
-            file=sys.stderr,
+            f"(known: vLLM {hook.versions})"
         )
         if hook.essential:
             worker.missing.append(f"{module.__name__}.{hook.names[0]}")

@@ -7,7 +7,6 @@ possibly several times.
 from __future__ import annotations
 
 import os
-import sys
 
 MODES = ("observe", "agree")
 
@@ -18,11 +17,15 @@ def register() -> None:
     if not mode:
         return
     if mode not in MODES:
-        print(f"repro guard: off: HMR_GUARD is {mode!r}; set it to observe or agree", file=sys.stderr)
+        from repro.attach.notice import notice
+
+        notice(f"repro guard: off: HMR_GUARD is {mode!r}; set it to observe or agree")
         return
     try:
         from repro.attach.vllm.guard import hooks
 
         hooks.install()
     except Exception as error:
-        print(f"repro guard: off in this process: {type(error).__name__}: {error}", file=sys.stderr)
+        from repro.attach.notice import notice
+
+        notice(f"repro guard: off in this process: {type(error).__name__}: {error}")

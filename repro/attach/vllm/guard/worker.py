@@ -6,12 +6,12 @@ In the start vote, the ranks compare their settings. Only collectives of groups 
 from __future__ import annotations
 
 import os
-import sys
 import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
+from repro.attach.notice import notice
 from repro.attach.vllm import dynamo
 from repro.attach.vllm.guard.ending.guard_thread import GuardThread
 from repro.attach.vllm.guard.ending.peers import Process
@@ -83,7 +83,7 @@ def guarded(call: Callable[..., Any], *args: Any) -> Any:
     except Refused:
         raise
     except Exception as error:
-        print(f"repro guard: off in this process: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        notice(f"repro guard: off in this process: {type(error).__name__}: {error}")
         return None
 
 

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from repro.attach.notice import notice
+
 EXIT_CODE = 86
 """The exit code of a process that the guard ended."""
 
@@ -72,7 +74,7 @@ class Stop:
             if text in self._said:
                 return
             self._said.add(text)
-        print(f"[{self.who}] repro guard: {text}", file=sys.stderr, flush=True)
+        notice(f"[{self.who}] repro guard: {text}")
 
     def observe(self, sentence: str) -> None:
         self.say(f"would refuse: {sentence}")
