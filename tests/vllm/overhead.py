@@ -1,8 +1,9 @@
 """What the recorder costs a step of the real vLLM: the tiny model with DP=2, EP=2, recorded in half of the steps.
 
-    python tests/vllm/overhead.py --vllm VENV --out DIR [--seconds 180] [--guard]
+    python tests/vllm/overhead.py --vllm VENV --out DIR [--seconds 180] [--guard] [--placebo]
 
-With --guard, what the guard costs instead.
+With --guard, what the guard costs instead. With --placebo nothing is switched, so the true difference is 0, and the
+result shows the error of the method.
 
 Of each two neighbouring steps one is recorded, inside the same worker processes and on both ranks alike. Which one is
 drawn. So both sides have the same processes, memory and requests, and a load that comes and goes within a second meets
@@ -72,6 +73,7 @@ class Switch:
         self._rows: list[Row] = []
         self._before: tuple[int, int] | None = None
         self._thread_before = (0, 0)
+        self._placebo = bool(os.environ.get("HMR_OVERHEAD_PLACEBO"))
 
     def around(self, original: Any) -> Any:
         def _run_ar(*args: Any, **options: Any) -> Any:
@@ -87,7 +89,8 @@ class Switch:
             self._rows.append((step, int(is_recorded(step)), now[0] - self._before[0], now[1] - self._before[1]))
         if self._step % STEPS_PER_LINE == 0:
             self._write()
-        self._switch(is_recorded(self._step))
+        if not self._placebo:
+            self._switch(is_recorded(self._step))
         self._step += 1
         self._before = time.perf_counter_ns(), time.process_time_ns()
 
@@ -176,13 +179,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--guard", action="store_true", help="measure the guard, not the recorder")
+    parser.add_argument("--placebo", action="store_true", help="switch nothing: the difference is the method's error")
     args = parser.parse_args()
     out = args.out.absolute()
     out.mkdir(parents=True)
     load = [Path("/proc/loadavg").read_text().split()[0]]
     serve = [*command(args.vllm.absolute(), out / "serve", WAVES, args.seconds + 600), "--seconds", str(args.seconds)]
     measured = {"HMR_GUARD": "agree"} if args.guard else {"HMR_RECORD": str(out / "record")}
-    variables = {**measured, "HMR_OVERHEAD": str(out)}
+    variables = {**measured, "HMR_OVERHEAD": str(out), **({"HMR_OVERHEAD_PLACEBO": "1"} if args.placebo else {})}
     done = subprocess.run(serve, env=environment(out / "entry_points", **variables), capture_output=True)
     load.append(Path("/proc/loadavg").read_text().split()[0])
     files = sorted(out.glob("steps*.jsonl"))

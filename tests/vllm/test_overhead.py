@@ -112,3 +112,15 @@ def test_each_step_after_the_warm_up_is_written_with_what_the_thread_costs(tmp_p
     steps = [row[0] for line in lines for row in line["rows"]]
     assert steps == list(range(8, 32)), steps
     assert all(0 < cpu_ns <= wall_ns for cpu_ns, wall_ns in (line["thread"] for line in lines)), lines
+
+
+@pytest.mark.parametrize(("placebo", "switched"), [("", [True, False]), ("1", [])])
+def test_a_placebo_switches_nothing(tmp_path, monkeypatch, placebo, switched):
+    monkeypatch.setenv("HMR_OVERHEAD_PLACEBO", placebo)
+    monkeypatch.setattr(overhead, "is_recorded", lambda step: step % 2 == 0)
+    calls = []
+    monkeypatch.setattr(overhead.Switch, "_switch", lambda _, on: calls.append(on))
+    switch = overhead.Switch(tmp_path)
+    switch._note()
+    switch._note()
+    assert calls == switched
