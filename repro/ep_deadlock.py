@@ -94,8 +94,9 @@ def watch():
 
 
 def agree(num_tokens, who):
-    """Agree on the step's metadata (the number of tokens of every rank) by one all-reduce.
+    """Agree on the step's metadata by one all-reduce. Returns a list of the number of tokens of every rank.
 
+    num_tokens: the number of tokens of this rank
     who: the step and the layer, for the text about a hang
     """
     tokens = torch.zeros(world, dtype=torch.int32)

@@ -109,7 +109,7 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
 
 
 def unpack(path: Path, into: Path) -> dict[str, str]:
-    """Unpack a zip into a new folder. Returns, for each unpacked file, its SHA-256.
+    """Unpack a zip into the folder `into`. Returns a dict from the name of each unpacked file to its SHA-256.
 
     Raises ArchiveError if `path` does not exist, is not a zip, is damaged, or contains anything that a bundle cannot
     contain. Raises ValueError if `path` is not a regular file.
@@ -148,7 +148,7 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
     """Return a line for each file that is missing, changed or not in MANIFEST.json.
 
     folder: an unpacked bundle, with its MANIFEST.json
-    sums: for each unpacked file, its SHA-256
+    sums: a dict from the name of each unpacked file to its SHA-256
     where: the name of the zip for error messages
 
     Raises ArchiveError if MANIFEST.json is missing or damaged.

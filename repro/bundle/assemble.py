@@ -94,7 +94,7 @@ def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict
 
 
 def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: Judge = judge_copy) -> Made:
-    """Write one bundle of the run at ``root`` and of the runs beside it that differ only in their variant.
+    """Write one bundle of the run at ``root`` and of the runs beside it that are other variants of this run.
 
     path: the zip to write; by default it is beside the main run and has that run's name
     with_logs: also keep text that no rule recognises, if a search finds nothing in it that could be private

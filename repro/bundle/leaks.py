@@ -38,9 +38,11 @@ def private_values(variables: Mapping[str, str]) -> set[str]:
 def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
     """Raise LeakError if a file in `folder` still contains a name in `private`.
 
-    This search does not use the rules of redaction, so it also finds mistakes of these rules. It ignores names that a
-    file can contain by chance. In files with sentences of this program, these are names of only letters. In witnesses,
-    which are binary, these are names of fewer than six characters.
+    This search does not use the rules of redaction, so it also finds mistakes of these rules. The search ignores names
+    that a file can contain by chance:
+
+    - in files with sentences of this program, names that consist of letters only;
+    - in witnesses, which are binary, names of fewer than six characters.
     """
     patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
     page = [style().encode(), script().encode()]

@@ -39,8 +39,9 @@ class Act(NamedTuple):
     """One action of a rank: a collective, or an action whose `op` is "acquire", "release", "ask" or "die".
 
     name   the group of the collective, or the lock
-    op     "ask": the rank asked for a lock that it never got
-    where  step or phase, and layer
+    op     for a collective, its operation. "acquire" and "release": of a lock. "ask": the rank asked for a lock that it
+           never got. "die": the rank failed, or its process ended
+    where  step or phase, and layer; for "die", the error
     """
 
     name: str
@@ -59,7 +60,9 @@ def is_that_of_ep_deadlock(verdict: Document) -> bool:
 
 
 def of_runs(fault: RunData, fix: Path | None) -> str:
-    """Return the source of a script that replays the faulty run; with --fix, the fixed run up to the same step.
+    """Return the source of a script that replays the faulty run.
+
+    Started with --fix, the script replays the fixed run instead, up to the step in which the faulty run hung.
 
     fix: the run directory of the fixed run; None for a script without --fix
 

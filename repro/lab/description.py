@@ -1,4 +1,4 @@
-"""Describe a run of the lab: run.json has its title, its watcher's options, and the commands that repeat it."""
+"""Describe a lab run for run.json: the run's title, the watcher's options, and the commands that repeat the run."""
 
 from __future__ import annotations
 

@@ -52,8 +52,13 @@ DEFAULT_ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, num_pag
 class RunSettings(Config):
     """The settings of one run of one variant: the content of config.json, and of a user's file for ``--config``.
 
+    deadline_s       seconds after which the watcher ends the run, even without a verdict
+    checks           how strictly the ranks check their collectives: "observe", "agree" or "strict"; "" means the
+                     default of the variant
+    allow_unsafe     start the engine even with a configuration that it otherwise refuses, because ranks could hang
     kernel_cache     the state of the run's own kernel cache at the start. "cold": it is empty. "warm": it contains all
-                     compiled kernels. "split": every rank has its own cache, and only the cache of rank 0 is cold
+                     compiled kernels. "split": every rank has its own cache, and only the cache of rank 0 is cold. "":
+                     the default of the variant
     ring_records     how many of the latest events a rank's witness keeps; the witness also keeps the last collective of
                      each group, even if this collective is older
     drawn_for        the number of dp ranks for which requests are generated; 0 means as many as the run has. If the run

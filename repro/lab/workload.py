@@ -13,6 +13,8 @@ from hybrid_moe_ref.engine.serving.scheduler import Request
 class WorkloadConfig(Config):
     """The bounds of the requests that :func:`draw_requests` draws, all inclusive.
 
+    ``max_requests`` is per rank; ``max_prompt_tokens`` and ``max_new_tokens`` are per request.
+
     The first request of each rank arrives at step 0, so that all ranks start busy. Later requests arrive at the latest
     at step ``max_arrival_step``. Some ranks, at least one and at most ``max_idle_ranks``, get only one request of at
     most ``short_new_tokens`` new tokens. These ranks become idle while the other ranks still work, as is usual in a DP

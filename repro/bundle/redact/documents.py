@@ -34,7 +34,7 @@ _NUMBERED = re.compile(r"\d{0,6}")
 
 
 def verdict(document: Any, recogniser: Recogniser) -> Any:
-    """Redact verdict.json, and drop the fields `evidence` and `sentences`, which are written again after judging."""
+    """Redact verdict.json, and drop `evidence` and `sentences`: these fields are written when the copy is judged."""
     if isinstance(document, dict):
         document = {name: value for name, value in document.items() if name not in ("evidence", "sentences")}
     return _known(document, VERDICT, recogniser)
@@ -121,7 +121,7 @@ def _lines(lines: Any, recogniser: Recogniser) -> list[str]:
 
 
 def _link(text: str, recogniser: Recogniser) -> str:
-    """Redact a place at which ranks wait: "dp all_reduce #6", or "lock " and the lock's name."""
+    """Redact the name of what ranks wait for: a collective ("dp all_reduce #6"), or "lock " and the lock's name."""
     if text.startswith("lock "):
         return f"lock {recogniser.string(text.removeprefix('lock '))}"
     group, _, rest = text.partition(" ")

@@ -105,7 +105,10 @@ class Recogniser:
     # -- strings that must stay distinct -----------------------------------------------------------------------------
 
     def string(self, text: str) -> str:
-        """Redact a string of a witness, or a string that another file copied from a witness."""
+        """Redact a string such as a name, a path, a call site or an error message.
+
+        Equal strings have equal results. Different strings have different results, except for call sites.
+        """
         known = self._strings.get(text)
         if known is None:
             known = self._string(text)

@@ -232,7 +232,6 @@ class _Redactor:
 
 
 def _files_of(records: Iterable[Observation]) -> set[str]:
-    """Return the names of the files that the records come from."""
     names = {record.source.file for record in records}
     for record in records:
         match record:

@@ -66,7 +66,7 @@ def is_name(text: str) -> bool:
 
 
 def _is_identifier(text: str) -> bool:
-    """Whether a name in snake or camel case consists of listed words, and of no more single letters than words."""
+    """Whether a name in snake or camel case consists of listed words, and of at most as many single letters."""
     if text in NAMES or _SPECIAL.fullmatch(text):
         return True
     parts = [part for part in text.split("_") if part]
@@ -76,7 +76,7 @@ def _is_identifier(text: str) -> bool:
 
 
 def _is_camel(text: str) -> bool:
-    """Whether a mixed-case word splits into listed words of at least two letters."""
+    """Whether a mixed-case word splits into listed words, each of at least two letters."""
     parts = _CAMEL.findall(text)
     return len(text) >= 2.5 * len(parts) and all(len(part) > 1 and is_word(part) for part in parts)
 

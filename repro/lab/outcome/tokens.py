@@ -21,7 +21,7 @@ def compare_tokens(
     If reference.json does not exist yet, but its writer still runs, returns None: call this again later.
 
     reference_alive  returns whether the process that writes reference.json still runs
-    final            never return None: without reference.json, the result says why this file is missing
+    final            if True, this function never returns None: if reference.json is missing, the result says why
     """
     if not run_dir.reference.exists():
         if reference_alive() and not final:
@@ -51,8 +51,8 @@ def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
 
     Exactly ``tp_size`` ranks must serve a request, because the ranks of a tp group serve the same requests.
 
-    Returns at most MAX_LINES lines, and keeps the tokens of only one rank in memory, because the files of a bundle can
-    be large. Raises FileNotFoundError, which names all missing files, or ValueError, which names a damaged file.
+    Returns at most MAX_LINES lines. Raises FileNotFoundError, which names all missing files, or ValueError, which names
+    a damaged file.
     """
     has_reference = run_dir.reference.exists()
     absent = [rank for rank in range(num_ranks) if not run_dir.output(rank).exists()]
@@ -63,7 +63,7 @@ def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
     reference = read_tokens(run_dir.reference)
     num_copies = dict.fromkeys(reference, 0)  # the ranks of a tp group serve the same requests
     lines: set[str] = set()
-    for rank in range(num_ranks):
+    for rank in range(num_ranks):  # one rank at a time, because the files of a bundle can be large
         for name, tokens in read_tokens(run_dir.output(rank)).items():
             if name in num_copies:
                 num_copies[name] += 1

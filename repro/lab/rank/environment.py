@@ -39,7 +39,7 @@ class RankEnvironment:
     """The environment variables that torchrun (RANK and so on) and this project's launcher (HMR_*) set for a rank.
 
     run_dir    the run directory that the launcher created; None under plain torchrun
-    launcher   the launcher's pid and start time as "PID:TICKS"; "" under plain torchrun
+    launcher   the launcher's pid and start time (in clock ticks) as "PID:TICKS"; "" under plain torchrun
     """
 
     rank: int

@@ -26,7 +26,7 @@ from repro.lab.settings import RunSettings
 class Expected:
     """The expected verdict on a variant.
 
-    A field that is None is not checked. ``cause`` is always checked; None means that the verdict has no cause.
+    A field that is None is not checked, except ``cause``: None means that the verdict must have no cause.
 
     step, layer    the position of every culprit; if the verdict names no culprit, the position of every rank
     error          the type of the exception that every living rank raises
@@ -79,7 +79,7 @@ REFUSED = Expected("crash", "error", error="ScheduleMismatch")
 class Scenario:
     """A fault and its fix.
 
-    A field that is a function is shown below as "(arguments) -> result". The result depends only on the arguments.
+    A field that is a function is shown below as "(arguments) -> result".
 
     summary    one line that says what goes wrong
     source     the upstream issue or change with the hang that the scenario rebuilds

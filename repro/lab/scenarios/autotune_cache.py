@@ -69,7 +69,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock in the second start.
 
-    The rank that saved its result waits in the agreement of step 1. The other ranks wait in step 0, the tuning.
+    The rank that saved its result skips the tuning, and waits in the agreement of the next step. The other ranks wait
+    in the first all-reduce of the tuning.
     """
     return Expected("deadlock", "skipped", (SAVER,), 1, "step")
 

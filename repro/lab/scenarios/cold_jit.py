@@ -77,8 +77,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict the verdict `slow` in the step that first uses the kernels, or `clean` if no kernel is built.
 
-    With a quiet window of more than 1 s, also accept `clean`, because the build can be shorter than the window. With a
-    split kernel cache and a group timeout, predict a crash: the ranks that wait for rank 0 reach the timeout.
+    With a quiet window of more than 1 s, also accept `clean`, because the build can be shorter than the window. If
+    the kernel cache is split and a group timeout is set, predict a crash: the ranks that wait for rank 0 time out.
     """
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN

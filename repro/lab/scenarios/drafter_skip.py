@@ -5,8 +5,8 @@ no room for a draft. A rank that has only such requests skips the drafter. The o
 ranks with a dummy batch. The MTP layer contains an MoE, so all ranks must run this layer together. The ranks that run
 the MTP layer wait in its dispatch, and the rank that skipped this layer waits in the agreement of the next step.
 
-The fix: every rank runs the drafter equally often in a step, as a setting of the server says, and discards the drafts
-that it does not need.
+The fix: in each step, every rank runs the drafter the same number of times, which is a setting of the server. A rank
+discards the drafts that it does not need.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank.
 
     In the fault, each rank decides by itself whether it runs the drafter. Control and fix use the engine's own
-    policies, with which every rank runs the same number of passes.
+    policies, with which every rank runs the drafter equally often.
     """
     return Policies(drafts=SkipWhenNothingFits()) if settings.variant == "fault" else Policies()
 

@@ -68,9 +68,8 @@ def hang(settings: RunSettings) -> Expected:
 def _provable(stated: list[tuple[int, ...]]) -> tuple[int, ...]:
     """Return the ranks that provably pass a wrong size.
 
-    Rank r is wrong if it passes a size for rank q that differs from the size that q itself and all other ranks pass. If
-    several ranks replay graphs of different sizes, no rank is provably wrong: the sizes do not show which rank did not
-    use the agreed size.
+    Rank r is wrong if it passes a size for rank q that differs from the size that q itself and all other ranks pass. In
+    a group of two ranks no rank is provably wrong, because there is no third rank to compare with.
 
     stated: stated[r][q] is the size that rank r passes to the dispatch for rank q
     """

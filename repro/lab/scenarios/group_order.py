@@ -1,4 +1,4 @@
-"""Ranks enter two groups in different orders: some send load statistics before the dispatch, others after the combine.
+"""Ranks issue collectives of two groups in different orders: some the dp all-reduce first, others the ep dispatch.
 
 Upstream: torchrec issue 4149, where collectives of two groups overlap and their order depends on rank-local timing.
 Here every layer all-reduces the number of tokens of each expert over the dp group. A rank with many rows (tokens)
@@ -28,7 +28,10 @@ MANY_ROWS = 4
 
 @dataclass(frozen=True)
 class CountTokens(AllGatherReduceScatter):
-    """The trigger: after the combine, each layer sums over all ranks how many tokens each expert got."""
+    """The trigger: after the combine, each layer sums over all ranks how many tokens each expert got.
+
+    counted   under the key "tokens_E", how many of this rank's tokens each expert got in the current step
+    """
 
     counted: dict[str, Any] = field(default_factory=dict)
 

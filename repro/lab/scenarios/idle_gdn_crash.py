@@ -56,7 +56,7 @@ class LaunchOverSequences(StateBinding):
     def grid(self, plan: StepPlan) -> tuple[int, int]:
         """Return the launch grid: (number of chunks of the longest sequence, number of sequences).
 
-        This is one half of the fault: without sequences there is no longest sequence, and this raises an error.
+        One half of the fault is here: without sequences there is no longest sequence, and this method raises an error.
         """
         return -(-int(self.lengths(plan).max()) // CHUNK), len(self.lengths(plan))
 

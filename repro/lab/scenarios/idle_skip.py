@@ -1,8 +1,8 @@
 """A rank with nothing scheduled returns before the step's agreement instead of running a dummy batch.
 
-Upstream: vLLM issues 43547 (a rank without tokens returns an empty output, except with one executor backend, and so
-never joins the collective of the step) and 28224. Here a rank that has served all its requests takes part in no further
-step. The other ranks wait for it in the agreement of the next step.
+Upstream: vLLM issues 43547 and 28224. In 43547, a rank without tokens returns an empty output, and so never joins the
+collective of the step. (With one of the executor backends this does not happen.) Here a rank that has served all its
+requests takes part in no further step. The other ranks wait for this rank in the agreement of the next step.
 
 The fix: every rank takes part. A rank without work runs the smallest possible batch.
 """

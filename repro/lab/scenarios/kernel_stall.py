@@ -1,6 +1,6 @@
 """All ranks wait in the same collective, no rank is absent, and no data moves, because the transport has stopped.
 
-Upstream: vLLM issue 48720 (the report as updated in July) and FlashInfer issue 2623, where a GPU kernel does not end:
+Upstream: vLLM issue 48720 (the updated report) and FlashInfer issue 2623, where a GPU kernel does not end:
 every rank has issued the same operation, and the order of collectives is not the cause. A CPU has no such kernel. In
 gloo a separate thread, which gloo calls its device, moves the data through the sockets. Here a signal stops this thread
 for good in every rank: the signal's handler never returns. The main threads are healthy, enter the next collective and
@@ -53,17 +53,17 @@ def stop_threads(name: str) -> None:
 def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank.
 
-    In fault and fix, gloo's device stops in every rank. The fix also has a time limit for a collective, which
-    :func:`server` sets.
+    In fault and fix, gloo's device stops in every rank. The fix differs from the fault by the time limit for a
+    collective, which :func:`server` sets.
     """
     return Policies() if settings.variant == "control" else Policies(binding=StopDevice())
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the server's configuration, in some runs with a time limit for one collective.
+    """Return the server's configuration.
 
-    The limit is set if `checks` is "agree" or "strict". The default is "agree" in the fix, but "observe" in the fault.
-    The limit is shorter than the quiet window. The control has no limit.
+    In fault and fix, the configuration has a time limit for one collective if `checks` is "agree" (the default of the
+    fix) or "strict", but not if it is "observe" (the default of the fault). The limit is shorter than the quiet window.
     """
     config = settings.server()
     if settings.variant == "control" or settings.effective_checks == "observe":

@@ -35,7 +35,7 @@ class PreemptInTheStep(Preemption):
     """The fault: a rank takes pages when the model needs them. So it notices a full cache in the middle of a step."""
 
     def before_step(self, make_room: Callable[[], None]) -> None:
-        """Do not make room by preempting requests. The fault is to assume that there are enough pages."""
+        """Do nothing, instead of calling ``make_room``, which preempts requests. So a step can need too many pages."""
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
         from hybrid_moe_ref.cache.hybrid_cache import CacheExhausted

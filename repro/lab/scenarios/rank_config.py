@@ -20,7 +20,10 @@ from repro.lab.settings import RunSettings
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """Return the server's configuration. The trigger: one rank was started without --enable-expert-parallel."""
+    """Return the configuration of a rank.
+
+    The trigger: in fault and fix, one rank is started without --enable-expert-parallel.
+    """
     config = settings.server()
     if settings.variant == "control" or rank != struck_rank(settings):
         return config
@@ -28,7 +31,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 class OmitDigest(Ballot):
-    """The fault: in the vote before the start, the ranks do not compare the digests of their configurations."""
+    """The fault: in the start vote, the ranks do not compare the digests of their configurations."""
 
     def digest(self, shared: str) -> int:
         return 0
@@ -37,7 +40,7 @@ class OmitDigest(Ballot):
 def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank.
 
-    In control and fix, the ranks compare their configurations before the start. In the fault, they do not.
+    In control and fix, the ranks compare their configurations in the start vote. In the fault, they do not.
     """
     return Policies(ballot=OmitDigest()) if settings.variant == "fault" else Policies()
 

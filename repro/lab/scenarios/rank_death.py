@@ -42,12 +42,18 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a crash with the dead rank as culprit. The other ranks wait for this rank, or fail."""
+    """Predict the verdict if no rank checks the other processes: a crash with the dead rank as culprit.
+
+    The other ranks wait for the dead rank, or fail with errors of the backend.
+    """
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP)
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """Predict a crash with the dead rank as culprit. Every living rank raises PeerLost with the same message."""
+    """Predict the verdict if waiting ranks check the other processes: a crash with the dead rank as culprit.
+
+    Every living rank raises PeerLost with the same message.
+    """
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP, error="PeerLost")
 
 

@@ -34,7 +34,10 @@ LAYER = "layers.0.moe"
 
 @dataclass(frozen=True)
 class FallBack(SumOverRanks):
-    """The trigger: the fused all-reduce of one layer fails at the first batch of one row, which it does not support."""
+    """The trigger: the fused all-reduce of one layer fails at the first batch of one row, which it does not support.
+
+    failed   contains the name of this layer after the failure, so that the fused all-reduce fails only once
+    """
 
     failed: set[str] = field(default_factory=set)
 

@@ -45,7 +45,10 @@ class GatherOrBroadcast(AllGatherReduceScatter):
 
 @dataclass(frozen=True)
 class KeepSizes(GatherOrBroadcast):
-    """The fault: a rank that has as many rows as in an earlier step reuses the list of sizes of that step."""
+    """The fault: a rank that has as many rows as in an earlier step reuses the list of sizes of that step.
+
+    kept   for each number of rows that this rank has had, the sizes of all ranks in the first step with this number
+    """
 
     kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
@@ -54,10 +57,10 @@ class KeepSizes(GatherOrBroadcast):
 
 
 def first_stale(settings: RunSettings) -> tuple[int, int] | None:
-    """Return (serve step, rank): the first step in which a rank would use a stale list, and this rank.
+    """Return (step, rank): the first step in which a rank would use a stale list, and this rank.
 
-    If several ranks would use a stale list in this step, the seed decides between them. Returns None if there is no
-    such step.
+    Step 0 is the first step of the phase `serve`. If several ranks would use a stale list in this step, the seed
+    selects one of these ranks. Returns None if no rank would ever use a stale list.
     """
     kept: list[dict[int, list[int]]] = [{} for _ in range(settings.num_ranks)]
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):

@@ -34,6 +34,8 @@ class InitialiseState(AllGatherReduceScatter):
     """The trigger: in every step, before the first dispatch, the ranks agree on how many cache entries to clear.
 
     A cache entry is the recurrent state of one sequence.
+
+    rows   a list with one number: the batch size of this rank in the last step; -1 before the first step
     """
 
     rows: list[int] = field(default_factory=lambda: [-1])
@@ -63,7 +65,7 @@ class InitialiseState(AllGatherReduceScatter):
     def initialise(self, like: Tensor) -> None:
         """Agree, by an all-reduce, on the largest number of cache entries that any rank must clear.
 
-        The number is always 0 here, because only the collective matters. ``like`` gives its dtype.
+        Here the number is always 0, because only the collective matters. The number has the dtype of ``like``.
         """
         self.comm.all_reduce("dp", like.new_zeros(1, device="cpu"), "max", layer=STATE.layer)
 

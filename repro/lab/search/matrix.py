@@ -40,6 +40,7 @@ class Cell:
 
     configuration    the scenario with this layout: "config2" (DP8 + EP8) or "tp8"; both run without graphs here
     gdn, moe         the kernel backends: "jit" is compiled at first use, the other values are not
+    cache            the state of the kernel cache at the start: "cold", "warm" or "split"
     group_timeout_s  seconds after which a collective gives up; 0 means long after the deadline of the run
     """
 

@@ -30,7 +30,10 @@ RUN_DEADLINE_S = 45.0
 
 
 class AnotherVerdict(RuntimeError):
-    """The run to shrink has another verdict than its scenario predicts. ``verdict`` is the actual verdict."""
+    """The run to shrink has another verdict or cause than its scenario predicts.
+
+    verdict   the verdict of the run
+    """
 
     def __init__(self, text: str, verdict: str) -> None:
         super().__init__(text)
@@ -70,10 +73,10 @@ Trial = Callable[[RunSettings], Document]
 def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: float = BUDGET_S) -> Result:
     """Find the smallest settings whose run has the same verdict and cause as the run of ``start``.
 
-    trial     runs these settings and returns the content of verdict.json
+    trial     a function that starts a run with the settings it gets, and returns the content of verdict.json
     budget_s  seconds after which no further run starts
 
-    Raises AnotherVerdict if the run of ``start`` itself does not have the verdict that the scenario predicts.
+    Raises AnotherVerdict if the run of ``start`` itself has another verdict or cause than the scenario predicts.
     """
     began = time.monotonic()
     runs = 0
@@ -113,6 +116,7 @@ class Runner:
 
     A call computes no single-process reference, because a run that hangs serves no tokens that could be compared.
 
+    say        called after each run, with a line that has its verdict
     last       the directory of the last run
     settings   the settings of the last run
     """

@@ -13,10 +13,10 @@ from repro.lab.settings import RunSettings
 
 
 def reductions(scenario: Scenario, start: RunSettings, target: Expected) -> Iterator[RunSettings]:
-    """Yield smaller and smaller settings for which the scenario predicts the verdict and cause of ``target``.
+    """Yield smaller and smaller settings for which the scenario predicts the same verdict and cause as ``target``.
 
-    Each of these settings has one reduction more than the settings before: fewer ranks, layers, experts, tokens or
-    requests.
+    The prediction must have culprits if ``target`` has culprits, and none if ``target`` has none. Each of the yielded
+    settings has one reduction more than the settings before: fewer ranks, layers, experts, tokens or requests.
     """
     current, moved = start, True
     while moved:
@@ -63,8 +63,7 @@ def _ranks(settings: RunSettings) -> Iterator[RunSettings]:
 def _layers(settings: RunSettings) -> Iterator[RunSettings]:
     """Yield settings with fewer layers, the fewest first.
 
-    For up to 3 layers, yield every subsequence of the model's layers. For more layers, yield only the model's first
-    layers.
+    Settings with at most 3 layers can keep any of the model's layers. Settings with more layers keep the first layers.
     """
     pattern = settings.model.layer_pattern
     tried: set[str] = set()
@@ -85,7 +84,6 @@ def _experts(settings: RunSettings) -> Iterator[RunSettings]:
 
 
 def _tokens(settings: RunSettings) -> Iterator[RunSettings]:
-    """Yield settings with fewer prompt tokens or new tokens per request. Fewer tokens take fewer steps."""
     work = settings.workload
     for prompt in sorted({1, 2, 4, work.max_prompt_tokens}):
         for short in sorted({1, 2, work.short_new_tokens}):

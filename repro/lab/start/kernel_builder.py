@@ -1,5 +1,7 @@
 """``python -m repro.lab.start.kernel_builder RUN_DIR``: fill the kernel cache of a run from the user's cache.
 
+All runs of a user share the user's cache, so that each kernel is compiled only once.
+
 This is a separate process because it needs torch, which the launcher never loads.
 """
 

@@ -1,7 +1,8 @@
 """Prepare the kernel cache of a run before ranks start: empty (cold), full (warm), or empty only for rank 0 (split).
 
-Each run has its own cache in its run directory. To fill this cache, `kernel_builder.py` first builds the kernels that
-are missing in the user's cache, and then copies the user's cache.
+Each run has its own cache in its run directory. All runs of a user also share another cache, the user's cache. To fill
+the cache of a run, `kernel_builder.py` first builds the kernels that are missing in the user's cache, and then copies
+the kernels from there.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def refuse_too_large(runs: Iterable[RunSettings]) -> None:
 
 
 def refuse_too_many(runs: Iterable[RunSettings]) -> None:
-    """Raise ConfigError for a run with so many ranks that not even the smallest model fits into the memory.
+    """Raise ConfigError for the first run whose ranks would not fit into the memory even with the smallest model.
 
     This check is cheap, because it needs no torch. :func:`refuse_too_large` counts the memory of the run's own model.
     """
