@@ -22,6 +22,8 @@ def blocks_compared(witnesses: dict[int, Witness]) -> dict[int, Witness]:
     """Return the witnesses with one common name in place of each block name that only one rank uses.
 
     A block name that several ranks use is kept, so the judge still compares it.
+
+    witnesses: a dict from rank to the witness of this rank
     """
     layers = {rank: {parts[_LAYER] for parts in _signatures(witness)} for rank, witness in witnesses.items()}
     users = Counter(layer for names in layers.values() for layer in names)

@@ -123,6 +123,7 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 class Ranks:
     """The ranks of a test: processes on this host, forked from the process of the test.
 
+    backend         "gloo" on the CPU, or "nccl" with a GPU for each rank
     root            the folder for the evidence of each run
     quiet_window_s  the ranks are judged when no rank has recorded an event for this many seconds
     deadline_s      after how many seconds a run fails, even if its ranks still record events
@@ -235,7 +236,7 @@ class Ranks:
             os._exit(0)
 
     def _run_rank(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
-        """Run one rank in this process, then wait until the parent releases all ranks.
+        """Run one rank in this process, then wait until the process of the test releases all ranks.
 
         A rank that exits before the others would make their collectives fail, and so change the evidence.
         """

@@ -7,10 +7,11 @@ import sys
 
 
 def notice(text: str) -> None:
-    """Write ``text`` and the end of its line to standard error at once.
+    """Write ``text`` and a newline to standard error, in one write.
 
-    The ranks of a job share a log. ``print`` writes a line in two parts, so lines of two ranks can mix: always if
-    PYTHONUNBUFFERED is set, as containers do, and between threads.
+    ``print`` writes the text and the newline separately. So the lines of two threads could mix. If PYTHONUNBUFFERED is
+    set, which is usual in containers, the lines of two ranks that share a log could mix, too.
+
     An error of the stream (closed, a full disk, a reader that has ended) is ignored: the program must not see it.
     """
     if sys.stderr is not None:

@@ -29,9 +29,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _required_gpus(n: int = 1) -> int:
-    """Return the number n of the marker ``requires_gpus(n)``. Call this with the arguments of the marker.
+    """Return how many GPUs the marker ``requires_gpus(n)`` requires; 1 if the marker has no argument.
 
-    If the marker has other arguments than n, Python raises TypeError.
+    Call this with the arguments of the marker. If they are not just the number n, Python raises TypeError.
     """
     return int(n)
 

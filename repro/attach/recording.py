@@ -70,8 +70,10 @@ class RecordedHost(Host):
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
         """Request stacks and Flight Recorder dumps from the ranks, and wait at most ANSWER_PATIENCE_S seconds for them.
 
-        pids: a dict from rank to process id. Returns a dict with an entry for each rank that left no stack or no dump:
-        the end of the sentence "rank 1 left no …", such as "stack and no Flight Recorder dump".
+        pids: a dict from rank to process id
+
+        Returns a dict from each rank whose stack or dump is missing to the end of the sentence "rank 1 left no …", such
+        as "stack and no Flight Recorder dump".
         """
         files = {rank: (run_dir.stack(rank), run_dir.flight_recorder(rank)) for rank in pids}
         before = {path: _stamp(path) for paths in files.values() for path in paths}

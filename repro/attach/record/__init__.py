@@ -19,5 +19,6 @@ then runs ``site/sitecustomize.py`` in every interpreter of the program, also in
     modules.py              the torch.nn.Module, FSDP group or pipeline stage that a collective belongs to
 
 The hooks never change a result of the program, and raise no exception into it. They install no signal handler. They do
-not replace functions of torch.distributed that torch.compile recognises.
+not replace functions of torch.distributed that issue collectives, because torch.compile would not recognise the
+replacements.
 """

@@ -4,7 +4,7 @@ Five times a second the thread does this work:
 
 - If the watcher has requested evidence, the thread writes stacks and a dump.
 - If an asynchronous collective has completed although the program has not waited for it, the thread records this.
-- The thread calls the functions in `Rank.attended`.
+- The thread calls the functions that other modules have put into the list `Rank.attended`.
 - If the main thread waits in a backward pass for DDP's collectives, the thread records this.
 
 The thread also runs while the main thread is blocked inside a collective, where Python would not run a signal handler.

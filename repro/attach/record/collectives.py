@@ -1,8 +1,9 @@
 """Record the collectives that a program calls on torch's process groups.
 
 torch.distributed's functions, libraries that use c10d directly, FSDP and pipelines all call the methods of ProcessGroup
-or of its backends. The hooks replace these methods. The hooks do not replace the functions of torch.distributed,
-because torch.compile recognises these functions by identity, and because some programs replace them.
+or of its backends. The hooks replace these methods. The hooks do not replace the functions of torch.distributed, for
+two reasons: torch.compile recognises these functions by identity, so it would not recognise a replacement; and some
+programs replace these functions themselves, which would remove the hooks.
 
 A "work" is torch's object for an issued collective.
 """
@@ -46,7 +47,8 @@ class _Thread(threading.local):
     """The recorder's state in one thread.
 
     inside     whether a replaced method runs; what that method calls is not recorded again
-    coalesced  the calls of the coalescing block that is open in this thread; None if no block is open
+    coalesced  the calls of the coalescing block that is open in this thread, each with the number of its collective in
+               the group; None if no block is open
     """
 
     inside = False
@@ -79,7 +81,7 @@ def _hook_options(options: Any, reductions: Any) -> None:
     """Replace the properties asyncOp, rootRank and reduceOp of a class of options, if the class has them.
 
     When the program or torch sets a replaced property, the compiled library notes the value. So the hook of the call
-    does not have to read the property, which takes longer than writing an event.
+    that gets these options does not have to read the property, which takes longer than writing an event.
 
     options: a class of torch, such as AllreduceOptions; reductions: torch's enum of the reductions
     """
@@ -97,7 +99,7 @@ def inside() -> bool:
 class beneath:
     """A ``with`` block in which this thread's collectives are not recorded, because they are part of a recorded call.
 
-    This is a class, because a generator function would take as long as the recording itself.
+    This is a class, because a context manager made from a generator takes as long as the recording itself.
     """
 
     __slots__ = ()

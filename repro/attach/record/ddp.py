@@ -1,8 +1,8 @@
 """Record DistributedDataParallel, whose reducer issues its collectives in C++.
 
-Python does not see the collectives of the reducer's buckets. So each action of the wrapper that all ranks must
-take is recorded as one collective: the wrapper's creation, each broadcast of the buffers, the rebuild of the buckets,
-and each backward pass that averages gradients.
+Python does not see the collectives of the reducer's buckets. So each action of a DistributedDataParallel object ("the
+wrapper") in which all ranks must take part is recorded as one collective: the wrapper's creation, each broadcast of the
+buffers, the rebuild of the buckets, and each backward pass that averages gradients.
 """
 
 from __future__ import annotations

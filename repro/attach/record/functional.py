@@ -87,8 +87,15 @@ class _Operator:
     def _rank(self, tensors: Any) -> Any:
         """Return the rank that records this call of an operator; None if the call is not recorded.
 
-        A call is not recorded if this process is no rank, if the call is part of a recorded call, or if a compiler
-        traces the call with its own types of tensors. tensors: the operator's first argument
+        A call is not recorded in these cases:
+
+        - this process is no rank
+        - the call is part of a recorded call
+        - the tensor belongs to a subclass of torch.Tensor, or a TorchDispatchMode is active: if the operator really
+          runs, torch calls it again, and that call is recorded
+        - torch.compile traces the call
+
+        tensors: the operator's first argument, a tensor or a list of tensors
         """
         first = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else tensors
         if this.current is None or collectives.inside() or type(first) not in self._plain:

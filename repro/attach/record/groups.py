@@ -41,8 +41,8 @@ _descriptions: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 def describe(group: Any, description: str) -> None:
     """Set a description of a group, from which the recorder makes the group's name.
 
-    Use this for a library that gives torch no description. Call it before the group is first recorded; later it has no
-    effect.
+    Use this for a library that gives torch no description. Call this function before the group is first recorded; a
+    later call has no effect.
     """
     if group is not None:
         _descriptions[group] = description
@@ -145,7 +145,7 @@ def _dist() -> Any:
 
 
 def c10d_world() -> Any:
-    """Return torch's table of process groups."""
+    """Return the object in which torch keeps its process groups, ``torch.distributed.distributed_c10d._world``."""
     return _dist().distributed_c10d._world
 
 

@@ -111,8 +111,8 @@ def dtype_of(tensors: Any) -> str:
 def reduction_of(opts: Any) -> str:
     """Return the name of a call's reduction, such as "max"; "sum" if the call names none.
 
-    opts: the last argument of the call, which is the call's options. In older forms of a call, it is the reduction
-    itself or a different argument
+    opts: the last argument of the call. Usually this is the object with the call's options; in older forms of a call
+    it is the reduction itself, or an argument that has nothing to do with the reduction
     """
     reduction = getattr(opts, "reduceOp", None)
     if reduction is None:

@@ -123,13 +123,11 @@ def is_configured() -> bool:
 
 
 def meet_at(meeting: str) -> None:
-    """Set the name of the job to which this process and its forked children belong.
+    """Set the name of the job to which this process and its forked children belong. meeting: this name
 
     Processes record into the same folder if this name, the number of ranks, and torchrun's restart count are equal in
     all of them. Without this call, the name is the rendezvous of the ranks: their init_method, or the address and port
     at which they connect.
-
-    meeting: the name
     """
     global _meeting
     _meeting = meeting
@@ -147,7 +145,9 @@ def declares_steps() -> None:
 def folder(num_ranks: int) -> Path:
     """Return the folder of the job to which this process belongs; make the folder, with run.json, if it does not exist.
 
-    A process that is no rank can call this, too. num_ranks: the number of ranks of the job. Raises OSError.
+    A process that is no rank can call this, too. Raises OSError if the folder cannot be made.
+
+    num_ranks: the number of ranks of the job
     """
     assert _base is not None, "configure() comes first"
     root = _folder_of_job(_base, _key(num_ranks, ""))

@@ -42,7 +42,7 @@ def begin(directory: str) -> None:
 
 @functools.cache
 def install() -> None:
-    """Hook the modules that the program has imported or will import.
+    """Install the hooks of the table HOOKS: now for modules that are imported already, else after their import.
 
     The hooks do nothing until this process is a rank.
     """

@@ -5,7 +5,7 @@
     worker.py   the hooks of a worker, which is a rank; they record phases, steps and layers
     harmless.py a ``with`` block that catches exceptions of the recorder, so that they do not reach the server
     habits.py   the schedule that a rank declares: the collectives that its earlier executions of the model issued
-    progress.py the phase, step and learned schedules of a worker; the compiled hook reads them too
+    progress.py the phase, step and learned schedules of a worker; the step agreement's hook in C reads them, too
     exchange.py the hook of dispatch and combine
     dynamo.py   whether torch.compile traces a hook, which then does nothing
     qualified.py  corrects a verdict by what the engines were doing

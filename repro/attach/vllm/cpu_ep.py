@@ -17,7 +17,10 @@ from typing import Any
 
 
 def register() -> None:
-    """Run the entry point `hmr_cpu_ep`. vLLM calls this in each of its processes, possibly several times."""
+    """If HMR_CPU_EP=1 and this is vLLM's CPU build, add expert parallelism to it.
+
+    This is the entry point `hmr_cpu_ep`. vLLM calls it in each of its processes, possibly several times.
+    """
     if os.environ.get("HMR_CPU_EP") != "1":
         return
     from vllm.platforms import current_platform
@@ -44,12 +47,13 @@ def _install() -> None:
 
 
 def all_gatherv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[int] | None = None) -> Any:
-    """Gather tensors whose lengths differ by rank.
+    """Gather tensors that can have a different number of rows on each rank.
 
-    input_  a tensor, or a list of tensors, of ``sizes[rank]`` rows
+    input_  this rank's tensor, or a list of tensors, each [rows of this rank, …]
+    dim     must be 0, else NotImplementedError is raised
     sizes   the number of rows of each rank of the group; None if all ranks have equally many
 
-    Returns the rows of all ranks in the order of the ranks. For a list of tensors, returns a list.
+    Returns a tensor [rows of all ranks, …] in the order of the ranks; a list of these for a list of tensors.
     """
     import torch
 
@@ -70,8 +74,9 @@ def all_gatherv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[in
 def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[int] | None = None) -> Any:
     """Sum the tensors of all ranks; return those rows of the sum that belong to this rank.
 
-    input_  a tensor with the rows for all ranks, in the order of the ranks
-    sizes   as in ``all_gatherv``
+    input_  a tensor [rows of all ranks, …] in the order of the ranks
+    dim     must be the first dimension, else NotImplementedError is raised
+    sizes   the number of rows of each rank of the group; None if all ranks have equally many
     """
     import torch
 

@@ -1,4 +1,7 @@
-"""The hook of dispatch and combine, in which vLLM's ranks exchange rows. It records each as one collective."""
+"""The hook of dispatch and combine, in which vLLM's ranks exchange rows.
+
+The hook records each dispatch and each combine as one collective.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ def _resolve_exchange(op: str, num_tensors: int, group: Any, *args: Any, **optio
 def _exchange(
     rank: this.Rank, op: str, num_tensors: int, device_group: Any, args: tuple[Any, ...], options: dict[str, Any]
 ) -> Collective:
-    """Return an exchange of rows as a collective. args, options: the arguments of the method."""
+    """Return the collective that is recorded for an exchange of rows. args, options: the hooked method's arguments."""
     rows = args[0] if args else options.get("input_")
     position = num_tensors + 1  # the sizes come after the tensors and dim
     sizes = options.get("sizes", args[position] if len(args) > position else None)

@@ -50,7 +50,7 @@ class Habits:
     def plan(self, kind: Hashable) -> tuple[ScheduleEntry, ...]:
         """Note the kind of the execution that has begun.
 
-        Returns what an execution of this kind issues after the step agreement; () if that is not known.
+        Returns the collectives that such an execution issues after the step agreement; () if they are not known.
         """
         plan, self._progress.expected = self._progress.plans.get(kind, ((), None))
         self._progress.kind = kind  # after the line above, which raises a TypeError if the kind has no hash

@@ -16,14 +16,17 @@ FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 
 
 def qualified(verdict: Verdict, root: Path) -> Verdict:
-    """Return the verdict, corrected by what the engines did. If no witness shows an engine, return the same verdict.
+    """Return the verdict, corrected by what the engines did.
 
-    A culprit whose engine waits for requests becomes a suspect.
+    A culprit whose engine waits for requests becomes a suspect. If all engines wait for requests, the verdict becomes
+    `inconclusive`.
 
     If culprits are named because they departed from their schedules, the confidence becomes `likely` instead of
     `certain`: vLLM declares no schedule, so the recorder learned the schedules from earlier steps, and the new order of
     collectives can be right. The confidence stays `certain` if the engine of each culprit counted an execution that it
     did not request.
+
+    If the verdict is `clean`, or if no witness shows an engine, the verdict is returned as it is.
 
     root: the folder of the job, which has the witnesses
     """

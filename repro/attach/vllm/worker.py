@@ -237,10 +237,10 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _agreed_key(rows: Any) -> tuple[Any, ...]:
-    """Return the microbatches and the graph mode of a step, which decide its schedule.
+    """Return (microbatches, graph mode) of a step, which decide its schedule: each is the smallest value of any rank.
 
-    rows: the result of the step agreement, int32[4, ranks]. For another number of rows, or a tensor on a GPU, the
-    result is (). The compiled hook reads the rows in the same way.
+    rows: the result of the step agreement, int32[4, ranks]. For another number of rows, or for a tensor on a GPU, this
+    function returns (). The compiled hook reads the rows in the same way.
     """
     if not rows.is_cpu or len(rows) != 4:
         return ()

@@ -51,7 +51,10 @@ def is_supported() -> bool:
 
 
 def path() -> Path:
-    """Return the path of the library for this interpreter. Its name has a digest of the sources and the flags."""
+    """Return the path of the library for this interpreter, whether it exists or not.
+
+    The file name has a digest of the sources and the compiler flags, so changed sources give another library.
+    """
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for name in SOURCES:
         digest.update((_HERE / name).read_bytes())
@@ -92,7 +95,7 @@ def load() -> Any:
     """Return the library as a module; None if this process must record in Python.
 
     It records in Python with HMR_RECORD_PURE=1, and if `is_supported` returns False. It also does so if the library
-    does not exist, cannot be loaded, or belongs to another user.
+    does not exist, cannot be loaded, or belongs to a user other than root and the user of this process.
     """
     if os.environ.get("HMR_RECORD_PURE") == "1" or not is_supported():
         return None

@@ -1,4 +1,4 @@
-/* The groups and the calls of a witness: repro.trace.recording.calls.Group and Call. */
+/* The groups and the calls of a witness, as repro.trace.recording.calls has them in Python: Group and Call. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

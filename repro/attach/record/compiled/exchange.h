@@ -1,7 +1,7 @@
-/* The hook of a method that exchanges rows between ranks, whatever collectives it uses: vLLM's all_gatherv.
+/* The hook of a method that exchanges rows between ranks, for example vLLM's all_gatherv.
  *
  * Such a method belongs to a class of the program: method(self, rows, …, sizes), where sizes has the number of rows of
- * each rank, or is None. It is recorded as one blocking collective.
+ * each rank, or is None. A call is recorded as one blocking collective, whatever collectives the method issues.
  */
 
 #include "works.h"

@@ -1,8 +1,9 @@
 /* The hooks of torch's process groups, for the calls that programs make often.
  *
- * Issue stands for a method of ProcessGroup, Wait for Work.wait. They do what `_recorded` and `_recorded_wait` in
- * collectives.py do, and call these for whatever they do not know: a call of another shape, several tensors, a
- * coalescing block, an option that is missing. Everything that may run Python code comes before the event is written.
+ * An Issue replaces a method of ProcessGroup and does what `_recorded` in collectives.py does. A Wait replaces Work.wait
+ * and does what `_recorded_wait` does. For a call that they cannot read (unusual arguments, several tensors, a coalescing
+ * block, a missing option), they call these two functions. Everything that may run Python code comes before the event is
+ * written, because another thread can record an event while Python code runs.
  */
 
 #include "steps.h"
@@ -162,7 +163,7 @@ static PyObject *spill_all(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args
     Py_RETURN_NONE;
 }
 
-/* within(layer, function, …): call the function with the rest, while this thread runs the layer. */
+/* within(layer, function, …): call function(…), and record `layer` with each collective that it issues. */
 static PyObject *within(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count, PyObject *keywords) {
     if (count < 2 || !PyUnicode_CheckExact(args[0]))
         return PyErr_Format(PyExc_TypeError, "within: a name of a layer and a function are needed");
@@ -170,10 +171,11 @@ static PyObject *within(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
 }
 
 static PyMethodDef functions[] = {
-    {"record", record, METH_VARARGS, "record(whether this process is a recorded rank, its tape or None)"},
-    {"spill", spill_all, METH_NOARGS, "Move each work that is not waited for yet to pending."},
+    {"record", record, METH_VARARGS,
+     "record(recording, tape): set whether this process is a recorded rank, and its tape or None"},
+    {"spill", spill_all, METH_NOARGS, "Move to `pending` all works for which the program has not waited yet."},
     {"within", (PyCFunction)(void (*)(void))within, METH_FASTCALL | METH_KEYWORDS,
-     "within(layer, function, ...): call the function with the rest, while this thread runs the layer"},
+     "within(layer, function, ...): call function(...), and record `layer` with each collective that it issues"},
     {NULL, NULL, 0, NULL},
 };
 

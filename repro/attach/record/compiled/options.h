@@ -1,8 +1,8 @@
 /* The options of a call, as the program set them.
  *
- * To read an option through torch's property takes 0.2 to 0.6 us, longer than to write an event. An Option stands for
- * such a property, and keeps the values that the program sets in the newest object of options. The hook of the call
- * that gets this object need not read them.
+ * Reading an option through torch's property takes 0.2 to 0.6 us, longer than writing an event. So an Option replaces
+ * such a property, and notes the value when the program sets it. The values of one object of options are kept: the
+ * newest. The hook of the call that gets this object uses these values, and does not read the properties.
  */
 
 #include "tape.h"

@@ -1,7 +1,8 @@
-/* Read a call of a process group's method, and recognise it.
+/* Read a call of a process group's method, and find out whether an equal call is already in the memo.
  *
- * A call is recognised by the identity of its method, group, call site, data type and module, and by its root, its
- * reduction, and whether it is asynchronous. `resolve` in collectives.py is asked about each such call once.
+ * Calls are equal if their method, group, call site, data type and module are the same objects, and if they have the
+ * same root, the same reduction, the same phase of the rank, and are both asynchronous or both not. For a call that is
+ * not in the memo, the hook calls `resolve` in collectives.py.
  */
 
 #include "options.h"

@@ -1,9 +1,9 @@
 /* The steps of a vLLM worker, and the hook of its step agreement: the hot path of repro.attach.vllm.worker.
  *
- * A worker whose execution issued what it had declared has nothing to learn. Then the hook begins the next step, and
- * declares the schedule that the worker has learned for the kind of step on which the ranks agree. For any other
- * execution it calls the hook in Python. Python must not run in between: at some depths of the stack each call of a
- * Python function takes 10 us, because CPython maps memory for its frame.
+ * If the worker's last execution issued what the worker had declared, there is nothing to learn. Then this hook begins
+ * the next step, and declares the schedule that the worker has learned for the kind of step on which the ranks agree.
+ * After any other execution, this hook calls the hook in Python. In the usual case no Python function runs, because at
+ * some depths of the stack each call of a Python function takes 10 us: CPython maps memory for its frame.
  */
 
 #include "exchange.h"

@@ -254,7 +254,7 @@ static PyMethodDef tape_methods[] = {
     {"enter", tape_enter_py, METH_VARARGS, "enter(call, asynchronous, vector) -> the number of the call in its group"},
     {"leave", tape_leave_py, METH_VARARGS, "leave(call, seq)"},
     {"wait", tape_wait_py, METH_VARARGS, "wait(call, seq)"},
-    {"vector", tape_vector_py, METH_O, "vector(sizes) -> what `enter` takes for them"},
+    {"vector", tape_vector_py, METH_O, "vector(sizes) -> the argument `vector` of `enter` for these sizes"},
     {"begin_step", tape_begin_step_py, METH_VARARGS, "begin_step(step, schedule, number of live requests)"},
     {"append", tape_append_py, METH_VARARGS, "append(fixed, check, seq)"},
     {NULL, NULL, 0, NULL},

@@ -1,6 +1,7 @@
-/* The works that may be incomplete, until they are waited for.
+/* The works (torch's objects for issued collectives) for which the program has not waited yet.
  *
- * Most are waited for soon. Only those that are not come to `pending`, whose tuples cost more.
+ * The program waits for most works soon: these are only in the array `recent`. The other works move to the dict
+ * `pending`, which takes more time, because it needs a tuple for each work.
  */
 
 #include "read.h"

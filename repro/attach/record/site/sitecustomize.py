@@ -1,6 +1,6 @@
 """Start recording when a Python interpreter starts, if HMR_RECORD is set; then run the environment's sitecustomize.
 
-Python runs the first file with this name on sys.path, which is this file.
+Python runs only the first sitecustomize on sys.path, which is this file. So this file runs the environment's own.
 """
 
 from __future__ import annotations

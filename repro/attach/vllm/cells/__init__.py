@@ -1,4 +1,4 @@
-"""The experiment of vllm#41862: start vLLM in each combination of layout, kernel backends and kernel cache.
+"""The experiment for the issue vllm#41862: start vLLM in each combination of layout, kernel backends and kernel cache.
 
     grid.py        a cell is one start: what varies, in which order, and the command line of vLLM
     machine.py     which cells this machine can start, and why not the others

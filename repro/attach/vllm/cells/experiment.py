@@ -36,8 +36,9 @@ class Settings:
     """What all cells of the experiment share: what is started, and the limits of a start.
 
     program   the program and its arguments before the model: ("vllm", "serve")
+    model     the model's name or path, the argument after these
     flags     flags that all cells share
-    window_s  seconds without an event on any rank after which `collect` examines a server
+    window_s  `collect` examines a server when no rank has recorded an event for this many seconds
     limit_s   a server that is not ready after this many seconds is ended
     needed    number of bytes that must be free on the disk before a start
     """
@@ -50,7 +51,7 @@ class Settings:
     needed: int
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that must be the same in each call on one folder."""
+        """Return program, model and flags, which must be the same each time the experiment runs in one folder."""
         return {"program": list(self.program), "model": self.model, "flags": list(self.flags)}
 
 

@@ -66,7 +66,7 @@ class Cell:
         return layout, self.gdn, self.moe, self.cache
 
     def flags(self) -> list[str]:
-        """Return the flags of `vllm serve` in which the cells differ."""
+        """Return the flags of `vllm serve` that select this cell's number of ranks, layout and backends."""
         size = str(self.ranks)
         if self.layout == TP:
             flags = ["--tensor-parallel-size", size]

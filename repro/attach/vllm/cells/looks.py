@@ -37,9 +37,10 @@ def bundle(run: Path, to: Path) -> str:
 
 
 def _run(words: list[str], limit_s: float) -> tuple[str, str]:
-    """Run a command of `hmr`. Returns its standard output, and the reason if it failed.
+    """Run a command of `hmr`. Returns its standard output, and a text that says why it failed, if it failed.
 
-    The reason is the last line of its standard error, else the exit code, or why the command did not run to its end.
+    This text is why the command did not run to its end, else the last line of its standard error, else its exit code.
+    The text is not empty after a success either, so the caller must find out by other means whether the command failed.
 
     words: the name of the command and its arguments; limit_s: after this many seconds the command is ended
     """

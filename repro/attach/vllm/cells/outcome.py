@@ -56,7 +56,7 @@ class Outcome:
     silent_s  the longest time, in seconds, in which no rank recorded an event
     looked    the verdicts of `collect`, one for each run of `collect`
     cache     the cache folder
-    partial   whether this warm start used the cache of a cold start that was ended before it was ready
+    partial   whether this warm start used the cache of a cold start whose server did not become ready
     bundles   names of the zip files that `bundle` wrote
     reason    why the cell did not run
     notes     what went wrong in the experiment itself
@@ -109,13 +109,17 @@ class Outcome:
 def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silent_s: float, window_s: float) -> Answer:
     """Return the verdict on a start, from the answers of the recorder and of `collect` (``looks``).
 
-    - The server became ready: `slow` if no rank recorded an event for ``window_s`` seconds, else `clean`.
-      ``silent_s`` is the longest time without an event.
+    - The server became ready: `slow` if ``silent_s`` is at least ``window_s``, else `clean`.
     - The server reached the time limit: the last verdict of `collect`, but `slow` instead of `clean`.
-    - Any other state: the verdict of the recorder. If there is none, or if it is `inconclusive`, the last verdict of
-      `collect`. If both verdicts are equal and the recorder names no culprits, the culprits, suspects and sentences
-      are those of `collect`.
-    - No answer: `inconclusive`.
+    - Any other state: the verdict of the recorder. If the recorder gave none, or gave `inconclusive`, the last verdict
+      of `collect`. If both gave the same verdict and the recorder names no culprits, the culprits, suspects and
+      sentences are those of `collect`.
+
+    If there is no such answer, the verdict is `inconclusive`.
+
+    state     how the start ended, one of STATES
+    silent_s  the longest time, in seconds, in which no rank recorded an event
+    window_s  the number of seconds without an event after which `collect` runs
     """
     last = looks[-1] if looks else None
     if state == READY:

@@ -61,8 +61,9 @@ class Server:
             return False
 
     def end(self) -> list[int]:
-        """Send SIGTERM to the server, and END_PATIENCE_S later SIGKILL to its processes that still run.
+        """Send SIGTERM to the server, wait at most END_PATIENCE_S seconds until it has ended, and kill what still runs.
 
+        This includes the processes that the server started, even if the server ended by itself.
         Returns the pids of processes that did not end.
         """
         started = processes.with_descendants(self.pid)

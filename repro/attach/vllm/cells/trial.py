@@ -41,7 +41,7 @@ class Start:
     command      the server's program and its arguments
     environment  the server's environment variables. They set the cache folders; `recorded` adds those of the recorder
     port         the port on which the server listens
-    window_s     seconds without an event on any rank after which `collect` looks at the server
+    window_s     `collect` examines the server when no rank has recorded an event for this many seconds
     limit_s      a server that is not ready after this many seconds is ended
     """
 
@@ -152,9 +152,10 @@ class Trial:
         return f"The server ended with exit code {code} before it was ready: {self._server.last_words()}"
 
     def _tick(self, tails: Sequence[Tail]) -> None:
-        """Check whether the server is ready or has reached its time limit. Run `collect` if the ranks are silent.
+        """Check whether the user interrupted, and whether the server is ready or has reached its time limit.
 
-        The watch calls this several times a second. tails: the readers of the witnesses of all ranks
+        If no rank has recorded an event for ``window_s`` seconds, run `collect`. The watch calls this several times a
+        second. tails: the readers of the witnesses of all ranks
         """
         now_s = time.monotonic()
         if self.interrupted():
@@ -215,7 +216,10 @@ class Trial:
         self.say(f"{self.name}: {text}")
 
     def _bundles(self, record: RunDir) -> tuple[str, ...]:
-        """Pack the recording, and the folder that the last `collect` wrote. Returns the names of the zip files."""
+        """Pack the recording, and the folder that the last `collect` wrote. Returns the names of the zip files.
+
+        If the user interrupted the experiment, pack nothing.
+        """
         if self._state == outcome.INTERRUPTED:
             return ()
         zips = self.folder.parent.parent / "bundles"

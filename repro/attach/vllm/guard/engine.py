@@ -50,7 +50,10 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def begin(engine: Any, config: Any) -> None:
-    """Make the board, and start the guard thread, which watches the other processes. config: vLLM's ParallelConfig."""
+    """Make the board, and start the guard thread, which watches the other processes.
+
+    engine: vLLM's EngineCore in this process; config: vLLM's ParallelConfig
+    """
     global current, guard_thread, _engine, _rank
     per_engine = int(config.world_size)
     _rank, _engine = int(config.data_parallel_rank) * per_engine, engine

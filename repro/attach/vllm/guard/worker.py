@@ -22,7 +22,7 @@ from repro.attach.vllm.guard.meeting.vote import decide
 from repro.attach.vllm.guard.schedule.guard import Guard
 
 DEADLINE_S = 60.0
-"""How many seconds the ranks wait for each other in the start vote (HMR_GUARD_DEADLINE)."""
+"""How many seconds the ranks wait for each other in the start vote, unless HMR_GUARD_DEADLINE is set."""
 
 current: Guard | None = None
 """The guard of this process. None if the process is not a worker, or if the ranks did not agree to be guarded."""

@@ -88,8 +88,8 @@ def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 def counting(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which the engine calls once after each execution.
 
-    The wrapper counts all calls, the calls before which the engine had requested no execution, and the waves. In vLLM,
-    a wave is the time from the first request until no engine has requests.
+    The wrapper counts all calls. It also counts the calls before which the engine had requested no execution, and the
+    waves: a wave ends when this method says that no engine has unfinished requests.
     """
 
     @wraps(original)

@@ -52,7 +52,7 @@ class GuardThread:
     processes  the processes that this process announces to the others: first itself; an engine also announces its front
                end
     expected   the names of all processes of the server
-    exit_code  returns the exit code of a child process; None if the code is not known
+    exit_code  takes the id of a process and returns its exit code; None if it still runs or the code is not known
     guard      the guard of this process if it is a worker, else None
     """
 
@@ -114,8 +114,8 @@ class GuardThread:
     def fail(self, sentence: str) -> None:
         """Announce that an exception ends this process, and stop the ranks that would wait for it.
 
-        If a worker of this engine has ended, announce this instead, because it caused the exception. In the mode
-        ``observe``, do nothing.
+        If this process is an engine and one of its workers has ended, announce the end of the worker instead, because
+        this end caused the exception. In the mode ``observe``, do nothing.
 
         sentence: what to announce about the exception
         """
@@ -165,9 +165,10 @@ class GuardThread:
         """Read the store and check the other processes, once.
 
         - If a rank has refused, begin to stop this process.
-        - If a process has asked for the states of all ranks: a worker posts its rank's state, and refuses if the posted
-          states differ.
-        - If the worker has waited in an execution for more than WAIT_S seconds, it asks for the states of all ranks.
+        - If a process has asked for the states of all ranks, and this process is a worker: post the state of its rank,
+          and refuse if the posted states differ.
+        - If this process is a worker that has waited in an execution for more than WAIT_S seconds, ask for the states
+          of all ranks.
         - If a process has ended without announcing this, or if a host is down, refuse.
 
         Raises torch's DistNetworkError if the store does not answer.
@@ -298,7 +299,7 @@ def _is_gone(error: Exception) -> bool:
 
 
 def front_end_of(rank: int) -> Process:
-    """Return the front end of this process, which is an engine: its parent process started it.
+    """Return the front end that started this engine. Call this in an engine: its front end is the parent process.
 
     rank: the rank of the engine's first worker, by which a message names the front end
     """

@@ -93,7 +93,7 @@ class Peers:
         return process in self._open or process in self._far
 
     def ended(self) -> list[Process]:
-        """Return the processes of this host that have ended."""
+        """Return the watched processes of this host that have ended."""
         return [process for process, descriptor in self._open.items() if _has_ended(process, descriptor)]
 
     def far(self) -> list[str]:
@@ -106,10 +106,10 @@ class Peers:
             self._far[process] = number, self._clock()
 
     def silent(self) -> tuple[Process, float] | None:
-        """Return a process of a host that counts as down, and for how many seconds the host has been silent.
+        """Find another host that is down. Returns a process of this host, and for how many seconds the host is silent.
 
-        A host counts as down if no process on it has changed its heartbeat for SILENT_S seconds. Returns None if there
-        is no such host.
+        A host counts as down if no process on it has changed its heartbeat for SILENT_S seconds. Returns None if no
+        host is down.
         """
         last: dict[str, float] = {}
         for process, (_, since) in self._far.items():

@@ -35,7 +35,7 @@ POLL_S = 0.02
 
 
 class Refused(RuntimeError):
-    """The guard stops this process. The text says which rank did what, and in which layer."""
+    """The guard stops this process. The text says why: for example, which rank issued another collective."""
 
 
 class Stop:
@@ -131,7 +131,9 @@ class Stop:
         self._leave(EXIT_CODE)
 
     def _keep(self, sentence: str, what: str) -> None:
-        """Append the sentence to guard.jsonl in HMR_GUARD_DIR, else in the folder of the recording, if there is one.
+        """Append the sentence to guard.jsonl in the folder HMR_GUARD_DIR, else in the folder HMR_RECORD, the recording.
+
+        If neither variable is set, save nothing.
 
         what: "refused", or "observed" in the mode ``observe``
         """

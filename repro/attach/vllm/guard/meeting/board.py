@@ -71,8 +71,8 @@ class Board:
     def executions(self) -> tuple[int, int]:
         """Return how many executions the engine has requested, and how many it has counted.
 
-        The two numbers are read one after the other, COUNTED first. So if the engine requests and counts an execution
-        in between, the second number still does not exceed the first.
+        COUNTED is read first. In the other order, an execution that the engine requests and counts between the two
+        reads would look as if it had been counted, but not requested.
         """
         counted = self[Field.COUNTED]
         return self[Field.REQUESTED], counted

@@ -9,8 +9,8 @@
     TOPIC/R         the ballot of rank R in the vote TOPIC, see :mod:`vote`
     TOPIC/decision  the decision of this vote
 
-Each thread of the guard has its own connection to the store. If vLLM waits for a key, which can take long, other
-requests over vLLM's connection wait as long.
+Each thread of the guard has its own connection to the store. vLLM's connection cannot be shared: while vLLM waits for
+a key, which can take long, every other request over this connection waits, too.
 """
 
 from __future__ import annotations

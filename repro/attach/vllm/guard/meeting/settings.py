@@ -40,10 +40,14 @@ _AG_RS = f"--all2all-backend {WITH_HOOKS[0]}"
 
 
 def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict[str, Any]:
-    """Return the ballot of this rank in the start vote: its settings, and whether it can be guarded.
+    """Return the ballot of this rank in the start vote, which `judge` reads:
 
-    config: VllmConfig; mode: HMR_GUARD; missing: the essential hooks that this vLLM lacks; has_engine: whether this
-    worker found the board of its engine
+    same     the versions and settings that must be equal on all ranks
+    engine   ``has_engine``: whether this worker found the board of its engine
+    missing  ``missing``: the essential hooks that this vLLM lacks
+    refuses  why the guard does not support the configuration; "" if it does
+
+    config: VllmConfig; mode: the value of HMR_GUARD
     """
     said: dict[str, Any] = {"the plug-in's protocol": PROTOCOL, "HMR_GUARD": mode, "vLLM": _vllm()}
     for path in SETTINGS:

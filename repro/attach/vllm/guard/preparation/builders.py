@@ -71,7 +71,10 @@ BUILDERS = (
 
 
 def chosen(model: Any) -> Iterator[Builder]:
-    """Yield the builders that the model needs, then those that HMR_GUARD_BUILDERS names. Raises BuilderError."""
+    """Yield the builders that the model needs, then those that HMR_GUARD_BUILDERS names. Raises BuilderError.
+
+    model: None if it is not known; then only HMR_GUARD_BUILDERS counts
+    """
     for builder in BUILDERS:
         if model is not None and builder.wanted(model):
             yield builder

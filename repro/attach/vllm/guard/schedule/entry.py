@@ -14,7 +14,10 @@ PRIME = 0x100000001B3
 
 
 class Entry(NamedTuple):
-    """One collective: vLLM's name of the group, the operation, and the layer that issued it ("" outside a layer)."""
+    """One collective: vLLM's name of the group, the operation, and the layer that issued it ("" outside a layer).
+
+    digest: a number of 64 bits that stands for these three
+    """
 
     group: str
     op: str

@@ -44,7 +44,7 @@ class Guard:
     members    the ranks of the DP group that issues C1, in the order of C1's columns
     meeting    the connection to the store for the thread that runs the model
     board      the board of this rank's engine; None if the engine has no board
-    num_ranks  the number of ranks of the server; 0 if these are just ``members``
+    num_ranks  the number of ranks of the server; 0 means the number of ``members``
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Guard:
     # -- the thread that runs the model -------------------------------------------------------------------------------
 
     def begin_execution(self, requested: bool = True) -> None:
-        """Note that the worker begins to run the model. requested: whether the engine requested and counts this run."""
+        """Note that the worker begins an execution. requested: whether the engine requested and counts it."""
         self._num_executions += requested
         self._seen = self.stream.count, self._clock()
         self._executing = True
@@ -98,8 +98,8 @@ class Guard:
     def issue(self, group: str, op: str, call: Callable[[], T]) -> T:
         """Issue a collective by ``call``; return the result of ``call``.
 
-        If the collective is not the next one of the schedule, first wait for the other ranks. If another rank issues
-        another collective in its place, do not issue the collective, and raise Refused.
+        If the collective is not the next one of the schedule, first wait for the other ranks. If one of them issues
+        another collective in place of this one, raise Refused, and do not issue this collective.
         """
         self._admit(entry_of(group, op, self.layer))
         return self._run(call)

@@ -14,14 +14,14 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Post:
-    """The state of one rank.
+    """The state of one rank. An entry is a collective: (group, operation, layer).
 
     first        the number of the first entry in `entries`
     entries      the last entries that the rank has issued
     next         the entry that the rank holds back, because its schedule has another entry in this place; None if the
                  rank holds no entry back
     departed     the number of the last entry that differed from the rank's schedule; -1 if no entry did
-    execution    how many executions of the model the rank has begun
+    execution    how many executions the rank has begun, of those that its engine requested; 0 if unknown
     counted      how many executions the engine had counted when it requested the rank's last execution; -1 if unknown.
                  Normally this is `execution` - 1
     left_out     the number of the first execution that the engine counted but did not request; 0 if there is none

@@ -42,7 +42,7 @@ class Stream:
         If the entry is not the next one, the schedule is dropped until the next agreement. Without a schedule, returns
         False.
 
-        ends: whether this entry is the agreement that ends the step
+        ends: whether this entry is the agreement that ends the step; it is expected after the schedule's last entry
         """
         plan = self._plan
         if plan is None:
@@ -60,7 +60,7 @@ class Stream:
         self.digest = joined(self.digest, entry.digest)
 
     def expected(self) -> int:
-        """Return one digest of all schedules that this rank has learned, one for each kind of step."""
+        """Return a single digest for all schedules that this rank has learned."""
         if self._changes != self._repeated.changes:
             self._changes, self._expected = self._repeated.changes, 0
             for kind, entries in self._repeated.expected():
