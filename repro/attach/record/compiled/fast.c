@@ -1,9 +1,9 @@
 /* The hooks of torch's process groups, for the calls that programs make often.
  *
- * An Issue replaces a method of ProcessGroup and does what `_recorded` in collectives.py does. A Wait replaces Work.wait
- * and does what `_recorded_wait` does. For a call that they cannot read (unusual arguments, several tensors, a coalescing
- * block, a missing option), they call these two functions. Everything that may run Python code comes before the event is
- * written, because another thread can record an event while Python code runs.
+ * An Issue replaces a method of ProcessGroup, and does what `_recorded` in collectives.py does. A Wait replaces
+ * Work.wait, and does what `_recorded_wait` does. For a call that they cannot read (unusual arguments, several tensors,
+ * a coalescing block, a missing option), they call these two functions. All that may run Python code comes before
+ * the event is written, because another thread can record an event while Python code runs.
  */
 
 #include "steps.h"
