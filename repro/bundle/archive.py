@@ -202,7 +202,9 @@ def opened(path: Path) -> Iterator[Path]:
 
 
 def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
-    """Write all files of a folder and their manifest into a zip. Returns the size of the zip in bytes.
+    """Write all files of a folder into a zip, and a MANIFEST.json. Returns the size of the zip in bytes.
+
+    manifest: the content of MANIFEST.json, without the list of files, which is added here
 
     Raises ArchiveError if the zip would be too large for the commands that read bundles, OSError if it cannot be
     written.

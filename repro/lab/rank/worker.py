@@ -186,7 +186,7 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
 
 
 def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
-    """Raise CannotRunHere if this host lacks what the scenario needs, or with NCCL has fewer GPUs than ranks."""
+    """Raise CannotRunHere if this host lacks what the scenario needs, or a GPU for each of its ranks with NCCL."""
     require_model()
     if missing := scenarios.load(settings.scenario).missing(settings):
         raise CannotRunHere(f"{settings.scenario}: {missing}")

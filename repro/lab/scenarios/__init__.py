@@ -92,8 +92,8 @@ class Scenario:
     before     (settings, cache folder of the run) -> None; puts there what an earlier start of the server would leave
     missing    (settings) -> why the scenario cannot run on this machine; "" if it can
     starts     how often the server starts in one run; the cache folder is kept between the starts
-    defaults   the settings in which this scenario differs from the usual defaults, as in config.json; a user's file
-               overrides these settings
+    defaults   the settings whose defaults differ in this scenario, in the form of config.json; a user's file overrides
+               these defaults
     """
 
     name: str
@@ -135,7 +135,7 @@ def names() -> list[str]:
 def load(name: str) -> Scenario:
     """Return the scenario with this name. config1, config2 and tp8 (`repro.lab.configurations`) are scenarios, too.
 
-    Raises ConfigError for an unknown name; the error suggests the most similar name.
+    Raises ConfigError for an unknown name; the error suggests a similar name, or lists the known names.
     """
     if name not in names():
         from repro.lab.configurations import CONFIGURATIONS  # imported here, because it imports this module

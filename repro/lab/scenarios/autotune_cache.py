@@ -1,10 +1,10 @@
 """A rank that finds its tuning result in a cache skips the all-reduces of tuning: the second start hangs.
 
-Upstream: vLLM issues 57423, 54618 and pull request 57579. Tuning measures several tactics (ways to run a kernel) and
-averages the time of each over the ranks, with one all-reduce per tactic. Only rank 0 saves its result in the cache
-file, and at the next start every rank reads this file. An entry of the file names the experts of the rank that saved
-it, so only rank 0 finds an entry for its experts. Rank 0 skips all timings and goes on to the next collective, while
-the other ranks wait for rank 0 in the first timing. The first start, with an empty cache, does not hang.
+Upstream: vLLM issues 57423, 54618 and pull request 57579. Tuning measures several tactics (ways to run a kernel). One
+all-reduce per tactic averages its time over the ranks. Only rank 0 saves its result in the cache file, and at the next
+start every rank reads this file. An entry of the file names the experts of the rank that saved the entry, so only rank
+0 finds an entry for its experts. Rank 0 skips all timings and goes on to the next collective, while the other ranks
+wait for rank 0 in the first timing. The first start, with an empty cache, does not hang.
 
 The run starts the server twice in the same ranks, with one cache folder.
 

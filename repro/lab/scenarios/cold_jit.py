@@ -33,7 +33,10 @@ JIT = {"gdn_prefill_backend": "jit", "moe_backend": "jit"}
 
 @dataclasses.dataclass(frozen=True)
 class BuildAtFirstUse(KernelBuilds):
-    """The fault: a kernel is built when a layer first needs it, under the extension loader's own lock."""
+    """The fault: a kernel is built when a layer first needs it, under the extension loader's own lock.
+
+    rank   the rank that has this policy; it has its own cache if the run's kernel cache is split
+    """
 
     settings: RunSettings
     rank: int
@@ -54,6 +57,8 @@ class BuildEarly(KernelBuilds):
 
     The engine's own policy has one cache for all ranks. If the run's kernel cache is split, this policy uses a cache
     for each rank.
+
+    rank   the rank that has this policy
     """
 
     settings: RunSettings

@@ -31,7 +31,10 @@ LIKELY_S = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class CompileAtFirstUse(Compilation):
-    """The fault: only one rank compiles. This rank compiles each part of the model when it first uses this part."""
+    """The fault: only one rank compiles. This rank compiles each part of the model when it first uses this part.
+
+    rank   the rank that compiles
+    """
 
     rank: int
 

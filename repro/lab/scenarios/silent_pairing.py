@@ -5,8 +5,8 @@ Nothing hangs, but the numbers are wrong.
 Upstream: NCCL issue 1417 asks why mismatched all-reduces hang in some cases, and return wrong numbers in other cases.
 Under tensor parallelism a step is a sequence of all-reduces of one shape in one group. A rank that issues one
 all-reduce too many does not hang. For the rest of the run, each all-reduce adds this rank's output of one layer to the
-other ranks' output of the next layer. Here one rank has a fused all-reduce that does not support a batch of one row: it
-fails after it has summed. The plain all-reduce, which the rank then issues instead, sums the result again.
+other ranks' output of the next layer. Here one rank has a fused all-reduce that does not support a batch of one row:
+this all-reduce fails after it has summed. The rank then issues the plain all-reduce, which sums the result again.
 
 The fix: choose between the fused and the plain all-reduce before anything is sent. With `--checks agree`, a rank
 refuses the extra all-reduce, because it is not the next entry of the schedule. With `--checks strict`, the ranks also

@@ -22,7 +22,7 @@ def confirm(path: Path, num_ranks: int) -> str:
 
 
 def run_within(command: list[str], limit_s: float) -> tuple[int | None, str]:
-    """Run a program. Returns its exit code (None if it did not end within ``limit_s``) and its standard output.
+    """Run a program for at most ``limit_s`` seconds. Returns (exit code, standard output); (None, "") after a timeout.
 
     If the program does not end in time, or the user interrupts, the program and its descendants are killed.
     """
