@@ -1,7 +1,8 @@
 """The exit codes of every command."""
 
 EXPECTED = 0
-"""The expected verdict. Of a job that is not ours (`diagnose`, `collect`, `watch`): any verdict but inconclusive."""
+"""The verdict is the expected one. For a job that is not ours (`diagnose`, `collect`, `watch`), every verdict except
+inconclusive counts as expected."""
 
 UNEXPECTED = 1
 """A verdict other than the expected one."""

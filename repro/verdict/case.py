@@ -20,14 +20,16 @@ from repro.verdict.result import Finding, Verdict
 class Case:
     """Everything that a rule may use to judge one run.
 
-    witnesses      rank -> the rank's witness; damaged witnesses are left out
-    rank_states    rank -> the rank's position, and what the wait-for graph needs to know about the rank
-    ledger         the collectives of all ranks, matched by group and sequence number
-    waits          the wait-for graph
-    quiet_s        seconds from the last event of any rank to the moment that is judged
-    notes          lines to add to the evidence, whatever the verdict is
-    queued         names of the groups whose collectives are recorded as complete when they are queued, as on NCCL
-    now_s          the moment that is judged, in seconds on the clock of the times in ``facts.died``
+    witnesses       rank -> the rank's witness; damaged witnesses are left out
+    rank_states     rank -> the rank's position, and what the wait-for graph needs to know about the rank
+    ledger          the collectives of all ranks, matched by group and sequence number
+    waits           the wait-for graph
+    quiet_s         seconds from the last event of any rank to the moment that is judged
+    quiet_window_s  a hang is reported only if ``quiet_s`` is at least this number of seconds
+    notes           lines to add to the evidence, whatever the verdict is
+    facts           what the operating systems say about the ranks' processes
+    queued          names of the groups whose collectives are recorded as complete when they are queued, as on NCCL
+    now_s           the moment that is judged, in seconds on the same clock as the times in ``facts.died``
     """
 
     witnesses: Mapping[int, Witness]
@@ -59,7 +61,7 @@ class Case:
         )
 
     def all_know(self, aspects: Knows) -> bool:
-        """Whether every witness records these aspects, such as times or layers, so that a rule can use them."""
+        """Whether every witness records these aspects of events, such as times or layers."""
         return all(aspects in witness.knows for witness in self.witnesses.values())
 
     def unknowing(self, ranks: Collection[int], aspects: Knows) -> list[int]:
@@ -79,8 +81,8 @@ class Case:
         """Make a verdict of the class named ``verdict`` from the finding of a rule.
 
         finding   None counts as a finding without cause and culprits
-        more      fields of `Verdict` that replace those of the finding; but lines in ``evidence`` are added before the
-                  evidence of the finding
+        more      fields of `Verdict` that replace those of the finding. Only ``evidence`` does not replace: its lines
+                  come before the evidence of the finding
         """
         finding = finding or Finding()
         positions = tuple(self.rank_states[rank].position for rank in sorted(self.rank_states))

@@ -22,10 +22,10 @@ class VerdictClass:
     final     whether the watcher stops at this class, because no rank can change the verdict any more
     decided   whether the evidence was enough for a verdict
     causes    name of a cause -> how a headline describes the cause; a verdict of this class can also have no cause
-    outside   the events outside the job (INTERRUPT, END) that leave the same evidence as this class. If one of them
-              ended the job, the verdict becomes inconclusive
-    live      whether a run of this class can end normally. Its files then look `clean`, so only a watcher that watched
-              the run while it ran can find this class
+    outside   the events outside the job (INTERRUPT, END) that can leave the same evidence as this class. So if one of
+              them ended the job, the verdict becomes inconclusive
+    live      whether a run of this class can still end normally. The files of such a run look `clean` at its end, so
+              only a watcher that ran at the same time can find this class
     """
 
     name: str

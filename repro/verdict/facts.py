@@ -17,12 +17,12 @@ class Facts:
     excused        why the process cannot make progress, whatever the rank's witness shows: "stopped by a signal"
     lock_holders   (the lock for which the rank waits, pid of the process that holds the lock; 0 if no process holds it)
     cores          how many processors the process and its descendants kept busy since the previous observation
-    starved        for which share of the time since the previous observation the process lacked a processor. This is
-                   the largest of three shares: the time in which its threads could run but got no processor, summed
-                   over the threads; the time that the hypervisor took from the host; the delay of the watcher's sleep
+    starved        for which share of this time the process lacked a processor: the largest of the share in which its
+                   threads could run but got no processor (summed over the threads), the share that the hypervisor took
+                   from the host, and the share by which the watcher's own sleeps were too long
     died           when the watcher (or agent) first noticed that the process had ended, in seconds on one clock for
                    all ranks. Processes whose ends were noticed together have the same time
-    contradicted   what other evidence shows that contradicts the rank's witness
+    contradicted   evidence that contradicts the rank's witness, as text
     unanswered     the evidence (stack, Flight Recorder dump) that the watcher requested and the rank did not write
     """
 
@@ -38,7 +38,7 @@ class Facts:
     def joined(self, others: Facts, clock_ahead_s: float = 0.0) -> Facts:
         """Return these facts together with ``others``, the facts of another host.
 
-        clock_ahead_s   how many seconds the clock of this host is ahead of the other host's clock
+        clock_ahead_s   how many seconds the clock of ``self.died`` is ahead of the clock of ``others.died``
         """
         joined = {each.name: {**getattr(self, each.name), **getattr(others, each.name)} for each in fields(self)}
         joined["died"].update({rank: when_s + clock_ahead_s for rank, when_s in others.died.items()})

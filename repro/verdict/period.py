@@ -15,9 +15,9 @@ MAX_PERIOD = 512
 def period_of(past: Sequence[object]) -> int | None:
     """Return the length of the pattern that repeats at the end of a history of operations; None if there is no pattern.
 
-    If several lengths fit, return the one whose repetitions cover most operations of the history. A length fits if its
-    repetitions cover three things: at least MIN_REPEATS periods, at least MIN_COVERED operations, and at least half of
-    the history. The operations before the repetitions are ignored: they belong to the start of the job.
+    The pattern must repeat at least MIN_REPEATS times, and its repetitions must cover at least MIN_COVERED operations
+    and at least half of the history. If several lengths fit, return the one whose repetitions cover most operations.
+    The operations before the repetitions are ignored: they belong to the start of the job.
 
     past   the operations, oldest first
     """

@@ -29,7 +29,7 @@ class Position:
     state      missing (no witness), hidden (the witness does not show what the rank does), starting, running (outside
                any collective), building (a kernel), locked (waits for a lock), blocked (waits in a collective), done,
                failed or dead
-    layer, group, seq, op, sizes    the collective in which the rank began to wait; empty if the rank has left it
+    layer, group, seq, op, sizes    the collective in which the rank waits, or waited when it ended; otherwise empty
     detail     depends on the state: the lock, the build, the error message, or what the operating system reports
     since_s    for how many seconds the rank has been in this state
     site       where the program called the collective: "file:line function"
@@ -51,7 +51,7 @@ class Position:
     line: str = ""
 
     def words(self) -> str:
-        """Return the position as text without the rank: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
+        """Return the position as text for `say`: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
         where = ", ".join(part for part in (self._when(), self.layer) if part)
         where = f" ({where})" if where else ""
         match self.state:

@@ -26,7 +26,7 @@ class RecorderCheck:
 
     agree          ranks whose dump and witness show the same pending collective
     ahead          ranks whose dump shows a pending collective of the same group with a higher number
-    contradicted   rank -> a line with the pending collectives of the dump, and the different one of the witness
+    contradicted   rank -> a line that names the pending collectives in the dump, and the different one in the witness
     """
 
     agree: list[int] = field(default_factory=list)

@@ -63,8 +63,9 @@ class Watch:
     """Watches one run until there is a verdict. The caller passes in, as functions, what depends on the kind of job.
 
     job_alive     returns whether the job still runs; if not, the watch ends after a short wait
-    compare       compares the results with the reference when all ranks are done. While it returns None (not ready),
-                  the watcher calls it again. The argument is True at the last call, which must return a Comparison
+    compare       compares the results with the reference when all ranks are done. If the results are not ready, it
+                  returns None, and the watcher calls it again later. The argument is True at the last call, which must
+                  return a Comparison
     describe      makes the content of verdict.json from a verdict, with the settings of the run
     read          gets the witnesses (rank -> witness) and returns the witnesses to judge, for example with other names
                   of layers; by default returns them unchanged
@@ -154,7 +155,6 @@ class Watch:
         self._system.note_late((self.host.now_ns() - asleep_ns) / 1e9 - POLL_S)
 
     def _decide(self) -> Verdict | None:
-        """Return the final verdict, or None while the watch must continue."""
         now_ns = self.host.now_ns()
         if self.interrupted():
             self._interrupted = True
@@ -291,8 +291,8 @@ class Watch:
     def _death_is_settled(self, now_ns: int) -> bool:
         """Whether a rank died or failed, or all processes ended, and the other ranks have had time to react.
 
-        They have had time if no event came for DEATH_GRACE_S, or if DEATH_PATIENCE_S have passed since the watcher
-        noticed the death or failure. In this time the other ranks can finish, or record that they lost the rank.
+        They have had time if no event came for DEATH_GRACE_S seconds, or if DEATH_PATIENCE_S seconds have passed since
+        the watcher noticed the end. In this time they can finish, or record that they lost the rank.
         """
         ended = {rank for rank, process in self._running().items() if process is None}
         # a rank of a user's program ends by itself when it is done: this is not a death

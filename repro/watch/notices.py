@@ -81,7 +81,7 @@ class Notices:
 
 
 def _news(verdict: Verdict) -> list[str]:
-    """Return the sentences about the ranks without the times since heartbeats, because these times always change.
+    """Return the sentences about the ranks' positions, without the ages of heartbeats, because these always change.
 
     The watcher prints waits only if this result is not the same as at the last notice.
     """

@@ -51,8 +51,8 @@ class Silences:
         """Remember for how many seconds ranks have waited for the culprits of a `slow` verdict ("awaited ranks").
 
         If all awaited ranks build a kernel, this is the time for which all blocked ranks have waited. Otherwise it is
-        the silence without the time in which the awaited ranks lacked a processor: in that time the machine was busy,
-        and the job itself was not slow.
+        the length of the silence, less the time in which the awaited ranks lacked a processor. That time is subtracted
+        because the machine was busy then, so the job itself was not slow.
 
         In each of these cases, nothing is remembered:
 
@@ -90,8 +90,8 @@ class Silences:
     def _lost_s(self, verdict: Verdict, facts: Facts) -> float:
         """Return for how many seconds of the silence the awaited ranks lacked a processor.
 
-        ``facts.starved`` says for which share of a time span a rank lacked a processor. At the first call, the span is
-        the second half of the quiet window; later, it is the time since the previous call.
+        ``facts.starved`` has the share of the time since the last measurement in which a rank lacked a processor. This
+        share is taken for the whole time since the previous call, or since the silence began.
         """
         silence = self._now.get(verdict.culprits, _Silence())
         if verdict.quiet_s < silence.lasted_s:

@@ -20,13 +20,13 @@ from repro.verdict.evidence.steps import Entry, Issued, Step
 class Deviation:
     """A place where a rank left its declared schedule. An entry is (group, operation, layer).
 
-    kind     extra (a collective too many), skipped, order (issued before an entry that was due first), or mismatch
-             (another operation in place of the entry)
-    index    the place in the schedule, from 0, at which the rank left it
-    entry    the entry that the rank skipped or has not issued yet; for any other deviation, the entry that the rank
-             issued wrongly
-    planned  the entry that was due; None after the end of the schedule
-    issued   the collective that the rank issued instead; None if the step ended without one
+    kind     "extra": the rank issued a collective too many. "skipped": it left entries out. "order": it issued an
+             entry before another entry that was due first. "mismatch": it issued another operation than the one due
+    index    the index in the schedule, from 0, at which the rank left it
+    entry    if "skipped": the entry that the rank left out. If "order": the entry that the rank has not issued yet, or
+             else the entry that it issued too early. Otherwise: the entry that the rank issued wrongly
+    planned  the entry that was due; None if all entries of the schedule had been issued before
+    issued   the collective that the rank issued when ``planned`` was due; None if the step ended without one
     group    the group of ``entry``; None if it is not known
     """
 
@@ -100,11 +100,7 @@ def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviati
 
 
 class _Comparison:
-    """Compares the entries of a declared schedule, ``plan``, with the ``entries`` that the rank issued.
-
-    `align` calls `explain` once for each deviation, and continues after the entries that the explanation covers. So the
-    time grows linearly with the number of entries.
-    """
+    """Compares the entries of a declared schedule, ``plan``, with the ``entries`` that the rank issued."""
 
     def __init__(self, plan: Sequence[Entry], entries: Sequence[Entry]) -> None:
         self._plan, self._entries = plan, entries
@@ -115,8 +111,9 @@ class _Comparison:
     def explain(self, k: int, i: int) -> tuple[str, int]:
         """Explain why the rank issued ``entries[k]`` when ``plan[i]`` was due.
 
-        Return the kind of deviation and the number of plan entries that the deviation covers. The kind is chosen so
-        that as many of the following entries as possible agree with the plan.
+        Return the kind of deviation (see `Deviation`), and how many entries of the plan were left out, replaced or
+        issued in another order. The kind is chosen so that as many of the following entries as possible agree with the
+        plan.
         """
         plan, entry = self._plan, self._entries[k]
         if i == len(plan):
@@ -162,11 +159,12 @@ def unshared_deviations(
 ) -> tuple[list[Deviation], list[Deviation]]:
     """Find, for each rank, its first deviation from step ``since`` on that can explain a hang.
 
-    A deviation that all members of the group made in the same step cannot explain a hang, so neither list has it.
+    A deviation that all members of the group made in the same step cannot explain a hang, and is ignored.
 
-    Return two lists, each with at most one deviation for each rank. They differ in the deviations that all members made
-    together in another step. The first list leaves these deviations out. The second list has them; it is needed only if
-    nothing else explains the hang.
+    Return two lists, each with at most one deviation for each rank:
+
+    - The first list also ignores a deviation if all members made the same deviation together in some other step.
+    - The second list does not ignore such a deviation. It is needed only if nothing else explains the hang.
     """
     by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}
@@ -201,9 +199,9 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Return the ranks that issued the two collectives of an `order` deviation in this same order in an earlier step.
+    """Return the ranks that made the same `order` deviation (two collectives in the wrong order) in an earlier step.
 
-    In the earlier step this order caused no hang. The evidence of a verdict mentions this.
+    The earlier step did not hang, although the order was wrong. The evidence of the verdict mentions this.
     """
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []

@@ -15,7 +15,7 @@ from repro.verdict.evidence.position import GroupKey, RankState
 from repro.verdict.result import list_ranks
 
 AMBIGUOUS = -1
-NodeKey = tuple[str, GroupKey | tuple[str, str], int]  # ("collective", group, seq) or ("lock", (host, name), 0)
+NodeKey = tuple[str, GroupKey | tuple[str, str], int]
 
 
 SENT_BY_ONE = ("broadcast", "scatter")
@@ -24,20 +24,33 @@ SENT_BY_ONE = ("broadcast", "scatter")
 
 @dataclass(slots=True)
 class Node:
-    """A node of the wait-for graph: one collective or lock, the ranks that wait in it, and what the other ranks did."""
+    """A node of the wait-for graph: one collective or lock, the ranks that wait in it, and what the other ranks did.
+
+    key            ("collective", group, sequence number) or ("lock", (host, name of the lock), 0)
+    name           the node as text: "dp all_reduce #41", "lock experts"
+    ranks          the ranks that wait in the collective or lock
+    waits_for      the ranks that must act before those in ``ranks`` can continue
+    returned       members that have completed this collective or a later one
+    cannot_return  ranks that entered the collective or got the lock, and that are dead, failed or suspended
+    unknown        members whose witness does not show whether they have issued the collective
+    differs        "mismatch" or "sizes" if members issued this collective, or an earlier one of the group, with
+                   different arguments
+    differs_at     the sequence number of the collective with different arguments
+    outside        if no rank holds the lock: pid of its holder, -1 if unknown, 0 if no process; otherwise None
+    named          pid of the lock's holder as the waiting ranks recorded it; -1 if they did not record the same pid
+    """
 
     key: NodeKey
     name: str
     ranks: list[int] = field(default_factory=list)
-    waits_for: set[int] = field(default_factory=set)  # ranks that must act before those in `ranks` can continue
-    returned: set[int] = field(default_factory=set)  # members that have completed this collective or a later one
-    cannot_return: set[int] = field(default_factory=set)  # members that entered it, and are dead, failed or stopped
-    unknown: set[int] = field(default_factory=set)  # members whose witness does not show whether they have issued it
-    # "mismatch" or "sizes" if members issued this collective, or an earlier one, with different arguments
+    waits_for: set[int] = field(default_factory=set)
+    returned: set[int] = field(default_factory=set)
+    cannot_return: set[int] = field(default_factory=set)
+    unknown: set[int] = field(default_factory=set)
     differs: str = ""
-    differs_at: int = 0  # the sequence number of the collective with different arguments
-    outside: int | None = None  # if no rank holds the lock: pid of its holder, -1 if unknown, 0 if no process
-    named: int = -1  # pid of the lock holder as the waiting ranks recorded it
+    differs_at: int = 0
+    outside: int | None = None
+    named: int = -1
 
     def __str__(self) -> str:
         return f"{self.name} ({list_ranks(self.ranks)})"
@@ -67,7 +80,7 @@ class Waits:
     nodes          all nodes by key
     at             rank -> the node in which the rank waits
     cycle          the nodes of one cycle of waits; [] if there is none
-    ends           state -> the ranks in this state for which others wait, and which do not wait themselves
+    ends           state -> the ranks in this state for which other ranks wait, but which do not wait themselves
     outsiders      the nodes of locks that no rank holds: another process, an unknown process or no process holds them
     attended       the nodes of collectives that can end (`Node.is_complete`), and that no member has completed
     left_by_some   the nodes of collectives that can end, and that some members have completed
@@ -204,7 +217,6 @@ def _lock_edges(
 
 
 def _cycle_of(nodes: Sequence[Node], at: Mapping[int, Node]) -> list[Node]:
-    """Return the nodes of one cycle of waits; [] if there is none. at: rank -> the node in which the rank waits"""
     # id() stands for a node, because to hash the node's key takes long for a large group
     places = {id(node): place for place, node in enumerate(nodes)}
     waits_for = {

@@ -36,9 +36,9 @@ class CallVariant(NamedTuple):
     """One of the different calls that members of a group issued under one sequence number.
 
     ranks   the ranks that issued this call
-    left    the ranks that also completed the call
+    left    those of ``ranks`` that also completed the collective
     site    the call site on one of these ranks
-    t_ns    when the first rank issued the call
+    t_ns    when the first of ``ranks`` issued the call, in ns on the clock of its host
     """
 
     call: Call
@@ -178,7 +178,7 @@ def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> No
 
 
 class Row(NamedTuple):
-    """The call site of a recorded call (its index in the witness's strings), and the time of the call."""
+    """The call site of a collective (as an index into the witness's strings), and the time when it was issued."""
 
     site: int
     t_ns: int
@@ -187,11 +187,10 @@ class Row(NamedTuple):
 def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> Iterator[tuple[GroupKey, int, Row, Call]]:
     """Yield (group, sequence number, call site and time, call) of each collective that a rank issued, oldest first.
 
-    A witness also keeps the last collective of each group outside its ring of events, in the slot of the group. If the
-    event of this collective is already overwritten in the ring, the collective from the slot is yielded before all
-    others.
+    Exception: if the event of the last collective of a group is already overwritten, this collective is yielded before
+    all others. It is read from the part of the witness that keeps the last collective of each group.
 
-    only, number   if given: yield only the collectives of this group with this number
+    only, number   if ``only`` is given: yield only the collectives of this group with this sequence number
     """
     keys = [(group.name, group.members) for group in witness.groups]
     for group, key in zip(witness.groups, keys, strict=True):
@@ -245,6 +244,8 @@ def difference(a: Call, b: Call) -> str:
     "sizes"      operation, type, reduction and root are equal, but sizes differ
     "place"      only layer or step differ
     ""           nothing differs
+
+    A field that a witness does not record counts as equal. Of sends and receives, only type and sizes are compared.
     """
     if is_transfer(a.signature) and is_transfer(b.signature):
         if _differ(a.signature.dtype, b.signature.dtype):
@@ -266,6 +267,6 @@ def _differ(one: str | int, other: str | int) -> bool:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """Return the greatest difference between the first call of `sides` and the others: a result of `difference`."""
+    """Compare the first call of ``sides`` with each other call; return the greatest result of `difference`."""
     kinds = {difference(sides[0].call, side.call) for side in sides[1:]}
     return next((kind for kind in ("mismatch", "sizes", "place") if kind in kinds), "")

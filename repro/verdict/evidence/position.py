@@ -17,23 +17,36 @@ GroupKey = tuple[str, tuple[int, ...]]  # name and members: two groups may have 
 
 @dataclass(slots=True)
 class RankState:
-    """The position of one rank, and what the wait-for graph needs to know about this rank."""
+    """The position of one rank, and what the wait-for graph needs to know about this rank.
+
+    group        the group of the collective in which the rank is blocked; None if it is blocked in none
+    lock         the lock for which the rank waits; "" if it waits for none
+    lock_holder  pid of the process that held this lock, as the rank recorded it; -1 if not known
+    holds        the locks that the rank holds
+    issued       group -> number of the last collective that the rank issued in this group
+    left         group -> number of the last collective that the rank completed in this group
+    seen         whether the witness is complete, and shows which collectives the rank issued and completed
+    compares     whether ``seen`` is true, and the witness also shows the arguments of the collectives
+    is_gone      whether the rank's process has ended
+    beat         the name in the rank's last heartbeat
+    beat_s       age of this heartbeat in seconds; None if it is older than the present state of the rank
+    """
 
     position: Position
-    group: GroupKey | None = None  # the group of the collective that the rank is blocked in
-    lock: str = ""  # the lock that the rank waits for
-    lock_holder: int = -1  # pid of the holder that the rank recorded
-    holds: set[str] = field(default_factory=set)  # the locks that the rank holds
-    issued: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective issued in each group
-    left: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective completed in each group
+    group: GroupKey | None = None
+    lock: str = ""
+    lock_holder: int = -1
+    holds: set[str] = field(default_factory=set)
+    issued: dict[GroupKey, int] = field(default_factory=dict)
+    left: dict[GroupKey, int] = field(default_factory=dict)
     host: str = ""
     pid: int = 0
     witness: Witness | None = None
-    seen: bool = False  # the witness is present and complete, and shows which collectives the rank issued and completed
-    compares: bool = False  # as `seen`, and the witness also shows the arguments of the collectives
-    is_gone: bool = False  # the rank's process has ended
-    beat: str = ""  # the name in the rank's last heartbeat
-    beat_s: float | None = None  # age of the heartbeat; None if it is older than the present state
+    seen: bool = False
+    compares: bool = False
+    is_gone: bool = False
+    beat: str = ""
+    beat_s: float | None = None
     _pending: set[tuple[GroupKey, int]] | None = None  # collectives whose wait has not ended; filled on first use
 
     def line(self, n: int) -> str:
@@ -75,9 +88,10 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """Return the state of the rank, or "hidden" if its witness does not show all collectives of the rank.
+        """Return the state of the rank; but "hidden" if its witness does not show all of its collectives.
 
-        The wait-for graph uses this state for a rank for which other ranks wait.
+        A rank that is dead, failed or missing keeps this state. The wait-for graph uses the result for a rank for which
+        other ranks wait.
         """
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
@@ -213,9 +227,9 @@ def _blocked_in(witness: Witness) -> Event | None:
 
 
 def _waits_since(witness: Witness) -> int:
-    """Return when the rank began to wait for its lock, in ns.
+    """Return when the rank began to wait for the lock for which it waits now, in ns.
 
-    If the lock's holder changes, the rank records the wait again, so the last record may be later than the beginning.
+    This can be earlier than its last event: the rank records the wait again each time when the lock's holder changes.
     """
     since_ns, last = witness.last_event_ns(), witness.last
     for index in range(len(witness.column("kind")) - 1, -1, -1):
@@ -241,13 +255,13 @@ def _issue_of(witness: Witness, event: Event) -> Event:
 def clocks(
     witnesses: Mapping[int, Witness], now_ns: int | Mapping[int, int], home: Identity | None = None
 ) -> tuple[dict[int, int], list[str]]:
-    """Return, for each rank, the judged moment on the monotonic clock of the rank's host; and lines of evidence.
+    """Return the judged moment as a dict from rank to ns on the monotonic clock of its host; and lines of evidence.
 
     now_ns   the judged moment: one time on the clock of one host, or rank -> the time on the clock of the rank's host
     home     if ``now_ns`` is one time: a process on the host that measured it; default: the process of the lowest rank
 
-    If ``now_ns`` is one time, it is converted to the clocks of other hosts by means of the wall clocks. The result is
-    wrong by as much as the wall clocks differ. A line of evidence says that times were converted.
+    If ``now_ns`` is one time, it is converted to the monotonic clocks of the other hosts by means of the hosts' wall
+    clocks. The result is wrong by as much as the wall clocks differ. A line of evidence says so.
     """
     if isinstance(now_ns, Mapping):
         return {rank: now_ns[rank] for rank in witnesses}, []

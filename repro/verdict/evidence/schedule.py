@@ -16,13 +16,16 @@ from repro.verdict.evidence.steps import Entry, Step
 def plans_of(
     key: GroupKey, witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]]:
-    """Return, for each (step, part of the schedule), a dict from each declared schedule to the ranks that declared it.
+    """Return the schedules that the members of a group declared: {(step, part): {schedule: ranks that declared it}}.
 
-    A rank declares the schedule of a step in parts: the second part depends on the result of the step agreement.
+    A rank declares the schedule of a step in parts, because the second part depends on the step agreement. The parts
+    are numbered from 0.
 
-    The returned schedules are those of the members of the group ``key``. They have only the entries that must be equal
-    on all members, which are the entries of groups to which all members belong. They have no sends and receives,
-    because sender and receiver declare different entries.
+    The returned schedules have only the entries that must be equal on all members of the group: the entries of groups
+    to which all these members belong. Sends and receives are left out, because sender and receiver declare different
+    entries.
+
+    key   (name, members) of the group
     """
     members = set(key[1])
     plans: dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]] = {}
@@ -40,8 +43,9 @@ class ScheduleDivergence:
     """The first step for which members of a group declared different schedules.
 
     part     number of the part of the schedule that differs, from 0; a rank declares the schedule of a step in parts
+    group    (name, members) of the group
     sides    each declared schedule -> the ranks that declared it
-    places   rank -> the index, in the rank's schedule of the whole step, of the first entry that can differ
+    places   rank -> the earliest place of the difference, as an index in the rank's schedule of the whole step
     """
 
     step: int
@@ -51,9 +55,9 @@ class ScheduleDivergence:
     places: Mapping[int, int]
 
     def comes_after(self, deviation: Deviation) -> bool:
-        """Whether the schedules differ only after the place where a rank left its schedule (``deviation``).
+        """Whether the place where the schedules differ comes after the place of ``deviation`` in the rank's schedule.
 
-        If the schedules differ already before that place, the deviation cannot be the cause of the difference.
+        If it does not, the deviation cannot be the cause of the difference.
         """
         place = self.places.get(deviation.rank, deviation.index + 1)
         return (deviation.step, deviation.index) < (self.step, place)
@@ -64,7 +68,7 @@ def first_schedule_divergence(
 ) -> ScheduleDivergence | None:
     """Find the first step, from ``since`` on, for which members of a group declared different schedules.
 
-    If the schedules of several groups differ in this step, take the largest group. Return None if no schedules differ.
+    If this is so for several groups, take the largest group. Return None if no schedules differ.
     """
     differing = [
         (at, key, sides)

@@ -112,9 +112,9 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
-    """Return the sequence of collectives that every rank issued in every step before step ``before``.
+    """Return the sequence of collectives that every rank issued in every ended step with a number below ``before``.
 
-    Return () if these sequences are not all equal, or if a rank has fewer than two such steps.
+    Return () if the steps do not all have the same sequence, or if a rank has fewer than two such steps.
     """
     habits: set[tuple[Entry, ...]] = set()
     for steps in all_steps.values():

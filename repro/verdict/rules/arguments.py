@@ -55,10 +55,12 @@ def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Replace the cause `sizes` of a finding: the calls are for different layers or steps, so their sizes may differ.
+    """Replace the cause `sizes` of a finding, because calls for different layers or steps may rightly differ in size.
 
-    Let n be the sequence number of the calls. The new cause is `order` if all ranks that issued one of the calls under
-    n then issued, under n + 1, a call that other ranks had issued under n. Otherwise no cause is known.
+    The new cause is `order` if all ranks that issued one of the calls issued, as the next collective of the group, a
+    call that other ranks issued under the sequence number of ``divergence``. Otherwise no cause is known.
+
+    divergence   (group, sequence number, the different calls)
     """
     key, seq, sides = divergence
     finding.cause = ""
@@ -82,9 +84,8 @@ def _call(call: Call) -> str:
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
     """Find the ranks that passed a wrong size for another rank. A call has one size for each member of the group.
 
-    An example: the size that rank 0 passed for rank 1 is wrong if rank 1 itself passed a different size, and all
-    remaining members passed the same size as rank 1. They know this size only from the step agreement, so rank 0 did
-    not use the agreed size. But if rank 1 alone differs in its own size, no rank is returned: rank 1 can be right.
+    An example: the size that rank 0 passed for rank 1 is wrong if rank 1 and all remaining members passed another size
+    for rank 1. But if only rank 1 differs in the size for itself, no rank is returned, because rank 1 can be right.
     """
     members = key[1]
     vector = {rank: side.call.sizes for side in sides for rank in side.ranks}
@@ -108,9 +109,11 @@ def _changed(
 ) -> tuple[int, ...]:
     """Find the ranks that did not pass the arguments that all members had passed to this collective before.
 
-    Calls of the same layer and operation count as this collective. Return () if the ranks now issued calls of several
-    layers or operations, if members passed different arguments before, if a member issued the collective less than
-    twice before, or if all ranks changed the arguments.
+    The earlier calls of the same layer and operation are compared. Return () in each of these cases:
+
+    - The present calls are of several layers or operations.
+    - The earlier calls had different arguments, or a member issued fewer than two of them.
+    - All ranks changed the arguments.
     """
     layer = {side.call.signature.layer for side in sides}
     ops = {side.call.signature.op for side in sides}

@@ -199,10 +199,10 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find the ranks whose witness does not show the arguments of a collective that a dead rank had not completed.
+    """Find ranks whose witness does not show arguments, if a difference in arguments may have caused a death.
 
-    These arguments may have differed, and the difference may have caused the death. If the witness of a dead rank does
-    not show arguments, return all ranks whose witness does not.
+    These are members of a group in which a dead rank had not completed a collective. But if the witness of a dead rank
+    does not show arguments, they are all ranks whose witness does not show them.
     """
     unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.compares}
     if unseen & set(dead):

@@ -16,10 +16,10 @@ from repro.verdict.result import Finding, name_ranks, shorten
 def deviation_finding(
     deviations: Sequence[Deviation], rank_states: Mapping[int, RankState], all_steps: Mapping[int, Sequence[Step]]
 ) -> Finding | None:
-    """Name the ranks that left their declared schedule first as culprits.
+    """Name as culprits the ranks that were the first to leave their declared schedules.
 
-    If it is not certain which rank was first, all ranks that left their schedules are suspects. Return None if no rank
-    left its schedule, or if all members of the group left their schedules in the same way.
+    If it is not certain which ranks were first, all ranks that left their schedules are suspects. Return None if no
+    rank left its schedule, or if all members of the group left their schedules in the same way.
     """
     if not deviations:
         return None
@@ -140,10 +140,9 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 def _conforming(
     deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
-    """Return the other sides of the first divergence, in the form of verdict.json.
+    """Return the sides of the first divergence that have no culprits, in the form of verdict.json.
 
-    A side is a place (collective, step and call site), with the members of the group that are there and are no
-    culprits.
+    A side is a place (collective, step and call site), with the members of the group that are there.
     """
     members = set(deviation.group[1]) if deviation.group else set(rank_states)
     return places([rank_states[rank] for rank in sorted(members - set(culprits)) if rank in rank_states])

@@ -120,7 +120,10 @@ def _rhythm(issued: Sequence[Event]) -> tuple[bool, _Break | None]:
 
 
 def _comes_after(witness: Witness, left: _Break, until: tuple[GroupKey, int]) -> bool:
-    """Whether the operation with which the rank left its pattern follows ``until`` in the same group."""
+    """Whether the operation with which the rank left its pattern is a later one of the same group than ``until``.
+
+    until   (group, sequence number)
+    """
     (name, _), seq = until
     first = left.events[0]
     same = witness.signature(first.sig).group == name

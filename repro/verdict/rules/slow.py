@@ -53,8 +53,8 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 def _only_quiet(case: Case, finding: Finding) -> Finding:
     """Remove each culprit whose state began within the quiet window: it is too early to call this rank slow.
 
-    In a healthy run, too, ranks are outside collectives for short times. A rank that is suspended or starts is not
-    removed. If a witness has no times, turn all culprits into suspects.
+    In a healthy run, too, ranks are outside collectives for short times. A rank that is suspended or that still starts
+    is not removed. If a witness has no times, turn all culprits into suspects.
     """
     if not case.all_know(Knows.TIME):
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"

@@ -13,8 +13,8 @@ from repro.verdict.partial.words import WORKING, call_in, ranks_of, verb
 def judge_absence(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
     """Judge waits in a collective that some members have not queued.
 
-    The verdict is `slow` if the stacks of all these members show that they work; otherwise it is `inconclusive`. Return
-    None if every member has queued what the ranks wait in.
+    The verdict is `slow` if stacks show that all these members work, apart from members that wait themselves. Otherwise
+    it is `inconclusive`. Return None if every member has queued each collective in which a rank waits.
     """
     lacking = [wait for wait in waits if wait.missing]
     if not lacking:

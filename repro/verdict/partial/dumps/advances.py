@@ -17,12 +17,18 @@ LATE_S = 1.0
 
 
 def judge_advance(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge a job whose ranks advanced between their two dumps, if all members queued what ranks now wait in.
+    """Judge a job whose ranks advanced between two dumps of each rank, so that the waits of the earlier dumps ended.
 
     A rank is late if it queued an operation LATE_S seconds or more after the ranks that waited for it in the earlier
     dumps. If there is a late rank, the verdict is `slow` and names it. Otherwise the verdict is `inconclusive`.
 
-    Return None for any other job. Also return None if all times are known, no rank is late, and no rank waits now.
+    Return None in each of these cases:
+
+    - Fewer than two ranks advanced, or a rank that waits now did not advance.
+    - A member has not queued an operation in which a rank waits now, or no dump shows whether it has.
+    - No rank is late, all times are known, and no rank waits now.
+
+    waits   the waits that the later dumps show
     """
     moved = [rank for rank, dump in job.earlier.items() if advanced(dump, job.recorders[rank])]
     waiting = {wait.rank for wait in waits}
@@ -84,10 +90,10 @@ def _times_of(job: JobRecords, group: str, seq: int) -> dict[int, float]:
 def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
     """Return how many seconds a rank queued an operation after the members that waited in it; None if unknown.
 
-    It is compared with the median of the times at which these members queued the operation.
+    The rank's time is compared with the median of the times at which these members queued the operation.
 
-    times   for each rank, when it queued the operation, in seconds
-    wait    the wait that the earlier dumps show. A member waited if the wait does not list it as missing
+    times   rank -> when the rank queued the operation, in seconds
+    wait    a wait in this operation, from the earlier dumps. All members waited, except those in ``wait.missing``
     """
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
     return times[rank] - median(others) if rank in times and others else None

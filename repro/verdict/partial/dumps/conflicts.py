@@ -21,7 +21,10 @@ ELSEWHERE = (
 
 
 def stacks_against_dumps(job: JobRecords) -> list[str]:
-    """Return a sentence for each rank whose stack and dump disagree: only one of both shows an unfinished operation."""
+    """Return sentences on ranks whose stack and dump disagree: only one of the two shows an unfinished operation.
+
+    At most three ranks get a sentence.
+    """
     lines = []
     for rank, stacks in job.main_stacks().items():
         dump = job.recorders.get(rank)

@@ -25,7 +25,7 @@ class Moments:
 
     last      rank -> its newest dump
     earlier   rank -> its oldest dump, if it was taken earlier than the newest one
-    equal     ranks with two equal dumps: the rank did not advance, or one dump is a copy of the other
+    equal     ranks with two equal dumps: either the rank did not advance, or one dump is a copy of the other
     remarks   which dumps were left out and why, in sentences
     """
 
@@ -87,8 +87,8 @@ def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
 def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, str]:
     """Return, for each rank whose dump is older than the dumps of other ranks, a sentence that shows this.
 
-    The dump of a rank is older if it ends before an operation that needs all members of a group, although another
-    member has completed this operation.
+    A dump is older if it ends before an operation that another member of the group has completed. Only the operations
+    in NEEDS_ALL show this: no member can complete them before all members have queued them.
     """
     stale: dict[int, str] = {}
     for group, records in groups.items():
@@ -169,7 +169,8 @@ def _same_moment(one: RecorderDump, two: RecorderDump) -> bool:
 def _same_process(before: RecorderDump, after: RecorderDump) -> bool:
     """Whether two dumps can be of the same process.
 
-    Entries that are in both dumps must have equal times, and no group has a lower last number in the later dump.
+    They can if each entry that is in both dumps has the same time in both, and if no group has a lower last sequence
+    number in the later dump than in the earlier dump.
     """
     old = {record.group.name: record.calls.times_by_number() for record in before.groups}
     for record in after.groups:

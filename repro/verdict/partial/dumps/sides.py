@@ -21,7 +21,7 @@ at once, or for an operation that it does not know."""
 def different_arguments(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
     """Judge the earliest difference: members of a group queued different operations or arguments under one number.
 
-    If a member's dump has no arguments, only the names of the operations are compared.
+    If a member's dump has no arguments, only the names of the operations are compared. Return None if nothing differs.
     """
     knows = {rank: dump.knows for rank, dump in job.recorders.items()}
     differences = []
@@ -108,7 +108,7 @@ def _sides(
 ) -> Diagnosis:
     """Make the diagnosis for members of a group that queued different operations under one sequence number.
 
-    is_first   whether it is certain that no earlier operation differed. If this is not certain, there is no culprit
+    is_first   whether it is certain that no earlier operation differed. If it is not, no rank is named as culprit
     """
     shown = replace(group, description=next(iter(records.values())).group.description)
     sides = sorted(sides, key=lambda side: (len(side), side[0][0]))

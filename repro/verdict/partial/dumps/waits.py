@@ -33,8 +33,9 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
     In each group, a rank can have two waits: in its oldest unfinished collective, and in its oldest unfinished send or
     receive.
 
-    If the dump of a member is complete and has no entries of a group, the member has queued nothing in this group. But
-    if the oldest entries of the dump were overwritten, they were possibly of this group: then the member is unseen.
+    If a member's dump has no entries of a group, the member counts as missing, because it has queued nothing in this
+    group. But if the oldest entries of this dump were overwritten, they were possibly of this group. Then the member
+    counts as unseen.
     """
     waits = []
     wrapped = any(dump.wrapped for dump in dumps.values())
@@ -72,9 +73,9 @@ def _transfer_missing(
 
     Also return () if the peer is not known, or recorded nothing in this group.
 
-    The k-th send of a rank to its peer matches the k-th receive of the peer from this rank. So count the sends of the
-    one and the receives of the other. If ``wrapped``, entries are missing and counting is not possible: then any
-    unfinished operation of the peer in the opposite direction counts as the matching one.
+    The k-th send of a rank to its peer matches the k-th receive of the peer from this rank, so both are counted. If
+    ``wrapped``, counting is not possible. Then any unfinished operation of the peer in the opposite direction counts as
+    the matching one.
 
     place     the index of the send or receive in ``record.calls``
     record    what the rank queued in the group; ``records`` has this for each member whose dump has the group

@@ -191,9 +191,9 @@ def _crash(job: JobRecords, first: Failure) -> Diagnosis:
 
 
 def _closed(job: JobRecords, rank: int | None) -> list[str]:
-    """Return a sentence that says in which ranks' NCCL logs the local rank ``rank`` closed its connection.
+    """Return a sentence that says which ranks' NCCL logs report a connection that ``rank`` closed; [] if none does.
 
-    Return [] if no log says so.
+    These logs contain local ranks, so ``rank`` is compared with a local rank.
     """
     notes = [
         record for record in job.notes if record.kind == "local rank" and rank is not None and record.value == str(rank)

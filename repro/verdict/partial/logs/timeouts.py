@@ -94,9 +94,9 @@ def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
 
 
 def _waits_elsewhere(job: JobRecords, rank: int) -> bool:
-    """Whether a gloo error in the log of a rank, or one of its stacks, shows that the rank waits in a collective.
+    """Whether a rank that has not queued the timed-out collective waits in another collective.
 
-    The rank has not queued the collective that timed out. So it waits in another one.
+    A gloo error in the log of the rank, or one of its stacks, shows this.
     """
     return any(record.seen_by.rank == rank and record.text.startswith("gloo") for record in job.left) or any(
         stack.activity == "collective" for stack in job.main_stacks().get(rank, [])

@@ -97,7 +97,7 @@ def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | No
     """Report `deadlock` if ranks wait in different collectives, and each of these collectives needs all ranks.
 
     Then none of these collectives can complete. A collective needs all ranks if its group contains all ranks. Return
-    None if this is not certain.
+    None if it is not certain that the collectives differ and that each needs all ranks.
     """
     sides: dict[Key, list[int]] = {}
     for rank, look in looks.items():
@@ -205,9 +205,9 @@ def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 def _moved(look: RankLook) -> bool:
     """Whether a rank moved on between the two looks, and waited for nothing but other ranks.
 
-    A rank that only polled in one wait has not moved on. A worker of a serving engine waits in every step for the next
-    message of its engine. If one look shows the worker in this wait and another look shows it elsewhere, the worker has
-    moved on.
+    A rank that polled in one wait all the time has not moved on. Exception: a wait for the next message of the engine
+    is part of every step of a serving engine's worker. So a worker that was in this wait at one look, and elsewhere at
+    another look, has moved on.
     """
     activities = {stack.activity for stack in look.stacks}
     elsewhere = activities & set(WAITING) - set(AMONG_RANKS)

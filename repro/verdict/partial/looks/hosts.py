@@ -32,7 +32,10 @@ LATER = "A third look, some seconds later, in which the waiting ranks have moved
 
 
 def judge_hosts(job: JobRecords) -> Diagnosis | None:
-    """Judge the rank for which the others wait, by its process state, processor use, child processes and stacks."""
+    """Judge the rank for which the others wait, by its process state, processor use, child processes and stacks.
+
+    Return None if the looks do not show such a rank.
+    """
     looks = rank_looks(job)
     return (_ended(job, looks) or _stopped(looks) or _builds(looks) or _absent(job, looks)) if looks else None
 

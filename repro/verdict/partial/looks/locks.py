@@ -13,7 +13,9 @@ from repro.verdict.partial.words import ranks_of, verb
 
 
 def judge_lock_files(job: JobRecords) -> Diagnosis | None:
-    """Judge the first lock file for which a rank waits in the last look, if all looks show the same holder of the lock.
+    """Judge the first lock file for which a rank waits in the last look, and which had the same holder in all looks.
+
+    Return None if there is no such lock file.
 
     A look is one observation of the lock files and processes of a host by `hmr collect`.
     """

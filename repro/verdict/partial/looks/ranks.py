@@ -77,7 +77,7 @@ class RankLook:
 
     @property
     def first_thread_cores(self) -> float:
-        """Which share of a processor the main thread used between the first and the last look: 0 to 1."""
+        """Which share of one processor the main thread used between the first and the last look: 0 to 1."""
         if self.apart_s < SHORTEST_S:
             return 0.0
         return max(0.0, self.last.first_thread_cpu_s - self.first.first_thread_cpu_s) / self.apart_s
@@ -91,11 +91,10 @@ class RankLook:
     def still(self) -> bool:
         """Whether the main thread and the child processes of the rank did nothing between the looks.
 
-        Return False if the process probably could run but got no processor, because the machine is too busy. This is
-        so if the process was ready to run in both looks; or if it was ready to run in one look, and its frames differ
-        between the looks. With equal frames, one such look proves nothing, because a waiting process that polls is
-        ready to run now and then.
+        Return False if the process possibly only lacked a processor: it was ready to run in both looks, or it was ready
+        to run in one look and its frames differ between the looks.
         """
+        # with equal frames, one such look proves nothing: a waiting process that polls is ready to run now and then
         num_ready = (self.first.state, self.last.state).count("R")
         if num_ready == 2 or (num_ready and not self.same_frames):
             return False
@@ -173,7 +172,7 @@ def rank_looks(job: JobRecords) -> dict[int, RankLook]:
 
 
 def place_of(stack: Stack) -> str:
-    """Return where a thread is: the innermost frame outside torch, and the next frame in a file of the program."""
+    """Return where a thread is, as text: the innermost frame outside torch, and the next outer frame of the program."""
     own = [frame for frame in stack.frames if "(torch/" not in frame and ".so" not in frame]
     files = [frame for frame in own[1:] if "/" not in frame.rpartition("(")[2]]
     return " < ".join([*own[:1], *files[:1]]) or (stack.frames[0] if stack.frames else "?")
@@ -198,7 +197,7 @@ def call_of(look: RankLook) -> str:
 
 
 def build_lines(look: RankLook) -> list[str]:
-    """Return a sentence for each compiler that the rank runs; and where the rank is, if its stack shows a build."""
+    """Return a sentence for each compiler that the rank runs; and one with its place, if its stack shows a build."""
     lines = [
         f"Rank {look.rank} has had the child process {child.pid} for {child.age_s:.0f} s, with {child.cpu_s:.1f} s of "
         f"processor time: {_short(child)} ({look.last.source})"
@@ -231,5 +230,9 @@ def seconds_between(looks: Sequence[RankLook]) -> float:
 
 
 def wait_row(ranks: Sequence[int], waits_in: str, awaited: Sequence[int], why: str, source: str) -> dict[str, Any]:
-    """Return a row of `Diagnosis.waits`. It has the fields of `repro.verdict.result.Wait` and the source."""
+    """Return a row of `Diagnosis.waits`.
+
+    ranks, waits_in, awaited, why   as in `repro.verdict.result.Wait`
+    source                          the file that shows the wait
+    """
     return {"ranks": list(ranks), "waits_in": waits_in, "for": list(awaited), "why": why, "source": source}

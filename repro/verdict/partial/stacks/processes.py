@@ -52,8 +52,8 @@ def judge_processes(job: JobRecords) -> Diagnosis | None:
 def _asks_early(looks: Mapping[Place, Sequence[Stack]]) -> tuple[int, ...]:
     """Return the ranks whose worker is idle and whose engine asks the other engines whether any rank has requests.
 
-    All engines ask this question together, after a fixed number of model executions. So the question is early if the
-    workers of all other ranks are in a collective, because then their executions have not ended. Otherwise return ().
+    All engines ask this question together, after a fixed number of model executions. If the workers of all other ranks
+    are in a collective, their executions have not ended, so the returned ranks ask too early. Otherwise return ().
     """
     workers = {rank: rows[-1].activity for (role, rank), rows in looks.items() if role == "worker"}
     early = tuple(
