@@ -84,8 +84,8 @@ def _call(call: Call) -> str:
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
     """Find the ranks that passed a wrong size for another rank. A call has one size for each member of the group.
 
-    An example: the size that rank 0 passed for rank 1 is wrong if rank 1 and all remaining members passed another size
-    for rank 1. But if only rank 1 differs in the size for itself, no rank is returned, because rank 1 can be right.
+    An example: the size that rank 0 passed for rank 1 is wrong if rank 1 itself and all remaining members agree on
+    another size. But if rank 1 alone differs in its own size, no rank is returned, because rank 1 can be right.
     """
     members = key[1]
     vector = {rank: side.call.sizes for side in sides for rank in side.ranks}

@@ -199,10 +199,10 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find ranks whose witness does not show arguments, if a difference in arguments may have caused a death.
+    """Find the ranks that possibly caused a death by different arguments, because their witnesses show no arguments.
 
-    These are members of a group in which a dead rank had not completed a collective. But if the witness of a dead rank
-    does not show arguments, they are all ranks whose witness does not show them.
+    These are members of the groups in which a dead rank had not completed a collective. But if the witness of a dead
+    rank itself shows no arguments, return all ranks whose witnesses show none.
     """
     unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.compares}
     if unseen & set(dead):

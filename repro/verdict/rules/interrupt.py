@@ -34,7 +34,7 @@ def interrupted(case: Case, resolution_s: float) -> tuple[int, ...]:
 
 
 def of_interrupt(case: Case, ranks: tuple[int, ...]) -> Finding:
-    """Return a finding without a culprit: which ranks were interrupted, and for which ranks they then waited."""
+    """Return a finding without a culprit: which ranks were interrupted, and for which ranks these waited."""
     finding = Finding(confidence="undecided")
     were = "was" if len(ranks) == 1 else "were"
     finding.evidence.append(

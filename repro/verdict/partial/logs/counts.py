@@ -55,9 +55,9 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
 
 
 def _largest(answer: RasAnswer) -> dict[str, int]:
-    """Return how often each operation was launched, on the rank that launched it most.
+    """Return, for each operation of each communicator, the number of launches on the rank that launched it most.
 
-    A key of the result has the names of a communicator and of one of its operations.
+    The keys are text: the name of the communicator, a space, and the name of the operation.
     """
     result: dict[str, int] = {}
     for communicator in answer.communicators:

@@ -76,7 +76,7 @@ def _transfers(looks: Mapping[int, RankLook]) -> Iterator[tuple[int, int]]:
 
 
 def _matches(looks: Mapping[int, RankLook], rank: int, peer: int) -> bool:
-    """Whether the peer is in the send (receive) that matches the receive (send) in which this rank waits."""
+    """Whether the peer waits in the counterpart of this rank's send or receive: a receive from it, or a send to it."""
     own, other = looks[rank].stack, looks[peer].stack
     if own is None or other is None or other.detail not in TRANSFERS:
         return False
