@@ -1,8 +1,8 @@
 """Convert the config.json of the supported model families to ModelConfig and back.
 
 The known keys are of three kinds: sizes, settings of which only one value is implemented, and keys that do not matter
-for inference. If a config.json has an unknown key, or a value of a setting that is not implemented, it is refused. The
-error names the key.
+for inference. A config.json is refused if it has an unknown key, or a value that is not implemented. The error names
+the key.
 """
 
 from collections.abc import Sequence
@@ -98,8 +98,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
 def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
     """Return the ids of the tokens that end a text: the value of `eos_token_id` in the folder's JSON files.
 
-    Reads generation_config.json first, and config.json only if the first file has no such key. Returns () if neither
-    file has the key.
+    Reads config.json only if generation_config.json does not have this key. Returns () if no file has it.
 
     Raises CheckpointError if the value is neither an id nor a list of ids.
     """
@@ -164,11 +163,11 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _agreed(said: dict[str, Any]) -> Any:
-    """Return the value of a setting that a config can have at several paths; None if no path has a value.
+    """Return the value of a setting that can stand at several paths of a config; None if it stands at none of them.
 
-    said: for each path, the value at this path, or None
+    said: for each path, the value at this path; None if there is none
 
-    Raises ConfigError if two values differ.
+    Raises ConfigError if the values at two paths differ.
     """
     there = [(path, value) for path, value in said.items() if value is not None]
     for path, value in there[1:]:
@@ -238,8 +237,7 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
 def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Return the fields of ModelConfig for the rotary embedding: rope_theta and partial_rotary_factor.
 
-    The keys mrope_* are ignored. They divide the dimensions between the axes of an image, but a text token has the same
-    position on each axis.
+    The keys mrope_* are ignored, because they make a difference only for tokens of images.
     """
     keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     places = {prefix: text}

@@ -1,8 +1,8 @@
 """Copy the tensors of a folder into the parameters of a model, a few rows at a time.
 
 A model can hold only a part of its parameters: some experts of each layer, or the slices in `model.slices`. Then only
-the rows that the model holds are read. If the model holds only some columns of a row, the whole row is read: the
-operating system reads whole memory pages of the mapped file, and these columns mostly take less than one page.
+the rows that the model holds are read. A row is always read as a whole, even if the model holds only some columns of
+it, because the operating system reads the file in whole memory pages.
 
 Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """
@@ -53,12 +53,12 @@ class Piece:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.device | str = "cpu") -> Shards:
-    """Fill all parameters from a folder. The model is not changed until every tensor is found and can be used.
+    """Fill all parameters from a folder. All tensors are checked first; if one is wrong, the model stays unchanged.
 
     device: the device for parameters that are on the meta device
 
-    Returns the `Shards` of the folder. Their `bytes_read` is the number of bytes that were read. Raises
-    CheckpointError, which lists every tensor that is missing, cannot be used or belongs to no part of the model.
+    Returns the `Shards` of the folder, with the number of bytes that were read (`bytes_read`). Raises CheckpointError,
+    which lists every tensor that is missing, cannot be used or belongs to no part of the model.
     """
     shards = folder if isinstance(folder, Shards) else Shards(Path(folder))
     expected = pieces(model, shards)
@@ -79,8 +79,8 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     The number in config.json cannot be trusted. Qwen3-Next has no key for this number. Qwen3.5 has such a key, but
     when transformers saves a model, transformers keeps the key and drops the tensors.
 
-    If there are no such tensors, but the config has an MTP layer, log a warning. Raises CheckpointError if there are
-    tensors for more than one MTP layer.
+    If the config has an MTP layer, but the folder has no tensors for it, log a warning. Raises CheckpointError if the
+    folder has tensors for more than one MTP layer, or for another number than the config says (unless that is 0).
     """
     names = [name for name in shards.names if name.startswith(MTP)]
     if not names:
@@ -182,8 +182,8 @@ _GROUPED = {
 def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> list[Piece]:
     """List the pieces of a GDN layer's projections, for a checkpoint of Qwen3-Next.
 
-    Qwen3-Next stores these projections in blocks of rows. There are two blocks for each key head: [q | k | R v | R z]
-    and [R b | R a].
+    Qwen3-Next stores these projections in two tensors, each with one block of rows for each key head. A block has the
+    rows [q | k | v | z] or [b | a] of this key head and its value heads.
 
     slices: for each projection, the rows that this rank holds
     """
@@ -201,7 +201,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
         """Make the piece that fills the weight of the projection `linear`.
 
         kind   the name of the stored tensor: "in_proj_qkvz" or "in_proj_ba"
-        parts  for each of q, k, v, z, b or a in this weight: the arguments (held, size, offset) of `_in_blocks`
+        parts  the arguments (held, size, offset) of `_in_blocks` for each of q, k, v, z, b and a that the weight has
         """
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
         held = tuple(rows for part in parts for rows in _in_blocks(*part, block))
@@ -219,9 +219,11 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
 def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
     """Convert a range of rows of q (or of k, v, z, b, a) to ranges of rows of the checkpoint's tensor.
 
+    The tensor consists of equal blocks, and each block has some rows of q.
+
     held    the range of rows of q
-    size    number of rows of q in a block of the tensor
-    offset  index in the block of the first row of q
+    size    number of rows of q in each block
+    offset  where these rows begin in the block
     block   number of rows of a block
     """
     start, stop = held
@@ -286,7 +288,9 @@ def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
 
 
 def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
-    """Return what `check` prints about `folder`: family, files, number of tensors, quantisation, skipped tensors.
+    """Return what the command `check` prints about a checkpoint.
+
+    The keys of the dict are family, files, tensors (how many), quantisation, and skipped (tensors that are not loaded).
 
     model: a model that was loaded from this folder
     """

@@ -32,7 +32,7 @@ def save(
     """Write a model into a folder.
 
     family            the model type to save as; None: the type that fits the model's layers
-    max_shard_bytes   largest size of a file in bytes, unless a single tensor is larger
+    max_shard_bytes   largest size of a file in bytes; a tensor that is larger gets a file of its own
 
     Raises CheckpointError if the model does not fit the family or holds only a part of its parameters. Raises OSError
     if a file cannot be written.

@@ -1,8 +1,7 @@
 """Read the tensors of a checkpoint folder, a few rows at a time, with the safetensors library.
 
-The library maps the files into memory. So only the requested rows are read, and the operating system can drop these
-rows from memory. The library also checks the header of a file. If the library refuses a header, the error is one line
-that names the file.
+The library maps the files into memory. So only the requested rows are read, and the operating system can drop them
+from memory again. The library also checks the header of each file.
 """
 
 from collections.abc import Iterable, Iterator
@@ -74,10 +73,10 @@ class Shards:
     def rows(
         self, name: str, index: int | None = None, ranges: Iterable[Range] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield a tensor in blocks of rows on the CPU, each as (index of its first row, block).
+        """Yield a tensor in blocks of rows on the CPU, each as (index of the block's first row, block).
 
-        index    read only the rows of `tensor[index]`, such as one expert of a layer
-        ranges   read only the rows in these ranges, in this order
+        index    yield `tensor[index]` instead of the tensor, such as one expert of a layer
+        ranges   yield only the rows in these ranges, in this order
 
         A block has at most BLOCK_BYTES, or one row if a row is larger. Blocks are views of the file: do not write to
         them.

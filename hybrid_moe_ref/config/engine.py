@@ -19,7 +19,8 @@ class EngineConfig(Config):
     max_num_batched_tokens
                        largest number of tokens of a step. Running requests come first; new prompts get the tokens that
                        are left
-    num_pages          pages of a rank's cache; if they are too few for all requests, the youngest requests wait
+    num_pages          number of pages of a rank's KV cache; if they are too few for all requests, the youngest requests
+                       wait
     protocol           a version of vLLM, "0.20" or "0.33": the ranks exchange the same numbers, in the same steps, as
                        this version does
     unfinished_interval

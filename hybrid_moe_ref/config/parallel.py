@@ -10,10 +10,12 @@ from hybrid_moe_ref.config.model import ModelConfig
 class ParallelConfig(Config):
     """The layout: the number of ranks, and how they share the model.
 
-    dp_size           number of dp ranks; each has its own requests
-    tp_size           number of tp ranks per dp rank, which share heads and intermediate features
-    expert_parallel   True: whole routed experts are distributed over all ranks. False: every dp rank has all experts,
-                      and each of its tp ranks has a part of each expert
+    There are dp_size tp groups of tp_size ranks each.
+
+    dp_size           number of tp groups; each has its own requests
+    tp_size           number of ranks in each tp group, which share heads and intermediate features
+    expert_parallel   True: whole routed experts are distributed over all ranks. False: every tp group has all experts,
+                      and each of its ranks has a part of each expert
     """
 
     dp_size: int = 1
@@ -25,7 +27,7 @@ class ParallelConfig(Config):
 
     @property
     def ep_size(self) -> int:
-        """Return the number of ranks over which whole routed experts are distributed; 1 without `expert_parallel`."""
+        """Return the number of ranks over which whole routed experts are distributed; 1 if not `expert_parallel`."""
         return self.dp_size * self.tp_size if self.expert_parallel else 1
 
     @property

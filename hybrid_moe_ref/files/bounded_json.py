@@ -1,7 +1,7 @@
 """Read JSON from files that other programs can write, with bounds on the size and depth of the JSON.
 
-A few hundred kilobytes of brackets can take gigabytes of memory when they are parsed, so the functions here estimate
-size and depth before they parse.
+A small file can take much memory when it is parsed, for example a file of many brackets. So the functions here estimate
+the memory and the depth before they parse.
 """
 
 import json
@@ -40,7 +40,7 @@ def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
 def parse_json(data: bytes, where: str) -> Any:
     """Parse JSON of bounded depth and size. NaN and numbers beyond the range of a float are refused.
 
-    A single half of a surrogate pair cannot be written to a text file, so it becomes U+FFFD.
+    An unpaired surrogate becomes U+FFFD, because it cannot be written to a text file.
 
     where: the file, for error messages
 
@@ -76,7 +76,7 @@ def _parsed_bytes(data: bytes) -> int:
 def _depth(data: bytes) -> int:
     """Return how deeply lists and mappings are nested.
 
-    To save time, return 0 if there are at most MAX_JSON_DEPTH of them, which cannot be nested too deeply.
+    To save time, return 0 if there are at most MAX_JSON_DEPTH lists and mappings, because the depth is then allowed.
     """
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return 0

@@ -40,7 +40,7 @@ def _partial(path: Path) -> Path:
 
 @contextlib.contextmanager
 def room_for(path: Path, num_bytes: int) -> Iterator[None]:
-    """Reserve disk space for the file that :func:`write_atomically` writes at the end of the ``with`` block.
+    """Reserve disk space for a file that :func:`write_atomically` writes as the last action in the ``with`` block.
 
     Reserves nothing if the disk is already full.
     """

@@ -2,8 +2,9 @@
 
 The query projection also computes the gate.
 
-Shapes: T rows of one part of the batch (see `Part`; in "BT": new tokens of each sequence), B sequences of a group, S
-tokens to attend to, H hidden, Q query heads, K KV heads, D head dim, R half of the rotary dim.
+Shapes: T rows of one part of the batch (see `Part`), H hidden, Q query heads, K KV heads, D head dim, R half of the
+rotary dim. In shapes that begin with BT or BS: B sequences with equally many new tokens, T new tokens of each sequence,
+S tokens that they attend to.
 """
 
 from itertools import zip_longest
@@ -77,7 +78,7 @@ def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, 
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:
-    """Compute causal softmax attention: a query at position s sees the keys at indices up to s."""
+    """Compute causal softmax attention: a query at position p sees the keys 0 to p of its sequence."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSKD, v_BSKD))
     T, S = q.shape[2], k.shape[2]
     if T == S:

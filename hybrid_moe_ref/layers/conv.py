@@ -14,8 +14,8 @@ from hybrid_moe_ref.cache.pasts import StatePast
 class CausalConv(nn.Module):
     """Depthwise causal convolution and SiLU over the rows of several sequences.
 
-    Each sequence continues from its last W - 1 rows, which the cache keeps. Parameters have the names and shapes of
-    `nn.Conv1d`.
+    Each sequence continues from its last `width` - 1 rows, which the cache keeps. Parameters have the same names and
+    shapes as those of `nn.Conv1d`.
     """
 
     def __init__(self, channels: int, width: int, *, bias: bool) -> None:

@@ -35,7 +35,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether a kernel can do the work of the module: it has no hook, and its `forward` is that of its class."""
+    """Whether the module has no hook, and the `forward` of its class. Then a kernel can do the work of the module."""
     have = module.__dict__  # every step does this for every module, and attribute access takes twice as long
     return not (
         have["_forward_hooks"]
@@ -47,5 +47,5 @@ def is_unhooked(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does exactly what `kind` does: it is not replaced, changed or hooked."""
+    """Whether the module does exactly what `kind` does: its class is `kind` itself, and nobody changed or hooked it."""
     return type(module) is kind and is_unhooked(module) and not has_global_hooks()

@@ -16,8 +16,8 @@ from hybrid_moe_ref.batch import Batch, Part
 class Mixer(nn.Module):
     """A token mixer, called once per step and layer.
 
-    pasts: one view of the cache for each group of cached sequences. None: every sequence starts without state, and no
-    state is kept.
+    pasts: one view of the cache for each `Group` of the batch whose sequences are cached. None: every sequence starts
+    without state, and no state is kept.
     """
 
     def forward(self, x_NH: Tensor, batch: Batch, pasts: Sequence | None = None) -> Tensor:
@@ -30,8 +30,8 @@ class Mixer(nn.Module):
         return torch.cat(outputs)[batch.order_N] if outputs else torch.empty_like(x_NH)
 
     def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
-        """Mix the rows of one part of the batch, whose sequences follow one another. Return rows [T, H].
+        """Mix the rows of one part of the batch, one sequence after another. Returns rows [T, H].
 
-        pasts: one view of the cache for each group of the part; empty if the tokens are not cached
+        pasts: one view of the cache for each `Group` of the part; empty if the part is not cached
         """
         raise NotImplementedError

@@ -75,7 +75,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(shape))
 
     def shard(self, first: int, count: int) -> Self:
-        """Return a copy with only `count` experts from global index `first` on."""
+        """Return a copy with only `count` experts, beginning with expert `first` of the layer."""
         start = first - self.first_expert
         if not 0 <= start <= start + count <= self.num_local:
             raise ValueError(
@@ -132,8 +132,8 @@ class MoE(nn.Module):
     def _is_one_call(self, x_NH: Tensor) -> bool:
         """Whether a single operation can compute the whole layer.
 
-        The backend of the experts must have this operation, and all parts of the layer must be as they were built: not
-        replaced, and without a hook.
+        It can if the backend of the experts has this operation, this module has all experts of the layer, and no module
+        in the layer is replaced or has a hook.
         """
         experts, shared = self.experts, self.shared_expert
         return (

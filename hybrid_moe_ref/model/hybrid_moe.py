@@ -6,9 +6,11 @@
     new_tokens_BT = model.generate(tokens_BT, max_new_tokens=16)
 
 Parameters have the names of Hugging Face checkpoints. They require no gradient until `model.requires_grad_()`; then
-`backward` works, with plain torch kernels. A kernel can do the work of several submodules; normally the model then does
-not call these submodules. But if one of them has a hook, or is wrapped or replaced, the model calls this submodule. A
-module that replaces a convolution needs a `weight`, because the model reads the shape of the weight.
+`backward` works, with plain torch kernels.
+
+A kernel can do the work of several submodules, and the model then does not call these submodules. But a submodule that
+has a hook, or is wrapped or replaced, is always called. A module that replaces a convolution needs a `weight`, because
+the model reads the shape of the weight.
 
 Shapes: B sequences, T tokens of each, N tokens of a step, H hidden, V vocabulary.
 """
@@ -87,9 +89,9 @@ class HybridMoE(nn.Module):
     ) -> Self:
         """Load a checkpoint folder in Hugging Face's format.
 
-        dtype  None: the dtype in which the checkpoint was saved
-        cut    called with the model on the meta device; can remove parts of the model, and these parts are then not
-               read. To load one rank's part, use `parallel.sharding.layout.load_part`
+        dtype  dtype of the parameters; None: the dtype in which the checkpoint was saved
+        cut    called with the model before its weights are read; parts of the model that it removes are not read.
+               To load one rank's part, use `parallel.sharding.layout.load_part`
 
         Raises CheckpointError with every problem of the folder, InputError for a device that cannot compute in `dtype`.
         """
@@ -213,15 +215,15 @@ class HybridMoE(nn.Module):
         After a token of `stop_ids`, a row repeats that token until all rows have ended.
 
         prompts  [B, T], or a list of B prompts of any lengths
-        options  options of `generation.greedy.stream`, which yields each token at once
+        options  options of `generation.greedy.stream`, which yields each token as soon as the model has chosen it
         """
         return torch.stack(list(greedy.stream(self, prompts, max_new_tokens, **options)), dim=1)
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise InputError for an id that is outside the vocabulary.
 
-        On a GPU, this check waits for the device, so `step` checks only tokens that are on the CPU. Check tokens before
-        you send them to a GPU.
+        Call this before you send tokens to a GPU: `step` checks only tokens on the CPU, because a check on a GPU would
+        wait for the GPU.
         """
         check_token_ids(tokens, self.config.vocab_size)
 
@@ -231,7 +233,7 @@ class HybridMoE(nn.Module):
 
 
 def check_token_ids(tokens: Tensor, vocab_size: int) -> None:
-    """Raise InputError for tokens that are not integers, or for an id that is not 0 <= id < `vocab_size`."""
+    """Raise InputError if tokens are not integers, or if an id is below 0 or not below `vocab_size`."""
     if tokens.numel():
         if tokens.dtype not in (torch.int32, torch.int64):
             raise InputError(f"token ids have dtype {tokens.dtype}, but must be torch.int64 or torch.int32")

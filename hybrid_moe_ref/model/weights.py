@@ -1,10 +1,11 @@
 """Fill a model with seeded random weights.
 
-Every parameter has its own random generator, seeded by (seed, name). Every expert also has its own, so a rank that
-holds some experts draws random numbers only for these experts. If a rank holds a part of any other parameter, the whole
-parameter is drawn and then cut, so the peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then
-cast to the dtype of the parameter. So the device does not change the weights, and the dtype changes them only by
-rounding.
+Every parameter has its own random generator, seeded by (seed, name). In a parameter of experts, every expert has its
+own generator, so a rank draws random numbers only for the experts that it holds. If a rank holds a part of another
+parameter, the whole parameter is drawn and then cut.
+
+Numbers are drawn in float32 on the CPU and then cast to the dtype of the parameter. So the device does not change the
+weights, and the dtype changes them only by rounding.
 
 A weight's scale depends on its fan-in (number of inputs), so that activations keep their size through any number of
 layers.

@@ -16,8 +16,10 @@
 (5) One row is [hidden, topk_weights, topk_ids] of a token, packed into bytes.
 (6) The ranks ask this only after some of the steps. If `engine.protocol` is "0.33", the op is a sum of 2 numbers.
 
-C1 comes first because it decides the sizes of C2 and C3. A rank without requests takes part with a dummy batch. The
-drafter runs after the layers, and its passes have their own C2 and C3. Without expert parallelism over dp ranks, the
-MoE of a layer has one all_reduce over tp instead of C2 and C3. The Observer gets the name of the operation in this
-table, even if the backend runs another operation instead of it (see `comm`).
+C1 comes first because it decides the sizes of C2 and C3. A rank without requests takes part in the step with a dummy
+batch. If the MTP layer drafts tokens, it runs after these layers, with its own collectives.
+
+If tp_size > 1, and dp_size is 1 or `expert_parallel` is false, the MoE of a layer has one all_reduce over tp instead of
+C2, C3 and the all_gather_v. The Observer gets the name of the operation in this table, even if the backend runs another
+operation instead (see `comm`).
 """

@@ -4,8 +4,8 @@
 waits in the last collective that has an ``enter`` and no ``leave``. Under NCCL a call returns as soon as the collective
 is queued, so there ``leave`` only means that the collective is queued.
 
-The collectives with uneven sizes (all_gather_v, reduce_scatter_v) take the *agreed* size vector of the step. A rank
-with zero rows takes part like any other rank.
+The collectives with uneven sizes (all_gather_v, reduce_scatter_v) take the number of rows of each rank, on which all
+ranks have agreed at the start of the step. A rank with zero rows takes part like any other rank.
 
 Shape suffixes: N rows of this rank, S rows of all ranks (sum of sizes), R ranks, B bytes of a packed row, H hidden.
 """
@@ -92,7 +92,7 @@ class Communicator(RankGroups):
         return cls(rank, device, groups, observer, dist.PrefixStore("hybrid_moe_ref", store), timeout_s)
 
     def start_strict_comparison(self) -> None:
-        """From now on, let the members of a collective compare it through the store before it is issued.
+        """From now on, compare each collective with those of the other members, through the store, before it is issued.
 
         The comparison waits for a late member as long as the collective itself would.
         """
@@ -103,11 +103,10 @@ class Communicator(RankGroups):
 
     @contextlib.contextmanager
     def patiently(self, patience_s: float) -> Iterator[None]:
-        """Inside the ``with``, let the members of a collective wait for each other in the store before they issue it.
+        """Inside the ``with``, let the members of a collective wait for each other before they issue it.
 
-        So a member can be up to `patience_s` seconds late without exceeding the collective's own timeout. A rank that
-        waits in the store does not notice a broken connection. So the waiting rank checks whether the processes of the
-        other ranks exist.
+        They wait through the store. So a member can be up to `patience_s` seconds late, even if the timeout of the
+        collective itself is shorter. A waiting rank checks whether the processes of the other ranks still exist.
         """
         if self._store is None:
             yield
@@ -138,9 +137,10 @@ class Communicator(RankGroups):
     def stop_all(self, message: str) -> str:
         """Publish `message`, so that every rank stops.
 
-        A rank that waits in a collective raises the message as ScheduleMismatch. A rank that does not wait gets the
-        message from `stopped_by`. Returns the message that was published first: if another rank was faster, its
-        message.
+        A rank that waits in a collective raises ScheduleMismatch with the message. A rank that does not wait gets the
+        message from `stopped_by`.
+
+        Returns the message that stops the ranks: `message`, or the message of a rank that published one earlier.
         """
         return str(self._halt.publish(ScheduleMismatch(message)))
 
@@ -149,10 +149,10 @@ class Communicator(RankGroups):
         return str(self._halt.published() or "")
 
     def begin_use(self) -> None:
-        """Refuse to start an engine on these groups after an earlier engine on them was stopped.
+        """Note that an engine starts on these groups. Raises RuntimeError if an earlier engine on them was stopped.
 
-        Raises RuntimeError in that case, because the unfinished collectives of the earlier engine would pair with the
-        first collectives of the new one.
+        Otherwise, the unfinished collectives of the earlier engine would pair with the first collectives of the new
+        engine.
         """
         message = self.stopped_by() if self._was_used else ""
         if message:
@@ -201,10 +201,11 @@ class Communicator(RankGroups):
     ) -> list[Tensor]:
         """Gather the rows of several tensors at once: each [N, ...] becomes [S, ...], with the ranks in group order.
 
-        ``sizes[r]`` is the number of rows of group rank r. The tensors can differ in dtype, because rows are sent as
-        bytes. If the sizes are uneven, gloo gets every rank's rows padded to the largest size, and NCCL gets one
-        all-gather of uneven sizes. With ``broadcast_uneven`` each rank broadcasts its rows instead, as in vLLM and
-        TensorRT-LLM.
+        sizes             ``sizes[r]`` is the number of rows of group rank r, equal for all tensors
+        broadcast_uneven  if the sizes are uneven, let each rank broadcast its rows instead of one all-gather, as vLLM
+                          and TensorRT-LLM do
+
+        The tensors can differ in dtype, because rows are sent as bytes.
 
         Raises ValueError if this rank's number of rows is not the agreed size.
         """

@@ -37,7 +37,7 @@ def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, .
 
 
 class RankGroups:
-    """The groups of one rank, by name: the only part of a `Communicator` that `apply_layout` uses."""
+    """The names and members of the groups of one rank. `apply_layout` uses no other part of a `Communicator`."""
 
     def __init__(self, rank: int, members: Mapping[str, tuple[int, ...]]) -> None:
         self.rank = rank

@@ -80,7 +80,10 @@ def _error(text: str) -> Stopped:
 
 
 class RollCall:
-    """Checks whether the processes of the other ranks on this host still exist. Outside Linux, it always says so."""
+    """Checks whether the processes of the other ranks on this host still exist.
+
+    Outside Linux this is not possible, and :meth:`lost` always returns an empty list.
+    """
 
     def __init__(self, rank: int, members: Sequence[int], store: dist.Store) -> None:
         self._store = dist.PrefixStore("roll_call", store)
@@ -100,7 +103,7 @@ class RollCall:
         return [rank for rank, (pid, ticks) in sorted(self._processes.items()) if _start_ticks(pid) != ticks]
 
     def pid(self, rank: int) -> int:
-        """Return the process id of a rank on this host that `lost` has returned."""
+        """Return the process id of ``rank``, which must be one of the ranks that `lost` returned."""
         return self._processes[rank][0]
 
 
@@ -124,10 +127,10 @@ class Watchdog:
         self._event, self._entered_s = event, time.monotonic()
 
     def reason(self) -> Stopped | None:
-        """Return why a collective failed on this rank: a rank has died or has stopped the job. None: neither.
+        """Return why a collective failed on this rank: another rank has died or has stopped the job; None if unknown.
 
-        Waits up to PATIENCE_S seconds for such a reason: when a process ends, its connections are closed, and the
-        collective fails, shortly before other processes can see that the process has ended.
+        Waits up to PATIENCE_S seconds for a reason. For example, when a rank dies, the collective fails shortly before
+        the other ranks can see that its process has ended.
         """
         deadline = time.monotonic() + (PATIENCE_S if self.roll_call else 0)
         while True:
@@ -158,7 +161,7 @@ class Watchdog:
 def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
     """Wait for a collective, and check every LOOK_UP_INTERVAL whether it can still complete.
 
-    Raises the error with which another rank stopped the job, the error that the watchdog found, or the error of the
+    Raises the error with which a rank stopped the job, the error that the watchdog found, or the error of the
     collective itself.
     """
     while True:
@@ -184,10 +187,10 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 
 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
-    """Get the result of a collective that has completed or failed.
+    """If this collective has failed, raise its error.
 
-    If the collective failed because another rank stopped the job or died, raise the error that says so, instead of the
-    backend's error.
+    If it failed because another rank stopped the job or died, raise the error that says so, instead of the backend's
+    error.
     """
     try:
         work.wait()

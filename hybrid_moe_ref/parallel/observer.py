@@ -35,7 +35,7 @@ class Collective(NamedTuple):
 class ScheduleEntry(NamedTuple):
     """One planned collective of a step: the fields that must be equal on all ranks.
 
-    These are the first fields of `Collective`, so that the guard can compare the two as tuples.
+    They are also the first fields of `Collective`, so that the guard can compare an entry with a collective as tuples.
     """
 
     group: str
@@ -53,7 +53,7 @@ class Observer(Protocol):
         """Receive the process groups to which this rank belongs. members: for each name, global ranks in group order"""
 
     def phase(self, name: str) -> None:
-        """Called when the rank enters a phase of its life (load, page_setup, prepare, profile, ..., serve)."""
+        """Called when the rank enters a phase of its start or service (load, page_setup, ..., serve)."""
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
         """Called when a step begins. schedule: the collectives of the step; num_live: this rank's live requests"""
@@ -65,7 +65,7 @@ class Observer(Protocol):
         """Called just after the collective completed."""
 
     def local(self, event: str, name: str, holder: int = -1) -> None:
-        """Called when the rank does local work for which other ranks can be waiting.
+        """Called when the rank does local work, because the other ranks can wait for the end of this work.
 
         event   lock_wait, lock_held, lock_freed, build_begin, build_end or heartbeat
         name    the lock or the build; for heartbeat, what the rank does

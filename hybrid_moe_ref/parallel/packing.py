@@ -18,7 +18,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(packed_NB: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Undo `pack`. like: tensors with the packed tensors' dtypes and row shapes, and with any number of rows"""
+    """Undo `pack`: return one tensor [N, ...] for each tensor of `like`, with its dtype and row shape."""
     unpacked, column = [], 0
     for x in like:
         width = x.shape[1:].numel() * x.element_size()

@@ -2,5 +2,5 @@
 
 schedule       format, hash and compare the schedule of a step
 guard          refuse a collective that is not the next entry of the step's schedule
-strict, store  before each collective, let all its members compare it through a store
+strict, store  before each collective, let its members compare, through a store, what each of them will issue
 """

@@ -31,7 +31,7 @@ class ScheduleGuard:
     def begin(self, step: int, schedule: Sequence[ScheduleEntry]) -> None:
         """Begin a step with this schedule.
 
-        Raises ScheduleMismatch if a planned collective of the last step was never issued.
+        Raises ScheduleMismatch if a planned collective of the previous step was never issued.
         """
         if self._schedule is not None and self._next < len(self._schedule):
             planned = entry_words(self._schedule[self._next])
@@ -42,7 +42,10 @@ class ScheduleGuard:
         self._sizes = {}
 
     def extend(self, schedule: Sequence[ScheduleEntry]) -> None:
-        """Append the rest of the step's schedule, which depends on the step agreement if steps can be split."""
+        """Append more entries to the step's schedule.
+
+        If a step can be split in two, the entries after the step agreement are known only after this agreement.
+        """
         self._schedule = (*(self._schedule or ()), *schedule)
 
     def agree(self, group: str, sizes: Sequence[int]) -> None:
@@ -58,10 +61,10 @@ class ScheduleGuard:
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
     def refuse(self, mistake: str) -> NoReturn:
-        """Raise ScheduleMismatch with the message "rank N `mistake`", where N is the number of this rank.
+        """Raise ScheduleMismatch. Its message is "rank N", the number of this rank, followed by `mistake`.
 
-        If the guard is active, every other rank raises this error, too. If the guard is inactive (checks="observe"),
-        only this rank raises it.
+        If the guard is active, every other rank raises this error, too. If the guard is inactive (always if
+        checks="observe"), only this rank raises it.
 
         mistake: what this rank did wrong, such as "ended a replay, but ..."
         """
@@ -70,16 +73,13 @@ class ScheduleGuard:
         self._refuse(mistake)
 
     def leave(self) -> None:
-        """Refuse to let this rank leave the job, because the ranks have not agreed that no work is left.
-
-        Always raises ScheduleMismatch.
-        """
+        """Raise ScheduleMismatch: this rank would leave, but the ranks have not agreed that no rank has work left."""
         self._refuse(f"would leave after step {self._step}, but the ranks have not agreed that no rank has work left")
 
     def finish(self) -> None:
-        """End the last step. The collectives that follow belong to no step.
+        """End the current step and deactivate the guard, because the collectives that follow belong to no step.
 
-        Raises ScheduleMismatch if a planned collective was never issued.
+        Raises ScheduleMismatch if a planned collective of the step was never issued.
         """
         if self._schedule is not None and self._next < len(self._schedule):
             planned = entry_words(self._schedule[self._next])
@@ -93,7 +93,8 @@ class ScheduleGuard:
     def admit(self, collective: Collective) -> None:
         """Compare a collective with the next entry of the schedule before it is issued, and move on by one entry.
 
-        Raises ScheduleMismatch if the collective is not that entry, or if its sizes are not the agreed sizes.
+        Does nothing while the guard is inactive. Raises ScheduleMismatch if the collective is not that entry, or if its
+        sizes are not the agreed sizes.
         """
         schedule, index = self._schedule, self._next
         if schedule is None:
@@ -119,7 +120,7 @@ class ScheduleGuard:
 
 
 def collective_words(collective: Collective) -> str:
-    """Return a collective as text, with its sizes."""
+    """Format a collective: "ep all_gather_v of layers.0.moe with sizes [4, 0]"."""
     return f"{_issued(collective)} with sizes {list(collective.sizes)}"
 
 

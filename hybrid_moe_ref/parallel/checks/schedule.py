@@ -25,12 +25,11 @@ def schedule_hash(schedule: Sequence[ScheduleEntry]) -> int:
 
 
 def first_difference(schedules: Sequence[Sequence[str]]) -> tuple[int, dict[str, list[int]]]:
-    """Return the index of the first entry that differs between ranks, and which ranks have which entry at this index.
+    """Find the first entry that differs between ranks. Returns its index, and a dict: entry -> the ranks that have it.
 
-    The second result maps each entry at this index to its ranks; it is empty if no entry differs. A rank whose schedule
-    ends before this index has the entry "nothing".
+    A rank whose schedule ends before this index has the entry "nothing". If no entry differs, the dict is empty.
 
-    schedules: the entries of each rank, as text
+    schedules: for each rank, from rank 0, its entries as text
     """
     length = max(map(len, schedules))
     for index in range(length):

@@ -1,11 +1,11 @@
-"""The strict check: before a collective is issued, all its members compare it through the store.
+"""The strict check: before a collective is issued, its members compare what each of them will issue.
 
 The schedule guard compares a rank with its own schedule. The strict check compares the ranks with each other, in
 everything that must be equal (operation, layer, agreed sizes, dtype, reduce op, root). So the strict check also detects
 collectives that would pair wrongly without a hang, and it does so before any data is changed.
 
-Each rank makes four requests to the store per collective: publish its own collective, wait for the other members, read
-their collectives, and delete what the rank itself published earlier.
+The members compare through a store. For each collective, a rank makes four requests to the store: publish its own
+collective, wait for the other members, read their collectives, and delete what the rank itself published earlier.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ KEPT = 2
 
 
 class StrictComparison:
-    """The strict check on one rank: the members compare each collective before they issue it.
+    """The strict check on one rank: compares each collective with those of the other members before it is issued.
 
-    patience_s  seconds to wait for a member that has not arrived
-    lost        returns the error to raise if a member can no longer arrive, for example because its process has
-                ended; None if every member still can
+    patience_s  seconds to wait for a member that has not arrived at the collective
+    lost        a function. If a member can no longer arrive, for example because its process has ended, it returns
+                the error to raise; otherwise None
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class StrictComparison:
         """Return as soon as every member is about to issue the same collective.
 
         Raises ScheduleMismatch on every member if one member is about to issue a different collective, or does not
-        arrive within `patience_s` seconds. If a member cannot arrive, raises the error with which a rank stopped the
-        job, or the error that `lost` returns.
+        arrive within `patience_s` seconds. If a rank stops the job meanwhile, raises the error with which it stopped
+        the job. If `lost` returns an error, raises this error.
         """
         seq = self._seq[collective.group] = self._seq.get(collective.group, 0) + 1
         keys = [self._key(collective.group, seq, rank) for rank in members]

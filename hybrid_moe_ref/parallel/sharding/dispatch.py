@@ -3,9 +3,9 @@
 A backend is two hooks around the experts of one layer, and a list of the collectives that these hooks issue. `install`
 registers the hooks and returns this list; the lists of all layers are the schedule of a forward pass.
 
-A new backend is a subclass of :class:`AllGatherReduceScatter` or has the same methods. ``Policies.dispatch`` selects
-the backend; no setting of a server does. The engine uses `AllGatherReduceScatter`. A second backend, for a scenario, is
-in `repro.lab.scenarios.size_vector`. This file does not import torch.
+The engine uses `AllGatherReduceScatter`. Another backend is a subclass of this class, or has the same methods; an
+example is in `repro.lab.scenarios.size_vector`. ``Policies.dispatch`` selects the backend; a server has no setting for
+it. This file does not import torch.
 
 Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
 """
@@ -28,7 +28,7 @@ class ForwardContext:
     """What the layers know about the other ranks in the current step. The engine sets `sizes` before the model runs.
 
     sizes           agreed number of tokens of each dp rank in this step
-    tp_size         number of ranks that run the same tokens; each of them dispatches its chunk of the tokens
+    tp_size         number of ranks that run the same tokens. Each of these ranks dispatches its chunk of the tokens
     schedule        the collectives that one forward pass issues, in order
     draft_schedule  the collectives of one pass of the draft layer
     """
@@ -66,8 +66,7 @@ def _chunks_of_all(sizes: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
 class AllGatherReduceScatter:
     """The hooks before (dispatch) and after (combine) the experts of a layer, like vLLM's AgRsAll2AllManager.
 
-    Because they are hooks, the experts, their parameters and the parameters' names stay those of the single-process
-    model.
+    With hooks, the modules of the experts and the names of their parameters stay as in the single-process model.
     """
 
     comm: Communicator
@@ -112,5 +111,5 @@ class SumOverRanks:
 
 
 def moe_layer_name(block: str) -> str:
-    """Return the name of the MoE of layer ``block`` in events and schedules."""
+    """Return the name of a layer's MoE in events and schedules: "layers.0.moe" for the block "layers.0"."""
     return f"{block}.moe"

@@ -2,6 +2,7 @@
 
 dp_size  tp_size  expert_parallel   attention, recurrence     routed experts
 1        1        yes or no         are not split             are not split
+N        1        no                are not split             are not split
 N        1        yes               are not split             a rank has 1/N of them; C2 and C3 exchange tokens
 1        N        no                a rank has 1/N of heads   a rank has 1/N of the intermediate size of each
 1        N        yes               a rank has 1/N of heads   a rank has 1/N of them; no tokens are exchanged
@@ -36,10 +37,9 @@ def apply_layout(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """Reduce `model` to this rank's part, and return the context of its layers.
+    """Reduce `model` to this rank's part. Returns the context of the layers, which has the schedule of a forward pass.
 
-    The model should be on the meta device, so that no rank ever holds the whole model. The context holds the schedule
-    of a forward pass.
+    The model should be on the meta device, so that no rank ever holds the whole model.
 
     backend  the EP backend
     adder    the hook that sums the output of a module over the tp group
@@ -54,10 +54,7 @@ def apply_layout(
 
 
 def sizes_of_a_rank(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> HybridMoE:
-    """Return rank 0's part of the model, on the meta device.
-
-    It stands for every rank, because parameters and cache have the same sizes on all ranks.
-    """
+    """Return rank 0's part of the model, on the meta device. On all other ranks, the part has the same sizes."""
     model = HybridMoE(config, device="meta", dtype=dtype)
     apply_layout(model, cast(Communicator, RankGroups(0, group_members(parallel, 0))), parallel)
     return model
@@ -74,7 +71,7 @@ def load_part(
 ) -> tuple[HybridMoE, ForwardContext]:
     """Load this rank's part of a checkpoint folder. Returns the model and the context of its layers.
 
-    Only this rank's part is read from the files.
+    Rows of which this rank holds nothing are not read from the files.
     """
     contexts: list[ForwardContext] = []
 

@@ -123,7 +123,7 @@ class SplitNorm:
 
 @dataclass(frozen=True)
 class SequenceChunks:
-    """The hooks around an MoE that runs on this rank's chunk of the rows and returns all rows."""
+    """The hooks before and after an MoE, which let it run on only this rank's chunk of the rows."""
 
     comm: Communicator
     context: ForwardContext
@@ -160,16 +160,18 @@ def apply_tensor_parallel(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """In every layer, replace the modules that the tp ranks share by this rank's part. Returns the layers' context.
+    """In every layer, replace each module that is split over the tp ranks: keep only this rank's part of it.
 
     If the model is on the meta device, no rank ever holds the whole model. If the model has weights, this function cuts
     them. `model.config` becomes the configuration of the rank's part, so that a cache made from this configuration has
     only the rank's heads. `model.slices` gets the part of each parameter that the rank holds.
 
-    experts  how the ranks share the routed experts. With "sequence", the layers read `context.sizes` and send tokens to
-             other ranks. With the other two values, they do not, because each tp group holds all experts.
-    backend  the EP backend, for "sequence"
+    experts  how the ranks share the routed experts. With "sequence", the layers send tokens to the ranks of other tp
+             groups. With the other two values, they do not, because each tp group holds all experts.
+    backend  the EP backend; used only with "sequence"
     adder    the hook that sums the output of a module over the tp group
+
+    Returns the context of the layers. With "sequence", set its `sizes` before each forward pass.
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """
