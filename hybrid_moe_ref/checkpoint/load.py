@@ -80,7 +80,7 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     when transformers saves a model, transformers keeps the key and drops the tensors.
 
     If the config has an MTP layer, but the folder has no tensors for it, log a warning. Raises CheckpointError if the
-    folder has tensors for more than one MTP layer, or for another number than the config says (unless that is 0).
+    folder has tensors for more than one MTP layer, or if the config says a different number that is not 0.
     """
     names = [name for name in shards.names if name.startswith(MTP)]
     if not names:

@@ -1,7 +1,7 @@
 """What a file of evidence can show about a rank: the order of its collectives, their arguments, times, and so on.
 
-Each of these is an aspect. A rule of the judge never uses an aspect that the file lacks. Otherwise the rule would
-conclude that a rank did not do something, only because the file cannot show it.
+Each of these is an aspect. A rule of the judge never uses an aspect that the file lacks. For example, no rule concludes
+that a rank holds no lock from a file that cannot show locks.
 """
 
 from __future__ import annotations

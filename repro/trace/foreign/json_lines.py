@@ -1,9 +1,8 @@
 """Write records of evidence as JSON, one record in each line, and read them back.
 
-A bundle contains such a file of records, so that a diagnosis can be repeated without the original files. The first line
-has the name and version of the format, and the names of the original files. Each other line is `[KIND, FIELDS]`. The
-file of records is untrusted, so each field is converted strictly to its type. A field of a wrong type raises
-`DamagedFile`.
+A bundle contains such a file, so that a diagnosis can be repeated without the original files. The first line is a
+`Header`. Each other line is `[KIND, FIELDS]`: the name of the record's type, and its fields. The file is untrusted, so
+each field is converted strictly to its type. A field of a wrong type raises `DamagedFile`.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ MAX_LINE = 64 << 20
 class Header(msgspec.Struct):
     """The first line of a file of records.
 
-    files           the names of the files that were read
-    not_understood  "file:offset: why" for each file that was not understood
+    format, version  identify the format of the file of records
+    files            names of the original files, from which the records were read
+    not_understood   "file:offset: why" for each original file that no reader understood
     """
 
     format: str
@@ -68,8 +68,8 @@ class _Dump(msgspec.Struct):
     def record(self) -> RecorderDump:
         """Convert the fields, which are untrusted, to a `RecorderDump`.
 
-        Raises ValueError if `order` does not have one index for each operation of each group, or if `knows` has an
-        unknown bit.
+        Raises ValueError if `order` does not have each operation of each group exactly once, or if `knows` has a bit
+        that is no aspect.
         """
         counts = Counter(self.order)
         if any(counts.pop(index, 0) != len(record.calls) for index, record in enumerate(self.groups)) or counts:
@@ -113,8 +113,8 @@ KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Observatio
 def encode(records: Iterable[Observation], files: Sequence[str], not_understood: Sequence[str]) -> Iterator[bytes]:
     """Yield the lines of a file that contains these records as JSON.
 
-    files           names of the original files
-    not_understood  "file:offset: why" for each file that was not understood
+    files           names of the original files, from which the records were read
+    not_understood  "file:offset: why" for each original file that no reader understood
     """
     encoder = msgspec.json.Encoder(enc_hook=_written)
     yield encoder.encode(Header(FORMAT, VERSION, list(files), list(not_understood))) + b"\n"
@@ -140,10 +140,11 @@ def _written(value: Any) -> Any:
 def decode(file: BinaryIO, where: str) -> tuple[list[Observation], list[str], list[str]]:
     """Read a file that `encode` wrote.
 
-    Returns three lists: the records, the names of the original files, and a line "file:offset: why" for each file that
-    was not understood. where: the name of the file for messages
+    where: the name of the file, for messages
 
-    Raises DamagedFile ("file:line: problem") if the file is damaged or has another format or version.
+    Returns three lists: the records, the names of the original files, and a line "file:offset: why" for each original
+    file that no reader understood. Raises DamagedFile ("file:line: problem") if the file is damaged or has another
+    format or version.
     """
     lines = _lines(file, where)
     header: Header = _typed(next(lines, None), Header, f"{where}:1")

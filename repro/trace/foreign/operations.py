@@ -19,7 +19,7 @@ class Source(NamedTuple):
     """The place in a file of evidence from which a record was read.
 
     line    "line 88"; "" for a dump
-    entry   the number of the entry in a Flight Recorder dump; None for other files
+    entry   for a Flight Recorder dump: the number of the entry in the dump; None for other files
     """
 
     file: str
@@ -57,7 +57,7 @@ class Call(NamedTuple):
     op          torch.distributed's name: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, send,
                 recv
     seq         number of the collective in its group; None for a send or receive, or if the tool prints no number
-    sizes       sizes of the inputs, then of the outputs, one tuple per tensor
+    sizes       shapes of the inputs, then of the outputs, one tuple per tensor
     dtypes      data types of the inputs, then of the outputs
     peer        for send and recv: the global rank of the other end
     frames      "function (file:line)", innermost first; () if no stack was recorded
@@ -85,7 +85,7 @@ class Call(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The fields of `Call` that are equal in every operation of one call site. They are stored once, to save memory."""
+    """The fields of `Call` that many operations have in common. They are stored only once, to save memory."""
 
     op: str
     sizes: tuple[tuple[int, ...], ...] = ()
@@ -188,10 +188,10 @@ class Calls(Sequence[Call]):
         return {seq: at_s for seq, at_s in rows if seq != NO_NUMBER and not math.isnan(at_s)}
 
     def last_number(self, *, done: bool = False, where: Callable[[Form], bool] | None = None) -> int | None:
-        """Return the highest sequence number of these operations; None if no operation has a number.
+        """Return the highest sequence number of these operations; None if none of them has a number.
 
-        done    if True, ignore operations that are not complete
-        where   if given, ignore operations for whose `Form` it returns False
+        done    if True, only complete operations count
+        where   if given, only operations count for whose `Form` this function returns True
         """
         seqs: Iterator[int] | array[int] = self.seqs
         if where is not None:

@@ -14,8 +14,8 @@ class GroupRecord:
     """One group in a Flight Recorder dump.
 
     calls                 the operations that the rank queued in the group, oldest first
-    enqueued, completed   how many operations, sends and receives included, the backend has queued and completed,
-                          from `pg_status`; None if the dump does not have them
+    enqueued, completed   how many operations (with sends and receives) the rank has queued and completed in the group,
+                          from the dump's table `pg_status`; None if the dump does not have this table
     number                the id that this rank gave to the group: its key in `pg_status`
     """
 
@@ -37,8 +37,8 @@ class RecorderDump:
     """A Flight Recorder dump of one rank.
 
     groups      the groups in which the rank queued operations
-    order       the order of the operations of all groups: for each operation, the index of its group in `groups`
-    configured  the groups that the rank belongs to; () if the dump does not list them
+    order       for each operation of all groups, oldest first: the index of its group in `groups`
+    configured  all groups that the rank belongs to; () if the dump does not list them
     wrapped     whether older entries were overwritten; also True if this is not known
     at_s        when the newest entry was queued; the dump was made at this time or later
     knows       what the entries show about the rank, for example the order of its collectives

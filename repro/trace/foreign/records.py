@@ -6,8 +6,9 @@ only a group rank is known, `seq` is None if the tool prints no number, and `at_
 
 Ranks are global ranks. If a reader finds only a group rank, it converts the number to the global rank, or leaves `rank`
 None.
-Times (`at_s`, `since_s`) are seconds since the start of the year on the clock that the tool printed. Most tools print
-no year and no time zone, so times of two hosts can only be compared with caution.
+
+Times (`at_s`, `since_s`) are seconds since the start of the year, as the tool printed the time. Most tools print no
+year and no time zone, so times of two hosts can only be compared with caution.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class Launches:
 
     pointer     the address by which the log names the communicator
     group       the communicator; its `members` are global ranks, () if they are not known
-    count       number of launches since the communicator began; None if the log does not show its beginning
-    calls       the newest launches, oldest first
+    count       number of collectives launched since the communicator was created; None if unknown
+    calls       the newest operations, oldest first
     """
 
     process: Process
@@ -127,7 +128,7 @@ class Stack:
     activity    what the thread does, as a name from activities.toml: collective, lock, building, compiling, device,
                 queue, idle, answer, loading, saving, data, debugger, exit, sleep; "" if unknown
     detail      the collective, the lock's file, the module that is built, or other details of the activity
-    look        if the same process was observed several times: the number of the observation, from 0
+    look        number of the observation, from 0, if the same process was observed several times
     group       for a collective: name of the variable that holds its process group; "default" if the call names no
                 group, "" if unknown
     other_groups  for a collective: names of other variables in these frames that hold a process group
@@ -150,7 +151,8 @@ class Stack:
 class Failure:
     """A line that says why a process has ended or will end: out of memory, a device error, an exception, a signal.
 
-    kind        memory, device, exception, killed, ended, start, timeout, or consequence (of another rank's end)
+    kind        memory (out of memory), device (a CUDA or GPU error), exception, killed, ended (a launcher saw the end),
+                start (the ranks could not connect), timeout, or consequence (another rank had ended before)
     bus         for a device error in the log of the Linux kernel: the PCI address of the GPU, "0000:5d:00"
     host        the host that printed the line; "" if the line does not name it
     """
@@ -184,8 +186,8 @@ class Mismatch:
     """Two ranks that called different collectives, as TORCH_DISTRIBUTED_DEBUG=DETAIL reports it before the collective.
 
     rank, call          the rank that the report names first, and the collective that this rank called
-    other, other_call   a second rank, and the collective that the second rank called; None if the report has only one
-    aspects             what differs, for example the shapes
+    other, other_call   a second rank, and the collective that it called; None if the report names only one rank
+    aspects             what differs between the two collectives, for example the shapes
     """
 
     rank: int
@@ -200,10 +202,11 @@ class Mismatch:
 class RasCommunicator:
     """One communicator in an answer of NCCL's RAS (its service for reliability, availability, serviceability).
 
-    launched   for each operation, a dict from rank in the communicator to the number of launches by this rank; RAS does
-               not say which launches are complete
-    others     for ranks that the answer counts but does not list: operation -> (how many ranks, launches of each rank)
-    missing    the ranks, in the communicator, from which RAS got no data
+    launched   operation -> rank -> number of launches by this rank; RAS does not say which launches are complete
+    others     ranks that the answer only counts: operation -> (how many ranks, number of launches by each of them)
+    missing    the ranks from which RAS got no data
+
+    All ranks here are ranks in the communicator, not global ranks.
     """
 
     name: str
@@ -217,7 +220,10 @@ class RasCommunicator:
 
 @dataclass(frozen=True, slots=True)
 class RasAnswer:
-    """One answer of NCCL's RAS service. Answers of one job are sorted by `order`: a time if known, or a file name."""
+    """One answer of NCCL's RAS service.
+
+    order   what the answers of one job are sorted by: the time of the answer, or a file name if no time is known
+    """
 
     communicators: tuple[RasCommunicator, ...]
     version: str = ""
@@ -232,8 +238,8 @@ class Note:
     kind        what the line is about, as a name that the reader chooses: "heartbeat", "version", "world" (number of
                 ranks), "process" (a pid and its rank), "sizes" (NCCL received a message of another size), "unreadable"
                 (a tool could not read a process), and so on
-    text        the line in words, for the report
-    value       the number or name that the line gives, for a rule; "" if there is none
+    text        the content of the line in words, for the report
+    value       the number or name that the line gives, for the rules of the judge; "" if there is none
     """
 
     kind: str
@@ -246,7 +252,11 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A descendant of a rank's process, such as a compiler or a data loader. Fields are as in `ProcessLook`."""
+    """A descendant of a rank's process, such as a compiler or a data loader.
+
+    state, cpu_s   as in `ProcessLook`
+    age_s          seconds since the process started
+    """
 
     pid: int
     name: str
@@ -268,6 +278,7 @@ class ProcessLook:
     first_thread_cpu_s  processor seconds of the main thread so far
     switches  how often the main thread has left a processor; the number does not grow while the thread is blocked
     place     the function of the Linux kernel in which the main thread waits; "" if it cannot be read
+    children  the descendants of the process
     """
 
     process: Process

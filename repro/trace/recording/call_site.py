@@ -11,7 +11,7 @@ _LIBRARIES = ("packages/torch/", "repro/attach/record/", "repro/attach/vllm/")
 
 
 def is_between(code: CodeType) -> bool:
-    """Whether this code lies between the call site of a collective and the recorder, and so is not the call site.
+    """Whether a frame with this code is not the call site of a collective, but only leads from there to the recorder.
 
     True for code of the recorder, of the model's communicator, of the hooks in `repro.attach`, of torch and of
     contextlib.

@@ -1,6 +1,7 @@
 """What the recorder keeps in memory for each group and each call site.
 
-The constant part of a record is packed once for each call site, so that recording an event takes about a microsecond.
+The part of a record that is equal in all events of a call site is packed only once. So recording an event takes about a
+microsecond.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from repro.trace.witness.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """Pack the constant part of a record. ``*fields``: the fields of `Event` before ``n``, in the order of `Event`.
+    """Pack the constant part of a record: the fields of `Event` before ``n``, in this order.
 
     Returns the packed bytes and their CRC-32, from which the checksum of the whole record is computed later.
     """
@@ -48,7 +49,7 @@ class Group:
 
 
 class Call:
-    """A collective at one call site.
+    """A collective at one call site in one phase.
 
     enter, leave, issue, wait   for each of these four kinds of record: the constant part of the record, and the CRC-32
                                 of this part (the result of `sealed_part`)

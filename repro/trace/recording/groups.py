@@ -20,10 +20,8 @@ from repro.trace.witness.format import (
 class Groups:
     """Gives each group of the rank a slot in the witness file, as soon as the group is declared or used.
 
-    The index of a group is the index of its slot; NO_GROUP if the file has no slot left.
-
     intern  stores a text in the witness and returns the text's number
-    make    makes the counters of a group from the group's index
+    make    makes the counters of a group from the index of its slot; NO_GROUP if the file has no slot left
     """
 
     def __init__(

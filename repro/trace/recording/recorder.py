@@ -4,9 +4,9 @@
     comm = Communicator(…, observer=recorder)
 
 The layout of the file is described in :mod:`repro.trace.witness.format`. The recorder never reads the file, and it
-allocates no disk blocks after ``open``. The areas of the file have a fixed size, and a full area raises no error. If
-the area of strings is full, a new string becomes "?". If all slots of groups are in use, the progress of a new group is
-not stored.
+allocates no disk blocks after ``open``. The areas of the file have a fixed size, and a full area raises no error: if
+the area of strings is full, readers see "?" for a new string; if all slots of groups are in use, the progress of a new
+group is not stored.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ class Recorder:
     ) -> Recorder:
         """Open the witness file of a rank for writing. If the launcher has not created the file, create it.
 
-        shape   the sizes of the areas of a new file
+        run_id  the id of the run; "" keeps the id that the launcher wrote into the file
+        shape   the sizes of the areas of a new file; None: the usual sizes
         knows   the aspects that this recorder writes, such as steps and locks (see `repro.trace.knowledge`). The judge
                 uses no other aspect of this witness
 
@@ -186,8 +187,8 @@ class Recorder:
 
         collective   None is allowed if `call` is given
         ticket       what `issue` returned; 0 means the collective that was issued last in its group
-        call         the recorder's `Call` for this collective: read `last_call` directly after the collective was
-                     issued. If None, the recorder finds the `Call` from ``collective``, which takes longer
+        call         what `last_call` returned directly after the collective was issued; if None, the recorder looks the
+                     `Call` up from ``collective``, which takes longer
         """
         if call is None:
             call = self._entered_call if collective is self._entered else None
@@ -232,7 +233,7 @@ class Recorder:
 
     @property
     def last_call(self) -> Call:
-        """The `Call` of the collective that was issued last. Pass it to `leave` or `wait` to make these faster."""
+        """The `Call` of the collective that was issued last. It makes `leave` and `wait` of this collective faster."""
         assert self._entered_call is not None
         return self._entered_call
 
@@ -254,7 +255,8 @@ class Recorder:
 
         collective   None is allowed if `call` is given
         ticket       what `issue` returned
-        call         the value of `last_call` after the collective was issued; if None, the recorder looks the `Call` up
+        call         what `last_call` returned directly after the collective was issued; if None, the recorder looks the
+                     `Call` up from ``collective``, which takes longer
         """
         self._append(*(call or self._call_of(collective)).wait, ticket)
 
@@ -265,8 +267,7 @@ class Recorder:
     def note_entries(self, entries: list[ScheduleEntry] | None) -> None:
         """From now on, append (group, operation, layer) of each issued collective to ``entries``.
 
-        At most MAX_NOTED entries are appended. If this is called again, later collectives are appended only to the
-        new list, or to no list if ``entries`` is None.
+        The list gets at most MAX_NOTED entries. A second call replaces the list; None ends the appending.
         """
         vars(self).pop("enter", None)
         if entries is None:
@@ -315,7 +316,7 @@ class Recorder:
         return self._calls.get(key) or self._make_call(collective, key, frame)
 
     def _call_of(self, collective: Collective | None) -> Call:
-        """Return the `Call` of a collective that is not the last one issued. Such a `Call` has no call site."""
+        """Return the `Call` for a collective whose call site is no longer known. It is made at the first request."""
         assert collective is not None, "either the collective or its call is given"
         group, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group, op, layer, dtype, reduce_op, root, len(sizes))
@@ -324,8 +325,8 @@ class Recorder:
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
         """Make the `Call` for a collective at a call site, and write its strings and its group to the file.
 
-        A send or receive gets a group of the two ranks, "ep:2>5". A send then has the same sequence number as its
-        receive.
+        A send or receive gets a group of its two ranks: "ep:2>5" for sends in "ep" from global rank 2 to global rank 5.
+        So a send has the same sequence number as its receive.
         """
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)

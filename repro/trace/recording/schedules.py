@@ -12,12 +12,12 @@ _MOST = 256
 
 
 class Schedules:
-    """Packs the constant part of a step's record, and keeps this part for later steps with equal constant fields.
+    """Packs the constant part of a step's record, and keeps it for later steps for which it is the same.
 
-    The constant fields are the schedule, the number of live requests and the phase. Two schedules count as equal
-    only if they are the same tuple object, because comparing all their entries would take longer.
+    It depends on the schedule, the number of live requests and the phase. Two schedules count as equal only if they are
+    the same tuple object, because comparing all their entries would take longer.
 
-    known  a dict from (id of the schedule, number of live requests, phase) to (the schedule, the packed part)
+    known  a dict from (id of the schedule, number of live requests, phase) to (the schedule, what `part` returned)
     """
 
     def __init__(self, intern: Callable[[str], int]) -> None:

@@ -83,8 +83,8 @@ class Strings:
 class Vectors:
     """The ring buffer of size vectors: new vectors overwrite the oldest ones.
 
-    A vector's offset is the number of words before it since the file was created. Overwritten words count, and
-    so do words that stay unused at the end of the ring because a vector did not fit there.
+    The offset of a vector is the number of words that were used before it since the file was created. This includes
+    overwritten words, and words at the end of the ring that stay empty because a vector did not fit there.
     """
 
     def __init__(self, buffer: Buffer, shape: Geometry) -> None:

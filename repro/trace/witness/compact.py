@@ -22,15 +22,15 @@ from repro.trace.witness.parse import Live, Problems, parse_header, parse_live, 
 def compact(
     data: bytes, name: str, *, writer: Identity | None = None, change: Callable[[str], str] = lambda text: text
 ) -> bytes:
-    """Return the bytes of a shorter witness file. Only ``writer`` and ``change`` make its content differ from ``data``.
+    """Return the bytes of a shorter witness file, with the records, vectors and groups of ``data``.
 
-    name    the name of the file for messages
-    writer  the writer in the new header; by default the writer of ``data``
-    change  returns the text that replaces a string, for example without secrets; an empty text becomes "?"
+    data    the bytes of a whole witness file
+    name    the name of the file, for messages
+    writer  the writer in the new header; None: the writer of ``data``
+    change  called with each string of the witness; returns the text that replaces the string, for example without
+            secrets; "" becomes "?"
 
-    Damage stays visible: the bytes of records, vectors and groups are copied unchanged. A damaged string and
-    all strings after it are left out; the count of strings then shows that some are missing. If ``data`` is shorter
-    than its header says, no area is shortened, and the result has the length of ``data``.
+    Damage stays visible in the result. If ``data`` is shorter than its header says, it is not shortened further.
 
     Raises WitnessError if ``data`` is not a witness, ValueError if the new strings are too long for a witness.
     """

@@ -70,8 +70,8 @@ def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | Non
 def read(path: str | os.PathLike[str]) -> Witness:
     """Read one witness file. Raises OSError or WitnessError.
 
-    If the file has problems, the reason can be that its rank is writing a record at this moment. So read the file again
-    until the problems are gone or the file no longer changes, but at most _READS times in all.
+    A file can have problems only because its rank is writing to it at this moment. So this function reads such a file
+    again, up to _READS times in all, until it has no problems or no longer changes.
     """
     data = _bytes_of(path)
     for _ in range(_READS - 1):
@@ -89,8 +89,8 @@ def read(path: str | os.PathLike[str]) -> Witness:
 def _bytes_of(path: str | os.PathLike[str]) -> bytes:
     """Return a copy of a witness file, read from front to back.
 
-    Read the count of vector words a second time at the end, and put this later count into the copy: it shows which
-    vectors the rank overwrote while the file was read.
+    In the copy, the count of vector words is that after the reading. So it shows which vectors the rank overwrote while
+    the file was read.
     """
     place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)
     with _opened(path) as file:
@@ -109,7 +109,10 @@ def _opened(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str]]:
-    """Read all witnesses of a folder. Returns the witness of each rank, and a line for each file that is not usable."""
+    """Read all witnesses of a folder. Returns a dict from rank to witness, and a line for each file that is not usable.
+
+    If two files are witnesses of the same rank, only the first is used.
+    """
     witnesses: dict[int, Witness] = {}
     refused: list[str] = []
     for file in sorted(Path(path).glob(f"*{SUFFIX}")):
@@ -189,8 +192,8 @@ class Tail:
 def _mapped(file: BinaryIO) -> mmap.mmap:
     """Map a witness file into memory, for reading.
 
-    Before Python 3.13 each map keeps a file descriptor open, and a watcher maps many files. So with such a
-    Python, this function also raises the process's limit of open files to the highest value that the system permits.
+    Before Python 3.13, each map keeps a file descriptor open, and a watcher maps many files. So this function then also
+    raises the process's limit of open files to the highest value that the system permits.
     """
     if sys.version_info >= (3, 13):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)

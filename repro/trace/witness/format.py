@@ -8,7 +8,8 @@ and survives SIGKILL. Numbers are little-endian. The table shows all padding. Ve
     512    LIVE     4 guarded words: events recorded, vector words stored, strings stored, groups with a slot
     544    HEART    last_heartbeat_ns u64, name u32, count u32, CRC-32 of these; heartbeats never enter the ring
     640    SPARE    128 bytes: groups without a slot of their own write here; never read
-    1024   GROUPS   group_slots x 128 bytes: the last event of each group, kept when the ring overwrites the event
+    1024   GROUPS   group_slots x 128 bytes: name, members, last issue and last completion of a group; the ring does
+                    not overwrite them
     ...    RING     ring_records x 72 bytes: a ring buffer; event n (from 1) lies in slot (n - 1) % ring_records
     ...    VECTORS  vector_words x i64, a ring of size vectors: [check, size, size, ...]
     ...    STRINGS  u32 length, u32 check, UTF-8, one after another; string k is the k-th (string 0 is "")
@@ -118,7 +119,8 @@ class Event(NamedTuple):
     """One record of a witness. Strings and size vectors are numbers here; `Witness` has methods that look them up.
 
     The annotations are struct codes, which define the layout of a record. The fields before ``n`` are equal for all
-    events of one kind at one call site, so the recorder packs them only once, with their part of the checksum.
+    events of one kind at one call site in one phase. So the recorder packs them only once, with their part of the
+    checksum.
     """
 
     aux: Annotated[int, "q"]
@@ -221,8 +223,7 @@ class Identity:
     def shares_processes(self, other: Identity) -> bool:
         """Whether two writers are on one host and in one pid namespace, so that the same pid means the same process.
 
-        Two containers can have the same boot id and host name, but different pid namespaces. An unknown namespace (0)
-        counts as equal to any other.
+        An unknown pid namespace (0) counts as equal to any other.
         """
         namespaces = {self.pid_namespace, other.pid_namespace} - {0}
         return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
@@ -231,7 +232,7 @@ class Identity:
         """Return how many ns this writer's monotonic clock is ahead of the other writer's monotonic clock.
 
         0 if both writers have the same boot id (one host), or if a boot id is unknown. Otherwise the result is computed
-        from the wall clocks of the two hosts. If these wall clocks differ, the result is wrong by their difference.
+        from the wall clocks of the two hosts, and is wrong by the difference between these wall clocks.
         """
         if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:
             return 0

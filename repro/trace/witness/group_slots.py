@@ -1,5 +1,4 @@
-"""Parse the slot that a witness file has for each group: name, members, the collective issued last, the collective
-completed last."""
+"""Parse the slot that a witness file has for each group: name, members, last issue, last completion."""
 
 from __future__ import annotations
 
@@ -30,13 +29,19 @@ _MAX_MEMBERS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class GroupTrace:
-    """How far one rank has come in one group. If the group's slot and the ring of events differ, the newer counts."""
+    """How far one rank has come in one group.
+
+    members  global ranks in group order; () if they are not known
+    issued   sequence number of the collective that the rank issued last; 0 if there is none
+    left     the highest sequence number of a completed collective; 0 if there is none
+    last     the event that records the collective issued last
+    """
 
     name: str
     members: tuple[int, ...]
-    issued: int  # sequence number of the last collective issued, 0 = none
-    left: int  # sequence number of the last collective completed
-    last: Event | None  # the event that records the last collective issued
+    issued: int
+    left: int
+    last: Event | None
 
     @property
     def hash(self) -> int:
@@ -47,11 +52,10 @@ class GroupTrace:
 def parse_groups(
     data: bytes, shape: Geometry, strings: list[str], ring: Ring, live: Live, problems: Problems
 ) -> tuple[GroupTrace, ...]:
-    """Return the progress of the rank in each group, by group index.
+    """Return the progress of the rank in each group, by group index. Damaged slots are reported to ``problems``.
 
-    ring   the newest events
-    live   the writer's counters. If the writer has counted an event that a slot lacks, the slot is damaged: this is
-           added to ``problems``
+    ring   the newest events; they can be newer than those in the slots
+    live   the writer's counters. A slot that lacks an event which the writer has counted is damaged
     """
     newest = _newest_calls(ring)
     traces: list[GroupTrace] = []
@@ -148,7 +152,7 @@ class _Slot:
     def _may_hold(self, event: Event, ring: Ring) -> bool:
         """Whether ``event``, which was read from this slot, can belong there.
 
-        True if the event issues a collective of this group, and the ring has no different event with the same number.
+        It can if it issues a collective of this group, and the ring has no different event with the same number.
         """
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
@@ -158,10 +162,10 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """Return, for each group index, the newest event that issues a collective, and the event of the last completion.
+    """Return, for each group index, the newest event that issues a collective, and one that completes a collective.
 
-    The last completion is that of the collective with the highest number. Only the newest _RECENT events of the ring
-    are searched; None stands for an event that is not among them.
+    The second event is the completion of the highest sequence number. Only the newest _RECENT events of the ring are
+    searched; None stands for an event that is not among them.
     """
     newest: dict[int, tuple[Event | None, Event | None]] = {}
     for event in ring.events(_RECENT):

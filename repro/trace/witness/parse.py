@@ -50,7 +50,7 @@ class WitnessError(ValueError):
 class Problems:
     """The problems found in one file, as lines: "rank003.wit:38912: damage: event 118 does not match its checksum".
 
-    If a rank dies while it writes, its last record is incomplete ("torn"). This is a problem, but not damage.
+    If a rank dies while it writes, its last record is incomplete ("torn"). This is a problem, but no damage.
     """
 
     name: str
@@ -196,10 +196,10 @@ def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Pr
 def parse_vectors(
     data: bytes, shape: Geometry, stored: int | None, named: Iterable[tuple[int, int]], problems: Problems
 ) -> dict[tuple[int, int], bytes]:
-    """Return a dict from (offset, length) to the bytes of a size vector, without overwritten and damaged vectors.
+    """Return the bytes of the size vectors that are neither overwritten nor damaged, by (offset, number of sizes).
 
     stored   how many words the writer has stored since the file was created; None if the counter is damaged
-    named    (offset, length) of the vectors that records refer to
+    named    the vectors that records refer to: (offset, number of sizes) of each
     """
     vectors = {}
     room = shape.vector_words
@@ -219,10 +219,9 @@ def parse_vectors(
 
 
 def vectors_named(records: bytes, more: Iterable[Event]) -> set[tuple[int, int]]:
-    """Return (offset, length) of each size vector to which the events in `records` (packed) and in `more` refer.
+    """Return (offset, number of sizes) of each size vector to which the packed `records` and the events `more` refer.
 
-    Only an event that issues a collective with several sizes refers to a size vector. A single size is stored in the
-    record itself.
+    A collective with a single size has no size vector, because its record has the size itself.
     """
     columns = zip(*(column(records, name) for name in ("kind", "vector", "num_sizes")), strict=True)
     named = {(vector, num_sizes) for kind, vector, num_sizes in columns if num_sizes > 1 and kind in _ISSUES}
@@ -300,8 +299,8 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 def _may_be_torn(record: memoryview, number: int) -> bool:
     """Whether the record looks as if its writer died while it wrote event ``number``.
 
-    A writer first clears the bytes of the record, and writes its checksum last. So the incomplete record has no
-    checksum yet, or it has the number of the event and a wrong checksum.
+    A writer first clears the bytes of the record, and writes the checksum last. So an incomplete record has either no
+    checksum, or the right number and a wrong checksum.
     """
     event = Event._make(RECORD.unpack(record))
     return event.check == 0 or (event.n == number and not is_whole(record))

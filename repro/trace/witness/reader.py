@@ -46,7 +46,7 @@ class Witness:
     complete     False if the file is damaged, its last record is incomplete, or the members of a group are unknown
     damaged      whether some bytes do not match their checksums, so that no certain conclusion is possible
     problems     a line for each problem of the file: "rank003.wit:38912: damage: …"
-    vectors      a dict from (offset, length) to the bytes of a size vector, for the vectors that records refer to
+    vectors      a dict from (offset, number of sizes) to the bytes of a size vector, for the vectors that records name
     """
 
     name: str
@@ -85,7 +85,7 @@ class Witness:
 
     @property
     def has_free_slots(self) -> bool:
-        """Whether the file has unused group slots. If so, the file has a slot for every group of the rank."""
+        """Whether the file has unused group slots, and therefore a slot for every group that the rank has used."""
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
@@ -135,8 +135,8 @@ class Witness:
     def sizes(self, vector: int, num_sizes: int) -> tuple[int, ...]:
         """Return the sizes of an event's collective, in rows or elements; () if they cannot be read.
 
-        vector, num_sizes: fields of the event. A single size is ``vector`` itself. For more sizes, ``vector`` is the
-        place in the file at which they are stored.
+        vector, num_sizes: the fields of the event with these names. A single size is ``vector`` itself; for more sizes,
+        ``vector`` is the offset of a size vector.
         """
         if num_sizes <= 1:
             return (vector,) * num_sizes

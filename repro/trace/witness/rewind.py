@@ -14,12 +14,12 @@ _ISSUES = (Kind.ENTER, Kind.ISSUE)
 
 
 def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | None:
-    """Return the witness as it was when its rank had recorded ``num_events`` events. The later events are removed.
+    """Return the witness as it was when its rank had recorded ``num_events`` events.
 
-    heartbeat_ns   the time of the last heartbeat before that moment; the file has only the time of the newest heartbeat
+    heartbeat_ns   the time of the last heartbeat before that moment. The caller must know it, because the witness has
+                   only the time of the newest heartbeat
 
-    Returns None if the file has fewer events, or if it no longer has an event that shows the state at that moment.
-    Sizes and strings of later events are kept; they have no effect, because nothing refers to them.
+    Returns None if the witness has fewer events, or if an event that shows the state at that moment is overwritten.
     """
     witness = dataclasses.replace(witness, heartbeat_ns=heartbeat_ns)
     if witness.num_events == num_events:
@@ -46,8 +46,9 @@ def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | No
 
 
 def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Event]) -> GroupTrace | None:
-    """Return how far the rank had come in a group at the earlier moment.
+    """Return how far the rank had come in a group at an earlier moment.
 
+    group         how far it came in the end
     kept, later   the group's events before and after that moment
 
     Returns None if the event that issued the last collective before that moment is overwritten.

@@ -14,8 +14,8 @@ from repro.trace.witness.parse import WitnessError
 class Tails:
     """The open witnesses of a run, one :class:`Tail` per rank.
 
-    here   the process that follows the witnesses. The methods whose names end in _ns return times on the monotonic
-           clock of this process's host; :meth:`read` leaves the times of a witness as they are
+    here   the process that follows the witnesses. The methods whose names end in _ns convert times to the monotonic
+           clock of its host; the witnesses that :meth:`read` returns have the times of their own hosts
     """
 
     def __init__(self, run_dir: RunDir, num_ranks: int, here: Identity) -> None:
@@ -39,7 +39,7 @@ class Tails:
     def read(self, ranks: Iterable[int] | None = None) -> tuple[dict[int, Witness], list[str]]:
         """Read the witnesses of these ranks; of all ranks if ``ranks`` is None.
 
-        Returns the witness of each rank, and a line for each witness that could not be read.
+        Returns a dict from rank to witness, and a line for each witness that could not be read.
         """
         witnesses: dict[int, Witness] = {}
         refused = []
