@@ -40,6 +40,9 @@ STEPS_PER_LINE = 128
 LIMIT = 0.01
 NUM_DRAWS = 2000
 WAVES = "30:450,20:450"
+PLACEBO = "placebo"
+"""A file of this name in the folder HMR_OVERHEAD: switch nothing."""
+
 THREADS = ("repro record", "repro guard")
 """Names of the background threads of recorder and guard."""
 
@@ -73,7 +76,7 @@ class Switch:
         self._rows: list[Row] = []
         self._before: tuple[int, int] | None = None
         self._thread_before = (0, 0)
-        self._placebo = bool(os.environ.get("HMR_OVERHEAD_PLACEBO"))
+        self._placebo = (folder / PLACEBO).exists()
 
     def around(self, original: Any) -> Any:
         def _run_ar(*args: Any, **options: Any) -> Any:
@@ -183,10 +186,12 @@ def main() -> int:
     args = parser.parse_args()
     out = args.out.absolute()
     out.mkdir(parents=True)
+    if args.placebo:
+        (out / PLACEBO).touch()
     load = [Path("/proc/loadavg").read_text().split()[0]]
     serve = [*command(args.vllm.absolute(), out / "serve", WAVES, args.seconds + 600), "--seconds", str(args.seconds)]
     measured = {"HMR_GUARD": "agree"} if args.guard else {"HMR_RECORD": str(out / "record")}
-    variables = {**measured, "HMR_OVERHEAD": str(out), **({"HMR_OVERHEAD_PLACEBO": "1"} if args.placebo else {})}
+    variables = {**measured, "HMR_OVERHEAD": str(out)}
     done = subprocess.run(serve, env=environment(out / "entry_points", **variables), capture_output=True)
     load.append(Path("/proc/loadavg").read_text().split()[0])
     files = sorted(out.glob("steps*.jsonl"))
