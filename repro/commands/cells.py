@@ -28,7 +28,7 @@ MOST_RANKS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=grid.REPORT_MODEL, help=f"its name or folder; default: {grid.REPORT_MODEL}")
+    parser.add_argument("--model", default=grid.REPORT_MODEL, help=f"name or folder; default: {grid.REPORT_MODEL}")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="number of GPUs or CPU ranks; default: 8")
     parser.add_argument(
         "--eager", action="store_true", help="also run the cells of the report's second command (--enforce-eager)"
@@ -117,7 +117,9 @@ def _refuse_without_vllm(machine: Machine) -> None:
     if not machine.vllm:
         raise ConfigError("this Python has no vLLM: run this command with the Python of vLLM's environment", "--vllm")
     if not machine.recorder:
-        raise ConfigError("vLLM would not find the recorder: pip install this project into its environment", "--vllm")
+        raise ConfigError(
+            "vLLM would not find the recorder: pip install this project into vLLM's environment", "--vllm"
+        )
 
 
 def _print(console: Console, experiment: Experiment, outcomes: dict[str, outcome.Outcome]) -> None:

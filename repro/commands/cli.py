@@ -28,7 +28,7 @@ COMMANDS = {
     "matrix": "find whether layout, kernel backends or kernel cache make a start slow",
     "cells": "start vLLM in each combination of layout, backends and cache, and say which starts stall",
     "minimise": "shrink a scenario while it still hangs, and write it as one file",
-    "clean": "remove the runs",
+    "clean": "remove the lab's runs whose processes have ended",
 }
 """A dict from command to the purpose that --help prints. A command is in the file of this folder with its name."""
 
@@ -45,10 +45,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
+    """Run a command and return its exit code. An error is printed as one line; with HMR_DEBUG, also its traceback.
 
-    If the arguments or files are wrong, print one line and return USAGE. If this program itself fails, print one line
-    and return CANNOT_TELL. If HMR_DEBUG is set, also print the traceback.
+    USAGE         a setting or a file is wrong. For wrong arguments, SystemExit with this code is raised instead
+    CANNOT_TELL   the command is not possible on this machine, or this program itself failed
+    INTERRUPTED   the user interrupted the command
     """
     argv = sys.argv[1:] if argv is None else argv
     args, unknown = parser_of(argv).parse_known_args(argv)

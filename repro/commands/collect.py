@@ -99,7 +99,7 @@ def _look_at(collection: Collection, interval_s: float, table: dict[int, Status]
     try:
         collection.collect(interval_s)
     except OSError as error:
-        reason = f"{error.strerror}; what was collected before is in {folder}, and --to names another folder"
+        reason = f"{error.strerror}; what was collected before is in {folder}; choose another folder with --to"
         raise OSError(error.errno, reason, error.filename) from error
     took_s = time.monotonic() - began_s
     _say(f"{_describe(collection.job, table)}: looked at twice in {took_s:.1f} s; the evidence is in {folder}")

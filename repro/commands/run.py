@@ -33,7 +33,7 @@ from repro.watch.document import Document
 class Planned:
     """One run that the user requested.
 
-    unsafe    reasons why the run can hang, although its settings allow the start; () if there is no such reason
+    unsafe    reasons why the run can hang; the run is started nevertheless. () if there is no such reason
     refused   with `run all`: why this scenario cannot run with the user's flags; "" if it can
     """
 
@@ -109,8 +109,9 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 
 
 def _preflight(settings: RunSettings) -> list[str]:
-    """Return the reasons why a run can hang. If there are reasons, but the settings allow no such run, raises Refused.
+    """Return the reasons why a run can hang.
 
+    Raises Refused with the first reason, except for a `fault` run or with --allow-unsafe: such a run may hang.
     Raises CannotRunHere if torch is not installed: the check uses the run's policies, and some policies need torch.
     """
     require_model()
@@ -139,6 +140,7 @@ class Session:
         If this machine cannot run the variant, the added document has the reason in `skipped`. But if the command is
         for one scenario and has no verdict yet, raises CannotRunHere with this reason.
 
+        series: starts the run
         count: the beginning of the progress line, such as "[3/21] "
         """
         settings = planned.settings

@@ -167,11 +167,11 @@ class RemoteHosts:
     host: Host
     _latest: dict[Path, tuple[AgentStatus, int]] = field(
         default_factory=dict
-    )  # rank of each agent -> its status, and when the status arrived on the watcher's clock
+    )  # status file of each agent -> its last status, and the time of arrival on the watcher's clock
     _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def statuses(self) -> list[AgentStatus]:
-        """Return the last status of each agent. Statuses that are STATUS_EXPIRY_S seconds old are left out."""
+        """Return the last status of each agent, without statuses that arrived at least STATUS_EXPIRY_S seconds ago."""
         self._read_new()
         now_ns = self.host.now_ns()
         return [status for status, read_ns in self._latest.values() if now_ns - read_ns < STATUS_EXPIRY_S * 1e9]

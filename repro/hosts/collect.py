@@ -59,7 +59,7 @@ def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
 
 
 def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
-    """Return a sentence about ranks that never began. The sentence quotes the launcher's log.
+    """Return a sentence about ranks that never opened their witnesses. The sentence quotes the launcher's log.
 
     The quotation is the last error in the log, or the last line if the log has no error.
     """
@@ -82,7 +82,7 @@ _ENDED_BY_SIGNAL = re.compile(r"Received (?:Signals\.)?(\w+) death signal|Keyboa
 
 
 def launcher_was_ended(run_dir: RunDir) -> str:
-    """Return a sentence about the signal on which torchrun ended its ranks; "" if torchrun's log shows no signal."""
+    """Return a sentence about the signal after which torchrun ended its ranks; "" if torchrun's log shows no signal."""
     match = _ENDED_BY_SIGNAL.search(read_text(run_dir.launcher_log))
     if match is None:
         return ""

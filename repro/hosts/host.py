@@ -59,7 +59,7 @@ class Host:
         return processes.starved_seconds(pid)
 
     def stolen_seconds(self) -> float:
-        """Return this host's steal time: seconds that a hypervisor gave to other guests, averaged over processors."""
+        """Return the steal time since boot: seconds given to other guests of the hypervisor, per processor."""
         return float(getattr(psutil.cpu_times(), "steal", 0.0)) / (psutil.cpu_count() or 1)
 
     def lock_holder(self, name: str, waiting: Collection[int]) -> int:
@@ -67,7 +67,8 @@ class Host:
 
         Return locks.NOBODY if no process holds the lock, and locks.UNKNOWN if this cannot be found out.
 
-        waiting: pids of processes that wait for the lock
+        name      path of the lock file
+        waiting   pids of processes that wait for the lock; they do not count as holders
         """
         return locks.holder(name, [*waiting, os.getpid()])
 

@@ -26,10 +26,10 @@ INT_PATIENCE_S = 3.0
 def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> None:
     """Install the signal handlers of a rank.
 
-    SIGUSR1 writes the Python stacks to the stack file, SIGUSR2 the Flight Recorder dump to the fr file. SIGTERM ends
-    the process TERM_PATIENCE_S seconds later; until then its stacks can be taken. With ``interrupts``, SIGINT ends the
-    process INT_PATIENCE_S seconds later. SIGINT also creates a file at once, from which the watcher learns that the
-    user has requested the end of the run.
+    SIGUSR1 writes the Python stacks of the rank into the folder stacks/ of the run. SIGUSR2 writes the rank's Flight
+    Recorder dump into the folder fr/. SIGTERM ends the process TERM_PATIENCE_S seconds later; until then its stacks can
+    be taken. With ``interrupts``, SIGINT ends the process INT_PATIENCE_S seconds later, and creates a file at once that
+    tells the watcher: the user has requested the end of the run.
 
     A Python signal handler does not run while the main thread is blocked inside a collective. So the stacks are written
     by faulthandler, which runs in C. The rest is done by a thread, which signal.set_wakeup_fd wakes.

@@ -22,7 +22,9 @@ SHORTEST_MEASURE_S = 0.1
 
 
 class System:
-    """Collects the facts about the ranks of this host. Some facts need several calls: deaths, abandoned locks, CPU use.
+    """Collects the facts about the ranks of this host. Use one object for the whole run.
+
+    The object remembers when it saw each rank dead, since when each lock has no holder, and the last measured CPU use.
 
     patience_s   A lock is reported to have no holder only after it had no holder for this many seconds. For a shorter
                  time, a lock without a holder is normal: a waiting process tests the lock only now and then.

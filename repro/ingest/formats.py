@@ -130,8 +130,8 @@ LINES = (
     LineFormat("NCCL RAS, monitor mode", ras_monitor.NEEDLES, lambda: _EachLine(ras_monitor.read)),
     LineFormat("errors that end a process", failures.NEEDLES, lambda: _EachLine(failures.read)),
 )
-"""The readers of log lines. A line goes only to the first reader that returns a record for it."""
+"""The readers of log lines. A line goes to one reader after another, until one of them returns a record for it."""
 
 ENGINES = LineFormat("vLLM, SGLang, TensorRT-LLM, Ray", engine_messages.NEEDLES, engine_messages.Engine)
-"""The reader of serving engines. It gets every line that contains one of its needles, even if a reader in LINES
-understands the line, because it finds out which process wrote the line."""
+"""The reader of serving engines. It also gets the lines that a reader in LINES understands, because it finds out which
+process wrote a line."""

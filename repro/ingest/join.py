@@ -1,8 +1,9 @@
 """Fill in the global rank of a record that has only a GPU or a process id, from records of other lines and files.
 
 For example, a line of the kernel log has a GPU's PCI address, and a line of an NCCL log has this address and the rank.
-The rank in an NCCL communicator is a global rank only if the communicator contains every process that was seen. Two
-hosts can have the same process id or PCI address. A record that possibly belongs to either of two ranks gets no rank.
+But this is the rank in an NCCL communicator. It counts as the global rank only if the communicator contains every
+process that NCCL's logs and RAS answers name. Two hosts can have the same process id or PCI address, so a record that
+fits two ranks gets no rank.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class _Ranks:
     groups: dict[str, Group] = field(default_factory=dict)
 
     def find(self, host: str, process: Process, bus: str = "") -> int | None:
-        """Return the rank of a process, or of the GPU at the PCI address ``bus``; None if no rank or several match."""
+        """Return the rank of a process; None if no rank matches, or if several ranks match.
+
+        bus: the PCI address of the process's GPU. If it is given, it is looked up instead of the process id
+        """
         if process.rank is not None:
             return process.rank
         if bus:

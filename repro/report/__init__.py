@@ -20,7 +20,8 @@ FILES = ("report.html", "timeline.svg", "trace.json")
 def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> RunData:
     """Write the three files of the report into a run directory. Returns the data from which they were made.
 
-    beside: runs to show next to this run; by default the newest runs beside ``root`` that differ only in their variant.
+    beside: other runs to show on the page. By default these are runs in the same folder: the newest run of each other
+    variant, with the same settings otherwise.
     place: the path to show in the commands of the report instead of ``root``, for example after the run has moved.
 
     Raises ConfigError if the folder ``root`` contains nothing of a run, OSError if a file cannot be written there.

@@ -74,7 +74,11 @@ class RunData:
 
     @property
     def stuck(self) -> bool:
-        """Whether some ranks had not finished at the time of the verdict. (A slow run can still have ended later.)"""
+        """Whether some ranks have not finished.
+
+        The class of the verdict shows this, except for `slow`: such a run can end after its verdict, so its witnesses
+        show it.
+        """
         hangs = class_of(self.verdict.verdict).hangs
         if hangs is None:
             return len(self.lanes) < self.num_ranks or not all(lane.done for lane in self.lanes.values())
@@ -221,7 +225,7 @@ def _check_log(path: Path) -> None:
 def _check_stack(path: Path) -> None:
     """Raise ValueError if the file has no complete stack.
 
-    An empty file means that no stack was requested from the rank.
+    An empty file is accepted, because nobody requested a stack from this rank.
     """
     open_regular(path).close()
     text = read_text(path)

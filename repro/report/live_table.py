@@ -29,6 +29,7 @@ class Row:
 
     phase_s   for how many seconds the rank has been in its phase; -1 if unknown
     place_s   for how many seconds the rank has been at the place that ``where`` names; -1 if unknown
+    state     the rank's state, such as "building", which decides the colour of the row
     """
 
     rank: int

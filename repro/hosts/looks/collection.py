@@ -34,11 +34,11 @@ NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install p
 class Collection:
     """One run of `hmr collect`: the job, and what `collect` has found so far.
 
-    job       the job, with the ranks that are known from environment variables or from local variables on the stacks
+    job       the job; `collect` fills in ranks that it finds in local variables on the stacks
     signal    number of a signal at which the job's handler writes stacks; 0 if the user allowed none
     logs      log files that the user named
     numbered  whether no real rank is known; the workers are then numbered from 0, in the order of their pids
-    hidden    a sentence for each piece of evidence that could not be taken, with the reason
+    hidden    the keys are sentences: for each piece of evidence that could not be taken, what is missing, and why
     """
 
     run_dir: RunDir

@@ -13,7 +13,12 @@ ESTABLISHED, CLOSE_WAIT, LISTEN = "01", "08", "0A"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of /proc/net/tcp. Addresses have the form "hex:port", as the kernel prints them."""
+    """A line of /proc/net/tcp. Queues are in bytes.
+
+    local, remote   IP address and port in the kernel's hexadecimal form: "0100007F:1F90" is 127.0.0.1, port 8080
+    state           the kernel's number of the TCP state in hexadecimal, such as ESTABLISHED ("01")
+    inode           inode of the socket
+    """
 
     local: str
     remote: str
@@ -59,9 +64,10 @@ def parse_table(text: str) -> list[Row]:
 
 
 def look_at_connections(pids: Collection[int], proc: Path = PROC) -> list[Connection]:
-    """Return both ends of each connection between these processes, and each end whose other end is closed.
+    """Return both ends of each connection between these processes.
 
-    A process whose file descriptors this user is not allowed to read is left out.
+    If one end of a connection is closed, return only the end that one of these processes still has open. A process
+    whose file descriptors this user is not allowed to read is left out.
     """
     owners: dict[str, int] = {}  # "socket:[inode]" -> pid
     namespaces: dict[str, int] = {}  # network namespace -> a pid in it

@@ -31,8 +31,10 @@ _FORKED = "--multiprocessing-fork"
 class Member:
     """A process of a job.
 
-    rank  None if it is not known; `collect` then looks for the rank in local variables on the stacks
-    role  worker, engine or front end
+    rank         None if it is not known; `collect` then looks for the rank in local variables on the stacks
+    role         worker, engine or front end
+    title        the title that the process set, or else its command line
+    environment  its environment variables; None if this user is not allowed to read them
     """
 
     pid: int
@@ -51,10 +53,11 @@ class Member:
 class Job:
     """Processes of this host that form one job.
 
-    name        a text for the user, which distinguishes the job from others: its command and address
-    world_size  number of ranks on all hosts; None if no variable says it
-    local_size  number of ranks on this host; None if no variable says it
-    launcher    pid of the parent that all processes share; 0 if there is none
+    name        a text by which the user recognises the job, such as its command and master address
+    world_size  number of ranks on all hosts; None if no environment variable says it
+    local_size  number of ranks on this host; None if no environment variable says it
+    launcher    pid of the parent that all processes share; for a serving engine, of the server's topmost process;
+                0 if there is none
     """
 
     name: str
@@ -79,10 +82,12 @@ class Job:
         return replace(self, members=members, world_size=self.world_size or world_size)
 
     def missing_ranks(self, num_unreaped: int) -> list[int]:
-        """Return the ranks without a process that certainly belong to this host. Others are possibly on other hosts.
+        """Return the ranks that certainly belong to this host, but have no process here.
 
-        num_unreaped: number of the launcher's children that have ended and were not reaped. If this is also the number
-        of ranks without a process, these children were the missing ranks, so all of them belong to this host
+        Returns [] if the world size is not known, or if the rank of a worker is not known.
+
+        num_unreaped: number of the launcher's zombies, which are children that have ended. If there are as many zombies
+        as ranks without a process, the zombies were these ranks
         """
         known = {member.rank for member in self.members if member.rank is not None}
         if self.world_size is None or len(known) < sum(member.role == "worker" for member in self.members):
@@ -261,8 +266,10 @@ def _by_titles(candidates: Mapping[int, _Candidate], table: Mapping[int, Status]
 
 
 def _top_server(pid: int, table: Mapping[int, Status]) -> int:
-    """Return the topmost process of a server: go from ``pid`` to the parent as long as the parent's command line looks
-    like the server's."""
+    """Return the topmost process of the server to which ``pid`` belongs.
+
+    Go up from ``pid`` as long as the parent's command line contains a word such as "python" or "vllm".
+    """
     while table[pid].parent in table and _SERVER.search(command_of(table[pid].parent)[:200]):
         pid = table[pid].parent
     return pid
@@ -312,9 +319,10 @@ def _shared_parent(members: Sequence[Member], table: Mapping[int, Status]) -> in
 def match(
     pattern: re.Pattern[str], table: Mapping[int, Status], command: Callable[[int], str] = command_of
 ) -> list[int]:
-    """Return the pids of the processes whose command line matches ``pattern``.
+    """Return the pids of the processes whose command line matches ``pattern``, without this process and its ancestors.
 
-    This process and its ancestors are left out.
+    table     all processes of this host, by pid
+    command   returns the command line of a pid
     """
     own = set()
     pid = os.getpid()

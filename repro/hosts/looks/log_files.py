@@ -54,8 +54,8 @@ def named(paths: Sequence[Path]) -> list[LogFile]:
 def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
     """Return the regular files to which the job's processes and their ancestors print (standard output or error).
 
-    A file to which this process or one of its ancestors writes is left out, because the file contains the output of
-    `collect`.
+    The keys are (device, inode). A file to which this process or one of its ancestors writes is left out, because the
+    file contains the output of `collect`.
     """
     own = {file for pid in _with_parents([os.getpid()], table) for file, _, _ in _outputs(pid)}
     writers: dict[File, set[int | None]] = {}

@@ -57,7 +57,10 @@ def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL
 
 
 def _messages(log: Path) -> Iterator[tuple[float, str]]:
-    """Parse kernel messages to (seconds since boot, text): "6,339,5140900,-;NVRM: Xid …"."""
+    """Yield (seconds since boot, text) of each message in the kernel log.
+
+    The log has lines such as "6,339,5140900,-;NVRM: Xid …". Here the time is 5140900 microseconds.
+    """
     descriptor = os.open(log, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         while True:

@@ -28,6 +28,7 @@ class Status:
     switches        how often its first thread left a processor, voluntarily or not
     caught          numbers of the signals for which it has handlers
     tracer          pid of the debugger that is attached; 0 if there is none
+    namespace_pid   its pid in its own pid namespace, for example in its container
     """
 
     pid: int
@@ -129,7 +130,10 @@ def environment_of(pid: int, proc: Path = PROC) -> dict[str, str]:
 
 
 def open_files(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
-    """Yield (descriptor, target of its link) for each open file of a process. Raises PermissionError."""
+    """Yield (descriptor, target) for each open file of a process: (3, "/tmp/x.lock") or (4, "socket:[77]").
+
+    Raises PermissionError if this user is not allowed to see the files.
+    """
     folder = proc / str(pid) / "fd"
     try:
         names = os.listdir(folder)

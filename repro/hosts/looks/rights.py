@@ -11,7 +11,10 @@ SYS_PTRACE = 19
 
 
 def why_hidden(pid: int, proc: Path = PROC) -> str:
-    """Return a sentence that names the missing permission and how to get it; "" if no missing permission is found."""
+    """Return a sentence that names the missing permission and how to get it; "" if no missing permission is found.
+
+    If the process has ended, the sentence says so.
+    """
     status = read_status(pid, proc)
     if status is None:
         return f"process {pid} has ended"

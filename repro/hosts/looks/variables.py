@@ -70,7 +70,10 @@ def may_move(threads: Threads, pid: int) -> bool:
 
 
 def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
-    """Yield the lock files whose path, or whose build folder, is in a local variable of the main thread."""
+    """Yield the paths of lock files that local variables of the main thread name.
+
+    A variable has the path of the lock file, or of a folder with a file named "lock", such as a build folder of torch.
+    """
     for frame in _frames(main_thread(threads, pid)):
         for _, text in variables_of(frame):
             if match := _TEXT.match(text):

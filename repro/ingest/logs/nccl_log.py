@@ -45,10 +45,11 @@ _TYPES = (
 class _Communicator:
     """What a log shows about one communicator in one process, up to the current line.
 
-    begun      whether the log shows the start of the communicator; ``count`` is then the number of its COLL lines
-    count      number of collectives launched so far, without sends and receives
+    begun      whether the log shows the start of the communicator
     numbered   whether ``count`` comes from NCCL's own numbers (`opCount`), because the log does not show the start
-    calls      the newest operations, with sends and receives
+    count      number of collectives launched so far, without sends and receives; not correct if neither `begun` nor
+               `numbered` is true
+    calls      the newest operations: collectives, sends and receives
     """
 
     process: Process
@@ -115,11 +116,11 @@ class NcclLog:
         yield Note("world", f"a communicator of {size} ranks", process, str(size), None, source)
 
     def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
-        """Read a COLL line: count the launch, and add its operation to the communicator's newest operations.
+        """Read a COLL line: add its operation to the communicator's newest operations.
 
-        If the log shows the start of the communicator, the number of a launch is the number of COLL lines so far. If
-        not, the number is `opCount` in the line (hexadecimal). But since NCCL 2.27, `opCount` is always 0 on a single
-        node; then the number is unknown.
+        The collectives of a communicator are numbered from 1; sends and receives have no number. If the log does not
+        show the start of the communicator, a collective's number is `opCount` + 1 (`opCount` is hexadecimal in the
+        line). But since NCCL 2.27, `opCount` is always 0 on a single node; the number is then unknown.
         """
         key = (host, process.pid, match[6])
         row = self._communicators.get(key)

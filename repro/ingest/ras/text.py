@@ -42,7 +42,13 @@ _NO_ANSWER = re.compile(
 
 @dataclass(slots=True)
 class _Communicator:
-    """What an answer shows about one communicator, up to the current line."""
+    """What an answer shows about one communicator, up to the current line.
+
+    missing     the ranks in the communicator about which the answer has no data
+    operation   the operation whose counts the current lines list; "" if they list something else
+    count       the number of launches in the latest line "N ranks have launched up to operation M"; None before it
+    section     what the current lines are about: "INCOMPLETE" (missing ranks), "STATUS", or the communicator's errors
+    """
 
     row: RasCommunicator
     missing: list[int] = field(default_factory=list)

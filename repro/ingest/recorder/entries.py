@@ -31,7 +31,8 @@ _TRANSFER = re.compile(r"(send|recv) (\d{1,7})(?:->|<-)(\d{1,7})")
 def knowledge_of(entries: Sequence[Mapping[str, Any]]) -> Knows:
     """Return which aspects the entries of a dump show, for example ARGUMENTS if the entries have sizes and data types.
 
-    All entries of a dump have the same fields, so only the first and the last are examined.
+    An aspect counts only if the first and the last entry both show it. The entries between are not examined, because
+    torch writes the same fields into all entries of a dump.
     """
     return _shown_by(entries[0]) & _shown_by(entries[-1]) if entries else Knows.ORDER | Knows.COMPLETION
 
@@ -57,7 +58,7 @@ class Rows:
     index     the number of the group in the dump, from 0; the groups are in the order of their first entries
     backend   the text that `backend_of` returns, such as "nccl"
     entries   the entries, oldest first
-    numbers   for each entry: its `record_id`, or else its place in the dump
+    numbers   for each entry: its `record_id`; without a valid `record_id`, the index of the entry in the dump
     over      for each entry: 1 if its operation is over, else 0
     """
 
@@ -127,8 +128,8 @@ def backend_of(entry: Mapping[str, Any]) -> str:
 def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
     """Whether the field `retired` shows that an operation is over.
 
-    A retired operation can also have run into its time-out; the result is then False. Such an operation has a backend
-    of EVENT_BACKENDS, no time of completion, and still the state "scheduled" or "started".
+    The result is False for an operation that ran into its time-out, although it is retired, too. Such an operation has
+    a backend of EVENT_BACKENDS, no time of completion, and still the state "scheduled" or "started".
     """
     retired = bool(entry.get("retired"))
     if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):
@@ -140,7 +141,7 @@ def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
 def complete_the_earlier(rows: Rows) -> None:
     """Mark collectives as over if a later collective of their group is over.
 
-    A group completes its collectives in order, except with gloo: then nothing is marked.
+    A group completes its collectives in the order of their entries. gloo does not, so in its groups nothing is marked.
 
     A coalesced operation has an entry for each part, and after them an entry for the whole, with the same number. Only
     the completion of the whole is recorded. If the whole is over, mark its parts as over.

@@ -39,7 +39,7 @@ def _any_row() -> re.Pattern[str]:
 
 @lru_cache(maxsize=65_536)
 def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
-    """Return (index, match) of each table row whose first pattern matches a frame.
+    """Return (index of the row, match) for each table row whose first pattern matches this frame.
 
     The result is cached, because the stacks of many ranks have the same frames.
     """
@@ -51,7 +51,9 @@ def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
 
 @lru_cache(maxsize=4096)
 def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
-    """Return what the thread with this stack does: ("building", "a Triton kernel"); ("", "") if no row matches.
+    """Return (activity, detail) of the thread with this stack, such as ("building", "a Triton kernel").
+
+    Returns ("", "") if no row of the table matches.
 
     frames   "function (file:line)", innermost first
     """
@@ -69,11 +71,11 @@ def row_of(frames: tuple[str, ...]) -> int | None:
 
 
 def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
-    """Return the index of the best matching row, and the texts that the groups of its patterns captured.
+    """Return the index of the best matching row, and the texts that the parentheses in its patterns captured.
 
     If several rows match, the first of these rules that tells them apart decides. The best row
 
-    1. is not `generic`;
+    1. is not marked `generic` in the table;
     2. matches, with its first pattern, a frame further inside than the other rows;
     3. has the most patterns;
     4. comes first in the table.

@@ -56,7 +56,12 @@ MAX_FRAME = 600
 
 @dataclass(slots=True)
 class _Open:
-    """A stack whose lines are still being read."""
+    """A stack whose lines are still being read.
+
+    named_by_python   whether ``name`` is Python's name for the thread, not the operating system's
+    outermost_first   whether the tool prints the outermost frame first
+    lock              path of a lock file in a local variable; "" if there is none
+    """
 
     process: Process
     name: str
@@ -81,7 +86,10 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: Any, file: str) -> Iterator[Stack]:
-    """Read the output of `py-spy dump --json`, a list of threads. The output with --subprocesses has process titles."""
+    """Read the output of `py-spy dump --json`, a list of threads.
+
+    With --subprocesses, each thread also has the title of its process, which can contain the rank.
+    """
     for thread in content[:MAX_STACKS]:
         rows = thread.get("frames") if isinstance(thread, dict) else None
         if not isinstance(rows, list):

@@ -55,7 +55,10 @@ def write_page(folder: Path, diagnosis: Diagnosis, evidence: Evidence) -> Path:
 
 
 def document(diagnosis: Diagnosis, evidence: Evidence) -> dict[str, Any]:
-    """Return the content of verdict.json and of `diagnose --json`: the fields of a run's verdict and of a diagnosis."""
+    """Return the content of verdict.json and of `diagnose --json`.
+
+    It has all fields that the verdict.json of a run has, and also the fields of the diagnosis.
+    """
     verdict = Verdict(
         diagnosis.verdict, diagnosis.cause, diagnosis.culprits, diagnosis.suspects,
         evidence=diagnosis.evidence, confidence=diagnosis.confidence,

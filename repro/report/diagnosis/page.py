@@ -15,7 +15,13 @@ from repro.verdict.partial.job_records import JobRecords
 
 @dataclass(frozen=True)
 class TreeRow:
-    """A line of the stack tree, with the number of HTML lists to open before the line and to close after it."""
+    """A line of the stack tree.
+
+    names              the processes: "ranks 0-2"
+    innermost, outer   the innermost frame of the line, and its other frames
+    ends               whether the stack of a process ends on this line
+    opens, closes      how many HTML lists to open before the line, and to close after it
+    """
 
     names: str
     innermost: str

@@ -1,7 +1,7 @@
 """Merge the stacks of all ranks into one tree, outermost frame first, as STAT does (Arnold et al., IPDPS 2007).
 
-The ranks on one branch of the tree form a class. A small class does not prove that its ranks are at fault: perhaps
-these ranks are the only ones that work as intended.
+A branch with few ranks does not prove that these ranks are at fault: perhaps they are the only ones that work as
+intended.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def name_all(names: Sequence[str]) -> str:
 
 
 def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
-    """Return the classes of equal stacks: for each (activity, two innermost frames), the processes of the class.
+    """Return a dict from (activity, the two innermost frames as one text) to the processes with such a stack.
 
-    The class with the most processes comes first.
+    The key with the most processes comes first.
     """
     names: dict[tuple[str, str], list[str]] = {}
     for stack in stacks:

@@ -23,7 +23,10 @@ _NEVER = 0xFFFFFFFF
 
 
 def script_data(data: RunData) -> dict[str, Any]:
-    """Return the data as JSON values. Times count units since the first event; ``unit`` is the length of one in ns."""
+    """Return the data as JSON values.
+
+    Times are whole numbers of units since the first event. The value "unit" is the length of a unit in ns.
+    """
     start_ns, end_ns = data.span_ns()
     unit_ns = _unit_ns(data)
     verdict = data.verdict

@@ -36,7 +36,12 @@ _SCRIPTS = (
 
 @dataclass(frozen=True)
 class Card:
-    """A card for one of several runs side by side. link: the address of the run's report; "" for this page's run."""
+    """A card for one of several runs side by side.
+
+    kind      the CSS class for the colour of the verdict
+    picture   the lanes of the run
+    link      the address of the run's report; "" for the run of this page
+    """
 
     verdict: Document
     kind: str
@@ -48,7 +53,7 @@ class Card:
 def render(data: RunData, others: Sequence[RunData] = (), timeline_svg: str = "") -> str:
     """Render the page.
 
-    others: the control and fix (or fault) runs to show beside this run
+    others: runs of the other variants of the scenario, to show beside this run
     timeline_svg: the result of :func:`timeline` for this run, if it has been called already
     """
     verdict = data.verdict

@@ -103,7 +103,7 @@ def _rows(plan: Sequence[Entry], issued: Sequence[Sequence[Entry]]) -> Iterator[
 def _divergent(rows: Sequence[Row]) -> int:
     """Return the index of the first row that diverges.
 
-    If no row diverges, return the index of the first entry that only some sides have issued, or 0.
+    If no row diverges, return the index of the first entry that only some sides have issued; 0 if there is none.
     """
     diverging = (k for k, row in enumerate(rows) if any(row.diverges))
     uneven = (k for k, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1)
@@ -131,8 +131,8 @@ def _read_step(data: RunData, rank: int, number: int) -> Step | None:
 def _align(plan: Sequence[Entry], issued: Sequence[Entry]) -> tuple[dict[int, list[Entry]], set[int]]:
     """Align the entries that a side issued with the declared schedule (``plan``).
 
-    Returns two results: for an index of the plan, the extra entries that the side issued before this index; and the
-    indices of the plan whose entries the side issued.
+    Returns two values: a dict from an index of the plan to the extra entries that the side issued before this index;
+    and the indices of the plan whose entries the side issued.
     """
     extras: dict[int, list[Entry]] = {}
     matched: set[int] = set()

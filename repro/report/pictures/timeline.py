@@ -20,7 +20,10 @@ _RAIL_PX = 46
 
 
 def timeline(data: RunData, width: int = 1200) -> str:
-    """Draw timeline.svg: the lanes around the stall, the first divergent entry, and which ranks wait for which."""
+    """Draw timeline.svg: lanes, the first divergent entry, and which ranks wait for which.
+
+    The lanes show only the time window of :func:`interesting_ns`.
+    """
     ranks = choose_ranks(data, MAX_ROWS)
     waits = [wait for wait in data.verdict.waits if wait.ranks][:MAX_WAITS]
     row_px = 24 if len(ranks) <= 16 else 14
