@@ -96,7 +96,7 @@ def parser() -> Parser:
     params = commands.add_parser("params", help="parameter totals of a preset")
     params.add_argument("preset", metavar="PRESET")
 
-    pages = commands.add_parser("pages", help="the unified page of KV entries and recurrent states of a preset")
+    pages = commands.add_parser("pages", help="the page size that KV entries and recurrent states of a preset share")
     pages.add_argument("preset", metavar="PRESET")
     pages.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks")
     pages.add_argument("--kv-dtype", type=dtype_of(*KV_DTYPES), default="bfloat16", metavar="DTYPE")
@@ -114,7 +114,9 @@ def parser() -> Parser:
     prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help="token ids such as 1,2,3")
     generate.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="default: 32")
     generate.add_argument("--ignore-eos", action="store_true", help="continue after a token that ends the text")
-    generate.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: all)")
+    generate.add_argument(
+        "--prefill-chunk", type=positive, metavar="N", help="most prompt tokens in a step (default: all)"
+    )
     generate.add_argument(
         "--drafts",
         type=number(0),
@@ -128,9 +130,14 @@ def parser() -> Parser:
         metavar="{" + ",".join(LAYOUTS) + "}",
         help="a single process (default), or 8 ranks on this machine",
     )
-    generate.add_argument("--dp", type=positive, metavar="N", help="number of dp ranks, each with its own requests")
     generate.add_argument(
-        "--tp", type=positive, metavar="N", help="number of tp ranks per dp rank, which share heads and features"
+        "--dp", type=positive, metavar="N", help="number of dp ranks; only the first one serves the prompt"
+    )
+    generate.add_argument(
+        "--tp",
+        type=positive,
+        metavar="N",
+        help="number of tp ranks in each dp rank; they split the heads and features of the layers",
     )
     generate.add_argument(
         "--ep",
@@ -149,7 +156,9 @@ def parser() -> Parser:
         "--allow-unsafe", action="store_true", help="start even if the ranks could hang in this layout"
     )
 
-    check = commands.add_parser("check", help="load a checkpoint folder, and compare it with transformers in float64")
+    check = commands.add_parser(
+        "check", help="load a checkpoint folder, and compare its logits with those of transformers"
+    )
     check.add_argument("--load-only", action="store_true", help="load the checkpoint and run it, but do not compare")
 
     bench = commands.add_parser("bench", help="speed and peak memory of prefill and decode")

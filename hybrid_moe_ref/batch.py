@@ -1,15 +1,15 @@
 """The tokens of one step, flattened over all sequences, with one row per token.
 
 Sequences with the same number of new tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
-group with T = 1. A part of the batch is the groups that a mixer processes in one call. In a part, either every sequence
-has one new token, or every sequence has more than one.
+group with T = 1. A part of the batch consists of the groups that a mixer (attention, GDN or Mamba-2) processes in one
+call. In a part, either every sequence has one new token, or every sequence has more than one.
 
 Shapes:
 
     N   rows of the batch
     B   sequences of a group
     T   new tokens of each sequence of a group; in an attribute of `Part`: rows of the part
-    X   1 + the number of sequences of a part: the first row of each, and the end of the last
+    X   1 + the number of sequences of a part: the first row of each sequence, then the number of rows
 """
 
 from collections.abc import Iterable
@@ -56,10 +56,10 @@ class Part(Generic[S]):
 
     In a part, either every sequence has one new token (decode), or every sequence has more than one.
 
-    cached   for each group, its index among the cached groups of the batch, which is also the index of the group's view
-             of the cache; empty if the tokens are not cached
+    cached   for each group of the part, its index among the cached groups of the batch, which is also the index of its
+             view of the cache; empty if the tokens are not cached
     is_step  whether the part is the whole batch and has its rows in the order of the batch
-    tables   rotary tables of this part, which all layers share, by (rotary dim, theta, dtype)
+    tables   rotary tables (cos, sin) of this part by (rotary dim, theta, dtype); all layers share them
     """
 
     groups: tuple[Group[S], ...]
@@ -100,7 +100,7 @@ class Batch(Generic[S]):
 
     groups      the sequences, grouped by their number of new tokens
     num_tokens  number of rows
-    last_rows   index of each sequence's last row, in the order of the sequences
+    last_rows   index of each sequence's last row; the sequences are in the order of their rows
     """
 
     groups: tuple[Group[S], ...]
@@ -166,10 +166,10 @@ class Batch(Generic[S]):
 
     @cached_property
     def parts(self) -> tuple[Part[S], ...]:
-        """Return the groups of the batch, combined into parts; one call of a mixer processes one part.
+        """Combine the groups of the batch into parts, which a mixer processes one after another.
 
-        The groups of a part are either all cached or all uncached. In a part, either every sequence has one new token,
-        or every sequence has more than one.
+        The sequences of a part are alike in two ways: either all or none of them are cached, and either all have one
+        new token or all have more than one.
         """
         members: dict[tuple[bool, bool], list[Group[S]]] = {}
         for group in self.groups:
@@ -191,5 +191,5 @@ class Batch(Generic[S]):
 
     @property
     def sequences(self) -> list[tuple[S, int]]:
-        """Return each cached sequence with its number of new tokens."""
+        """Return each cached sequence with its number of new tokens, group by group."""
         return [(sequence, group.length) for group in self.groups for sequence in group.sequences]

@@ -19,7 +19,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int = 1, *, suggestion: str = "") -> None:
     """Refuse a model that does not fit into memory, before the machine swaps or the process is killed.
 
-    The check counts the weights and the cache, not the activations. It does nothing for several ranks on GPUs.
+    The check counts the weights and the cache, but not the activations. If several ranks use GPUs, nothing is checked.
 
     model       one rank's model, on the meta device
     num_pages   pages of one rank's cache

@@ -23,7 +23,11 @@ Cuts = tuple[tuple[int, tuple[Range, ...]], ...]
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of a tensor that remains after `cuts`. `full_shape` is the shape of the whole tensor."""
+    """The part of a tensor that a rank holds.
+
+    full_shape  the shape of the whole tensor
+    cuts        (dimension, the index ranges that remain) for each dimension of which only a part remains
+    """
 
     full_shape: tuple[int, ...]
     cuts: Cuts = ()

@@ -2,8 +2,7 @@
 
 `pages.py` computes the sizes of pages. `pasts.py` defines what a layer sees of the cache.
 
-Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, K KV heads, D head dim, C conv channels, W
-remembered conv inputs.
+Shapes: P pages, B sequences of a group of the batch, T new tokens, S tokens, K KV heads, D head dim.
 """
 
 import weakref
@@ -39,9 +38,11 @@ class CacheExhausted(RuntimeError):
 
 @dataclass(eq=False)
 class Sequence:
-    """A cached sequence: its number of tokens, and its pages in each layer group.
+    """A cached sequence. Its pages return to the pool by `HybridCache.free`, or when no reference to it is left.
 
-    The pages return to the pool when `HybridCache.free` is called, or when the last reference to the sequence is gone.
+    pages   for each layer group, the numbers of the sequence's pages
+    row     the index of its row in the `PageTable`
+    length  number of cached tokens
     """
 
     cache: "HybridCache"
@@ -71,8 +72,8 @@ class HybridCache:
     """A cache of `num_pages` pages for the sequences of one model.
 
     A step calls `pasts = cache.begin(batch)`, runs the layers, and calls `cache.commit(batch)`. `HybridMoE.step` does
-    all of this. If a step fails between `begin` and `commit`, free the sequences of the step, because some of their
-    recurrent states are probably updated and others not.
+    all of this. If a step fails between `begin` and `commit`, free the sequences of the step: some layers may have
+    updated their recurrent states, and others not.
     """
 
     def __init__(
@@ -117,8 +118,8 @@ class HybridCache:
     def allocate(self) -> Sequence:
         """Allocate an empty sequence.
 
-        The pages for the sequence's recurrent states are taken now. `begin` takes the pages for KV entries, when tokens
-        are added.
+        This takes the pages for the sequence's recurrent states. `begin` takes the pages for KV entries later.
+
         Raises CacheExhausted, before any page is taken, if too few pages are free.
         """
         counts = [0 if group.kind == "A" else 1 for group in self.layout.groups]
@@ -194,7 +195,9 @@ class HybridCache:
             raise ValueError(f"the cache was made for {name} {ours[name]!r}, but the model has {name} {theirs[name]!r}")
 
     def begin(self, batch: Batch[Sequence]) -> list[list[Past]]:
-        """Take pages for the batch's tokens. Returns, for each layer, one `Past` for each group of cached sequences.
+        """Take pages for the new tokens of a batch. Returns what each layer sees of the cache.
+
+        For each layer, this is a list with one `Past` for each group of the batch whose sequences are cached.
 
         Raises CacheExhausted, before any page is taken, if too few pages are free. Raises ValueError if the batch was
         built before the last step of its sequences, or if a sequence was freed or belongs to a different cache.
@@ -238,7 +241,7 @@ class HybridCache:
         self._table.extend(sequence.row, start, new)
 
     def commit(self, batch: Batch[Sequence]) -> None:
-        """Add the number of new tokens to the length of each sequence of the batch."""
+        """Add, to the length of each sequence of the batch, its number of new tokens."""
         for sequence, count in batch.sequences:
             sequence.length += count
 

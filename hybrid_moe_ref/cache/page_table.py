@@ -60,18 +60,16 @@ class PageTable:
     def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
         """Return, for each sequence, its first `width` page numbers in one attention group: [B, width].
 
-        rows_B: the row of each sequence
-
-        group: index of the group among the attention groups
+        group   index of the group among the attention groups
+        rows_B  the row of each sequence
         """
         return self._page_GRW[group, rows_B, :width]
 
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
         """Return, for each sequence, the page that holds its states for one group of recurrent layers: [B].
 
-        rows_B: the row of each sequence
-
-        group: index of the group among the recurrent groups
+        group   index of the group among the recurrent groups
+        rows_B  the row of each sequence
         """
         return self._slot_GR[group, rows_B]
 

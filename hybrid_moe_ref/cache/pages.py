@@ -23,7 +23,10 @@ TOKEN_MULTIPLE = 16
 class StateSize:
     """Size of one sequence's state in one recurrent layer.
 
-    The state has two parts: the last inputs of the convolution (conv), and the matrix memory of the recurrence (ssm).
+    The state has two parts: the last inputs of the convolution (conv), and the state of the recurrence (ssm).
+
+    conv_shape  (number of remembered inputs, channels)
+    ssm_shape   (value heads, key head dim, value head dim) for GDN; (heads, head dim, state size) for Mamba-2
     """
 
     conv_shape: tuple[int, int]
@@ -38,7 +41,10 @@ class StateSize:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind that share page numbers: layer `layers[i]` uses the pages with these numbers in buffer i."""
+    """Layers of one kind that share page numbers: layer `layers[i]` uses the pages with these numbers in buffer i.
+
+    kind: "A" (attention), "G" (GDN) or "M" (Mamba-2)
+    """
 
     kind: str
     layers: tuple[int, ...]
@@ -49,11 +55,11 @@ class PageLayout:
     """The page size of a model, and the groups of its layers.
 
     tokens            tokens of an attention page; 0 without attention layers
-    page_bytes        bytes of a page of one layer
+    page_bytes        bytes of a page in one buffer
     padding           unused bytes of a page that holds the largest state, as a fraction of this state; 0 without
                       recurrent layers
     bytes_per_token   bytes of one token's KV entries in one layer
-    states            sizes of the states, by layer kind
+    states            size of one sequence's state in one layer, by the kind of the layer ("G" or "M")
     groups            the groups of layers that take pages together
     group_size        largest number of layers in a group
     """

@@ -1,4 +1,4 @@
-"""What a layer sees of the cache in a step: one "past" for each group of sequences.
+"""What a layer sees of the cache in a step: one "past" for each group of sequences in the batch (`batch.Group`).
 
 A past gives access to the KV entries or states of the group's sequences. The layer reads these entries or states, and
 adds those of the new tokens.
@@ -41,7 +41,8 @@ class KVPast:
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values. Return the keys and the values of all tokens so far, each [B, S, K, D].
 
-        Entries after the end of a sequence are finite, and the causal mask hides them.
+        S is the length of the longest sequence. The entries after the end of a shorter sequence are finite, and the
+        causal mask hides them.
         """
         self.append(k_BTKD, v_BTKD)
         kv_BS2KD = self.kv_PL2KD[self.table_BP].flatten(1, 2)[:, : self.length]
@@ -81,8 +82,8 @@ class StatePast:
     """One recurrent layer's view of a group's sequences. The kernels change the two pools in place.
 
     conv_PWC   pool of the last inputs of the convolution
-    ssm_P___   pool of recurrent states
-    slots_B    index of each sequence in both pools
+    ssm_P___   pool of recurrent states; their three dimensions depend on the kind of the layer
+    slots_B    index of each sequence in the first dimension of both pools
     """
 
     conv_PWC: Tensor

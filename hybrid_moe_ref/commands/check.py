@@ -8,7 +8,7 @@ from hybrid_moe_ref.commands.source import Source, load
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load a checkpoint, describe it, and, without `--load-only`, compare its logits with those of transformers.
+    """Load and describe a checkpoint. Compare its logits with those of transformers, unless `--load-only` is given.
 
     Returns 1 if the logits differ, if they could not be compared, or if a logit is not finite; otherwise 0.
     """

@@ -1,4 +1,4 @@
-"""Compare the logits of a loaded checkpoint, token by token, with those that transformers computes from its folder.
+"""Compare the logits of our model, token by token, with those that transformers computes from the same checkpoint.
 
 First, both models compute in float64. Even a float64 model of transformers casts to float32 in norms, softmax, router,
 rotary table and recurrence, so the comparison replaces these casts by casts to float64. Then the two models differ only
@@ -36,11 +36,13 @@ class NotCompared(Exception):
 
 
 def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
-    """Compare `model`, loaded from `folder`, with transformers.
+    """Compare the logits of `model`, which was loaded from `folder`, with those of transformers.
 
-    Returns the version of transformers, the errors, and under "agrees" whether the errors are within the limits. Raises
-    NotCompared if the checkpoint has a model type that only this project implements, if transformers is missing or
-    fails, or if a float64 model does not fit into memory.
+    Returns the version of transformers, the number of tokens, the errors, and under "agrees" whether the errors are
+    within the limits.
+
+    Raises NotCompared if the checkpoint has a model type that only this project implements, if transformers is missing
+    or fails, or if a float64 model does not fit into memory.
     """
     if read_json(Path(folder) / "config.json").get("model_type") == OWN:
         raise NotCompared("no other implementation has this stack of layers")
@@ -76,7 +78,7 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
 def their_logits(folder: str | Path, dtype: torch.dtype, tokens_BT: Tensor) -> Tensor:
     """Return the logits [B, T, V] that transformers computes with the model in the folder.
 
-    If `dtype` is float64, the whole computation is in float64.
+    If `dtype` is float64, transformers computes everything in float64, also what it normally computes in float32.
     """
     import transformers
 
@@ -110,7 +112,11 @@ def float64_throughout(theirs: nn.Module) -> Iterator[None]:
 
 
 def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
-    """Judge float64 logits [B, T, V]: return the largest relative error, and whether all errors are within LIMIT."""
+    """Compare the float64 logits [B, T, V] of our model with those of transformers.
+
+    Returns the largest relative error of a token, the number of tokens, and under "agrees" whether all errors are
+    within LIMIT.
+    """
     error_BT = errors(ours_BTV, theirs_BTV)
     return {
         "largest_error_in_float64": float(error_BT.max()),
@@ -120,10 +126,10 @@ def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
 
 
 def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> dict[str, Any]:
-    """Judge logits [B, T, V] of a dtype narrower than float64, against the float64 logits `truth_BTV`.
+    """Compare logits [B, T, V] that both models computed in a narrower dtype with the float64 logits `truth_BTV`.
 
-    Returns the median relative errors of our model and of transformers, and whether our error is at most FACTOR times
-    the error of transformers.
+    Returns the median relative errors of our model and of transformers, and under "agrees" whether our median is at
+    most FACTOR times the median of transformers.
     """
     ours, theirs = (float(errors(x_BTV, truth_BTV).median()) for x_BTV in (ours_BTV, theirs_BTV))
     return {"median_error": ours, "their_median_error": theirs, "agrees": ours <= FACTOR * theirs}

@@ -10,8 +10,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the parameter totals of a preset.
 
     The active parameters are those that the forward pass of one token multiplies with. These are all parameters except
-    the embedding table (if it is not also the head) and the experts that the router does not choose. Published names
-    such as A17B count the table too. The MTP layer is counted separately.
+    the embedding table (if it is not also the head) and the experts that the router does not choose. In the names of
+    published models, such as "A17B" for 17 billion active parameters, the table counts too; so this number is printed
+    as well. The MTP layer is counted separately.
     """
     from hybrid_moe_ref.model import HybridMoE
 

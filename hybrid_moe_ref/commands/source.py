@@ -35,8 +35,8 @@ class Source:
 
         only_folders: accept no preset
 
-        Raises InputError if `name` is neither a folder with a config.json nor a preset, CheckpointError if the folder
-        is damaged.
+        Raises InputError if `name` is neither a folder with a config.json nor an accepted preset, and CheckpointError
+        if the checkpoint is damaged.
         """
         folder = Path(name)
         if (folder / "config.json").exists():
@@ -58,14 +58,14 @@ class Source:
         raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")
 
     def dtype(self, requested: str | None) -> str:
-        """Return the name of the dtype to compute in: `requested`, if it is given.
+        """Return the name of the dtype to compute in: `requested`, or the checkpoint's dtype if `requested` is None.
 
-        If `requested` is None, return the checkpoint's dtype; float32 if this dtype is unknown or not one of DTYPES.
+        If the checkpoint's dtype is needed, but is unknown or not one of DTYPES, return "float32".
         """
         return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
     def suggestion(self, requested: str | None) -> str:
-        """Return advice on a model that does not fit into memory, as the end of an error text; "" if there is none.
+        """Return advice for an error about too little memory, to append to its text; "" if there is no advice.
 
         requested: the dtype that the user requested; None if there is no `--dtype`
         """
@@ -77,7 +77,7 @@ class Source:
 def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) -> "HybridMoE":
     """Load the model with the options `--dtype`, `--device`, `--kernels` and `--seed`.
 
-    lengths: number of tokens of each sequence that the model's cache must hold
+    lengths: the lengths of the sequences that the caller will cache; the memory check counts this cache too
 
     Raises InputError if model and cache do not fit into memory, or if the device cannot compute in the dtype.
     """
@@ -98,9 +98,9 @@ def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) 
 
 
 def use_kernels(choice: str | None) -> None:
-    """Use the kernels `choice` in this process and in processes that it forks.
+    """Select the implementation of the kernels for this process and for processes that it forks.
 
-    choice: a value of HMR_KERNELS; None keeps the current choice
+    choice: "auto" or the name of a backend, such as "native"; None keeps the current choice
 
     Raises ConfigError for an unknown choice.
     """

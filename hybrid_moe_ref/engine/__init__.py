@@ -6,7 +6,8 @@ startup/       what runs once, at a start: the refusal of unsafe configurations,
 serving/       what a rank does between its model executions: the serve loop, the scheduler, drafts and their
                verification, sampling
 step/          one model execution: its plan, the step agreement (C1), graphs, the split of a step in two
-policies       the decisions that the ranks must make alike; a scenario replaces one of them by a faulty one
+policies       the objects that make the decisions which must be equal on all ranks; a scenario replaces one of these
+               objects by a faulty one
 server_config  the configuration that is equal on every rank
 local          a whole server on this machine, for one prompt
 """

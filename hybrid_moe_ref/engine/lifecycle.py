@@ -3,9 +3,10 @@
     phase       what a rank does                                         its collectives
     load        build this rank's part of the model                      none
     page_setup  choose one page size for KV and recurrent states         none
-    prepare     build kernels, do other lazy local work, then vote       a small all-reduce over all ranks
-    profile     tune, if configured; then run one full-size dummy step   tuning: a vote and timings; step: C1, then the
-                                                                         collectives of the layers (C2, C3, tp)
+    prepare     build the kernels and run them once, then vote           a small all-reduce over all ranks
+    profile     tune, if configured; then run one full-size dummy step   tuning: a vote, then an all-reduce per timing;
+                                                                         step: C1, then the collectives of the layers
+                                                                         (C2, C3, tp)
     compile     if configured, run torch.compile, then vote              as in `prepare`
     allocate    allocate the pages of the cache                          none
     capture     if configured, run two dummy steps for each size         in each step: as in the step of `profile`
@@ -60,13 +61,14 @@ class Engine:
     The constructor raises:
 
     PrepareFailed  on every rank, if a rank could not prepare or compile, or if the configurations of the ranks differ
-    ConfigError    for sizes that do not fit
+    ConfigError    if a setting does not fit the model or the device, for example too few pages for one token
     Refused        for a configuration that could deadlock
     RuntimeError   if an earlier engine on this communicator failed and so stopped all ranks: make a new communicator
 
-    The phases that end in PrepareFailed have a vote. In every other phase, a rank that fails raises its own error, and
-    all other ranks raise ScheduleMismatch with the text of this error. With checks="observe", a rank that fails in
-    `serve` does not stop the other ranks: the other ranks wait until the timeout of their collective.
+    The phases `prepare` and `compile` end with a vote, so all ranks raise the same PrepareFailed. In every other phase,
+    a rank that fails raises its own error, and all other ranks raise ScheduleMismatch with the text of this error.
+    There is one exception: with checks="observe", a rank that fails in `serve` does not stop the other ranks. They wait
+    until the timeout of their collective.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:
@@ -112,7 +114,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:
-        """Stop the other ranks with this rank's error if the body of the ``with`` raises one."""
+        """If the body of the ``with`` raises an error, stop the other ranks with the text of this error."""
         try:
             yield
         except PrepareFailed:
@@ -161,7 +163,6 @@ class Engine:
         return layout
 
     def _prepare(self) -> PreparedKernels:
-        """Build and warm up the kernels, then vote. Returns the kernels."""
         place = self._build_place()
 
         def heartbeat() -> None:

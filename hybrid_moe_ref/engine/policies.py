@@ -61,9 +61,9 @@ class StateBinding:
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """Return the sizes with which this rank goes on. This class returns ``agreed``, without a collective.
+        """Return the agreement whose sizes this rank uses from now on. This class returns ``agreed``.
 
-        rebuild: calls the policy `agreement` once more, and returns its result; this class does not use it
+        rebuild: asks the policy `agreement` again, and returns its answer; this class does not call it
         """
         return agreed
 
@@ -80,13 +80,13 @@ class GraphChoice:
 
 
 class Tuning:
-    """Lets the ranks choose a tactic (a way to compute the experts).
+    """Lets the ranks choose, for each number of rows, a tactic (a way to compute the experts).
 
-    If every rank has a saved choice, the ranks use their saved choices. Otherwise they time the tactics together.
+    If every rank has a saved choice, the ranks use their saved choices. Otherwise all ranks time the tactics.
     """
 
     def tune(self, tuner: ExpertTuner) -> None:
-        """Choose a tactic and use it. Called on every rank at the same point of its start."""
+        """Choose the tactics and use them. Every rank calls this in the phase `profile`, before its first step."""
         chosen = self.load(tuner)
         tuner.declare((TUNING_VOTE,))
         all_have_one = tuner.vote(chosen is not None)
@@ -101,14 +101,15 @@ class Tuning:
         return tuner.load(f"rank{tuner.rank}.json", tuner.key)
 
     def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:
-        """Save a choice. Each rank has its own file."""
+        """Save this rank's choice. Each rank has its own file."""
         tuner.save(f"rank{tuner.rank}.json", tuner.key, chosen)
 
 
 class Compilation:
-    """Decides which ranks compile, and when.
+    """Decides which ranks run torch.compile, and when.
 
-    Here all ranks compile in the phase `compile`. So no rank compiles in a step, while other ranks wait for this rank.
+    This class makes all ranks compile in the phase `compile`. So no rank makes other ranks wait in a step because it
+    compiles.
     """
 
     def prepare(self, compiler: Compiler) -> None:
@@ -117,12 +118,12 @@ class Compilation:
 
 
 class IdlePolicy:
-    """Decides what a rank without requests does in a step. Here it takes part, with a dummy batch of one row."""
+    """Decides what a rank without requests does in a step. This class makes it run a dummy batch of one row."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
-        """Return the number of rows of the dummy batch, or None: then the rank leaves its serve loop.
+        """Return the number of rows of the dummy batch, which can be 0. This class returns 1.
 
-        This class returns 1. A policy can also return 0.
+        A faulty policy can return None: then the rank leaves its serve loop, while the other ranks continue.
 
         unfinished: whether requests will still arrive at this rank
         """
@@ -151,12 +152,14 @@ class Ballot:
 class Preemption:
     """Decides when a rank whose cache is full preempts requests.
 
-    Here this happens before the step, so that the number of rows on which the ranks agree does not change afterwards.
-    ``make_room`` preempts this rank's youngest requests, if necessary, until the remaining requests have their pages.
+    This class preempts before the step, so that the number of rows does not change after the ranks have agreed on it.
+
+    Both methods get a function `make_room`. If the cache has too few pages for the next step, it preempts this rank's
+    youngest requests until the other requests have enough pages.
     """
 
     def before_step(self, make_room: Callable[[], None]) -> None:
-        """Preempt requests if necessary. Called on every rank before each step is scheduled and agreed."""
+        """Preempt requests if necessary. Every rank calls this before it schedules a step and agrees on it."""
         make_room()
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
@@ -165,7 +168,7 @@ class Preemption:
         If the step raises an error, this rank fails, and the engine stops the other ranks (except with
         checks="observe").
 
-        make_room: preempts requests; this class does not use it within a step
+        make_room: preempts requests; this class does not call it in this method
         """
         return step()
 
@@ -182,14 +185,18 @@ class DraftPolicy:
         So all ranks run equally many passes, even if some ranks do not need the drafts.
 
         room: largest number of drafts that a request of this rank can still use; 0 if all requests are about to end,
-        None without requests
+        None if the rank has no requests
         """
         return num_drafts
 
 
 @dataclass(frozen=True)
 class Policies:
-    """One policy of each kind. Some policies have state, so every engine needs its own set."""
+    """One policy of each kind. Some policies have state, so every engine needs its own `Policies`.
+
+    dispatch  the class whose hooks issue C2 and C3 in each MoE layer
+    adder     the class whose hook sums the output of a module over the tp group
+    """
 
     agreement: StepAgreement = field(default_factory=StepAgreement)
     binding: StateBinding = field(default_factory=StateBinding)

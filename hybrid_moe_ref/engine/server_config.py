@@ -31,12 +31,12 @@ TAIL_BYTES = 4096
 class ServerConfig(Config):
     """The configuration of a server.
 
-    parallel      the layout
+    parallel      how many ranks share the model, and how
     engine        limits and options of the serve loop
     seed          seed of random weights
-    checks        how strictly the ranks check their collectives: one of CHECKS
+    checks        how the ranks check their collectives: not at all ("observe"), or as CHECKS says ("agree", "strict")
     checkpoint    a folder in Hugging Face's format; "" for random weights
-    allow_unsafe  start a configuration that could deadlock and would be refused (see `refusal`)
+    allow_unsafe  start the server even if its ranks could deadlock; otherwise such a configuration is refused
     """
 
     model: ModelConfig
@@ -63,7 +63,7 @@ class ServerConfig(Config):
 
     @property
     def served_model(self) -> ModelConfig:
-        """Return the configuration of the model that an engine holds: without the MTP layer if num_drafts is 0."""
+        """Return the configuration of the model that an engine holds: `model`, but no MTP layer if num_drafts is 0."""
         return self.model if self.engine.num_drafts else dataclasses.replace(self.model, num_mtp_layers=0)
 
     def shared(self) -> dict[str, Any]:

@@ -46,14 +46,14 @@ class Statistics:
 
 
 def draft_cache(model: "HybridMoE", num_tokens: int, num_sequences: int) -> HybridCache:
-    """Create the MTP layer's own cache, for `num_tokens` tokens in `num_sequences` sequences."""
+    """Create the MTP layer's own cache, for `num_sequences` sequences with `num_tokens` tokens in total."""
     config = draft_config(model.config)
     num_pages = page_layout(config, model.dtype.itemsize).pages_for(num_tokens) + num_sequences
     return HybridCache(config, num_pages, model.device, model.dtype)
 
 
 class MTPDrafter:
-    """Proposes tokens by the model's MTP layer, one after another.
+    """Proposes tokens for one sequence by the model's MTP layer, one token after another.
 
     max_length: largest number of tokens of the sequence
 
@@ -98,7 +98,7 @@ def speculative_stream(
 
     num_drafts   largest number of drafts in one step
     drafter      proposes the drafts; None: the model's MTP layer proposes them
-    statistics   counts the steps and drafts
+    statistics   is updated in every step; None: nothing is counted
     stop_ids     tokens that end the text; None: `model.stop_ids`
 
     Raises InputError for invalid arguments, before the first step.

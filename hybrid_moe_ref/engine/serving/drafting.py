@@ -1,6 +1,6 @@
-"""Draft tokens by the MTP layer at the end of each step; the next step verifies them (`verification`).
+"""Draft tokens by the MTP layer (multi-token prediction) at the end of each step. The next step verifies the drafts.
 
-The schedule of every step is fixed. It does not depend on the drafts of any rank:
+The schedule of a step does not depend on the drafts of any rank. It is always the same:
 
     C1, the forward pass over known tokens and drafts, then `num_drafts` passes of the MTP layer
 
@@ -28,7 +28,7 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 class Drafting:
-    """One rank's drafter. If `num_drafts` is 0, it drafts nothing, and every step makes one token per request."""
+    """One rank's drafter. If the setting `num_drafts` is 0, it does nothing."""
 
     def __init__(
         self,
@@ -44,9 +44,12 @@ class Drafting:
         self._sequences: dict[Running, Sequence] = {}
 
     def num_rows(self, num_live: int) -> int:
-        """Return the number of rows of this rank in every pass after the first. An idle rank has a dummy row.
+        """Return this rank's number of rows in each pass of the MTP layer after the first.
 
-        The result is 0 if the setting `num_drafts` is 0. num_live: number of live requests of this rank
+        There is one row for each request. A rank without requests has one dummy row. If the setting `num_drafts` is 0,
+        there are no passes, and the result is 0.
+
+        num_live: number of requests of this rank in the step
         """
         return max(1, num_live) if self._engine.num_drafts else 0
 
@@ -61,13 +64,12 @@ class Drafting:
     ) -> None:
         """Draft the tokens that follow the last token of each request, and store them in the request's `drafts`.
 
-        The next step verifies the drafts.
+        Call this at the end of a step, after its drafts are verified.
 
-        sequences  the requests' sequences in the model's cache; the requests' sequences in the drafter's own cache are
-                   cut to the same lengths
-        batch      the batch of the step that has just run
-        tokens_N   the tokens of this step
-        hidden_NH  the model's hidden states in this step
+        running    the requests that ran in the step
+        sequences  the sequence of each request in the model's cache
+        batch, tokens_N, hidden_NH
+                   the step's batch, its tokens, and the model's hidden states
         """
         cache = self._cache
         room = [max(0, min(self._engine.num_drafts, request.num_left - 1)) for request in running]
@@ -97,7 +99,7 @@ class Drafting:
             request.drafts = [] if len(request.pending) > 1 else list(drafts[:count])
 
     def draft_dummy(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch) -> None:
-        """Take part in the passes of the drafter on a rank without requests."""
+        """Take part in the drafter's passes on a rank without requests, after a step with these dummy tokens."""
         for number in range(self._policy.num_passes(self._engine.num_drafts, None)):
             hidden_NH = self._runner.draft(number, tokens_N, hidden_NH, batch, None)
             if not number:
@@ -105,6 +107,6 @@ class Drafting:
                 tokens_N, hidden_NH = tokens_N.new_zeros(1), hidden_NH.new_zeros(1, hidden_NH.shape[1])
 
     def end(self, request: Running) -> None:
-        """Free the pages of the drafter's cache that a complete or preempted request has."""
+        """Free the pages that a complete or preempted request has in the drafter's cache."""
         if self._cache is not None and request in self._sequences:
             self._cache.free(self._sequences.pop(request))

@@ -101,7 +101,7 @@ class ServeLoop:
     def _make_room(self) -> None:
         """Preempt requests if the cache has too few pages for the next step.
 
-        Preempted requests wait, and later start from the beginning.
+        A preempted request keeps its generated tokens. Later the model runs all its tokens again.
         """
         self._release(self._scheduler.make_room())
 

@@ -20,10 +20,9 @@ def likeliest_tokens(model: HybridMoE, hidden_NH: Tensor) -> Tensor:
 def last_tokens(
     model: HybridMoE, hidden_NH: Tensor, last_rows: Sequence[int], counts: Sequence[int]
 ) -> list[list[int]]:
-    """Return, for each request, the most likely token after each of its last rows.
+    """Return, for each request, the most likely token after each of some rows of this request.
 
-    last_rows  index of each request's last row
-    counts     number of last rows to use, for each request
+    For request i these are the `counts[i]` rows that end with row `last_rows[i]`.
     """
     rows = [row for last, count in zip(last_rows, counts, strict=True) for row in range(last + 1 - count, last + 1)]
     return [tokens.tolist() for tokens in likeliest_tokens(model, hidden_NH[rows]).split(list(counts))]

@@ -14,9 +14,9 @@ from hybrid_moe_ref.config import ConfigError, EngineConfig
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue greedily: by ``max_new_tokens`` tokens, or up to the first token of ``stop_ids``.
+    """A prompt to continue greedily, by ``max_new_tokens`` tokens; a token of ``stop_ids`` ends the text earlier.
 
-    arrival_step: the step at which the request reaches its rank
+    arrival_step: the step before which the request reaches its rank; the first step of `Engine.serve` is 0
     """
 
     request_id: str
@@ -111,11 +111,11 @@ class Scheduler:
     Running requests come first, then as many waiting prompts as the budgets of tokens, sequences and pages allow, in
     order of arrival. A prompt that is too long for one step is run in several steps.
 
-    pages_for: returns the number of cache pages that a sequence of so many tokens takes. The default returns 0, so that
-    the cache is never full
+    pages_for: a function from the length of a sequence to the number of cache pages that it takes. The default returns
+    0, so that the cache is never full
 
-    Raises ConfigError for a request that has no prompt, asks for no new token or could never fit into the cache, and
-    for two requests with the same id.
+    Raises ConfigError if a request has no prompt, asks for no new token or could never fit into the cache, and if two
+    requests have the same id.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class Scheduler:
     def make_room(self) -> list[Running]:
         """Preempt the youngest requests until the other requests have pages for their next step.
 
-        Returns the preempted requests. They are admitted again before any other waiting request, and then run from
-        their beginning. The oldest request is never preempted, so all requests are served in the end.
+        Returns the preempted requests. They are admitted again before any other waiting request, and then the model
+        runs all their tokens again. The oldest request is never preempted, so all requests are served in the end.
         """
         preempted = []
         self._share_tokens()
@@ -187,8 +187,8 @@ class Scheduler:
     def _share_tokens(self) -> int:
         """Decide how many tokens each running request runs in the step. Returns the remaining budget of tokens.
 
-        First, each request gets at most the tokens of a decode step, for which the budget is always large enough. Then
-        requests that need more tokens get them from the remaining budget, the oldest request first.
+        First, each request gets up to 1 + `num_drafts` tokens, as in a decode step; the budget is always large enough
+        for that. Then requests that need more tokens get them from the remaining budget, the oldest request first.
         """
         decode = 1 + self._config.num_drafts
         budget = self._config.max_num_batched_tokens - sum(min(r.num_wanted, decode) for r in self._running)
@@ -203,7 +203,10 @@ class Scheduler:
         running.num_pages = max(running.num_pages, self._pages_for(running.num_cached + num_tokens))
 
     def update(self, tokens: Sequence[Sequence[int]]) -> list[Running]:
-        """Append the step's new tokens of each scheduled request. Returns the requests that are complete."""
+        """Record the new tokens of the step. Returns the requests that are now complete.
+
+        tokens: the new tokens of each request that `schedule` returned, in the same order
+        """
         complete = []
         for running, new in zip(self._running, tokens, strict=True):
             running.advance(new)
@@ -219,10 +222,10 @@ class Scheduler:
 
 
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """Return the number of rows of each rank in each serve step until all ranks are idle; 0 for an idle rank.
+    """Predict, without a model, the number of rows of each dp rank in each step, until all ranks are idle.
 
-    Needs no model. The result is exact if there are no drafts and no `stop_ids`, and no cache gets full, because then a
-    request ends only when it has all its new tokens.
+    Returns a list of steps; each step is a list with one number for each rank, 0 for an idle rank. The prediction is
+    exact if there are no drafts, no request has `stop_ids`, and no cache gets full.
     """
     schedulers = [Scheduler(requests, config) for requests in requests_by_rank]
     steps: list[list[int]] = []
@@ -236,5 +239,5 @@ def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfi
 
 
 def live_ranks(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """Return the ranks with live requests, for each serve step until all ranks are idle."""
+    """Predict, for each step until all ranks are idle, which dp ranks have requests. See `step_rows`."""
     return [[rank for rank, rows in enumerate(step) if rows] for step in step_rows(requests_by_rank, config)]

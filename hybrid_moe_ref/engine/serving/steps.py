@@ -14,7 +14,10 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 
 class Steps:
-    """Plans and runs the steps of one rank. Steps are numbered from 0; a number means the same step on all ranks."""
+    """Plans and runs the steps of one rank.
+
+    The steps of an engine are numbered from 0, from its start on. A number means the same step on all ranks.
+    """
 
     def __init__(self, config: ServerConfig, runner: ModelRunner, drafting: Drafting, device: torch.device) -> None:
         self._config = config
@@ -28,11 +31,11 @@ class Steps:
     ) -> StepPlan:
         """Return this rank's proposal for the next step.
 
-        The rank proposes to replay a graph if a captured size is large enough for the step. The rank proposes to split
-        the step if the step has at least `microbatch_tokens` tokens.
+        The rank proposes to replay a graph if a captured size is large enough for the step. It proposes to split the
+        step if the step has at least `microbatch_tokens` tokens; if this setting is 0, it never does.
 
         feeds            the tokens of each request in the step, or of the dummy batch
-        num_live         number of live requests; 0 for a dummy batch
+        num_live         number of requests in the step; 0 for a dummy batch
         asks_unfinished  whether the step ends with the question "is anyone unfinished?"
         may_replay       whether the rank is allowed to propose a graph
         """

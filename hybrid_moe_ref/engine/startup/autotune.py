@@ -2,8 +2,10 @@
 
 For each pair of a tactic and a number of rows, an all-reduce averages the time over the ranks, so that all ranks make
 the same choice.
-Each rank saves the choice in its own file. A rank that finds its file needs no timing. But if this rank skipped the
-timing, the other ranks would wait for it in the all-reduces. So the ranks first vote on whether to time the tactics.
+
+Each rank saves the choice in its own file, for the next start. A rank that finds its file needs no timing. But if only
+some ranks skipped the timing, the others would wait for them in the all-reduces. So the ranks first vote: they skip the
+timing only if every rank has found its file.
 
 Shapes: N rows, K experts that the router chose for a row, P = N K (row, expert) pairs, H hidden, E experts held, I
 intermediate, J = 2 I.
@@ -35,7 +37,10 @@ Declare = Callable[[tuple[ScheduleEntry, ...]], None]
 """A function that announces the collectives that the rank issues next."""
 
 Chosen = dict[int, str]
-"""For each number of rows, the tactic for steps of up to so many rows. Steps with more rows use the last tactic."""
+"""For each tuned number of rows, the fastest tactic.
+
+A step uses the tactic of the smallest tuned number that is at least its own number of rows. If there is none, it uses
+the tactic of the largest."""
 
 
 TACTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -65,7 +70,8 @@ class ExpertTuner:
 
     rows       the numbers of rows to tune for
     cache_dir  the folder for saved choices; "": choices are not saved
-    declare    called with a schedule before its collectives are issued; begins a step with this schedule
+    declare    a function that begins a step with the schedule that it gets. The policy must call it with `TUNING_VOTE`
+               before `vote`, and with `timings` before `time_all`
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class ExpertTuner:
 
     @property
     def key(self) -> str:
-        """Return the key under which a choice is saved: version of torch, device, dtype, experts' shape, and rows."""
+        """Return the key under which a choice is saved: torch's version, device, dtype, shape of the experts, rows."""
         experts = self._layers[0]
         shape = "x".join(map(str, experts.gate_up_proj.shape))
         device = self._comm.device.type
@@ -146,8 +152,8 @@ class ExpertTuner:
     def load(self, file_name: str, key: str) -> Chosen | None:
         """Return the choice that was saved under `key`.
 
-        Returns None if the file has no such choice, if the choice is for different numbers of rows, or if the file is
-        absent, damaged or too large.
+        Returns None if there is no such choice, if it is for different numbers of rows, or if the file cannot be used
+        (absent, damaged or larger than MAX_CACHE_BYTES).
         """
         if self.folder is None:
             return None
@@ -160,7 +166,7 @@ class ExpertTuner:
         return chosen if is_whole else None
 
     def save(self, file_name: str, key: str, chosen: Chosen) -> None:
-        """Save a choice. If the file cannot be written, print a line; the next start then times the tactics again."""
+        """Save a choice under `key`. If the file cannot be written, print a line: the next start then tunes again."""
         if self.folder is None:
             return
         path = self.folder / file_name

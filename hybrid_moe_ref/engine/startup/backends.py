@@ -19,11 +19,9 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device) -> list[Extension]:
-    """Install the configured backends in `model`. Returns the extensions to build for these backends, in order.
+    """Install the configured backends in `model`. Returns the extensions that must be built for these backends.
 
-    The model can have any parallel layout.
-
-    Raises ConfigError for a backend that cannot run on this device.
+    Raises ConfigError for a backend that cannot run on this device in the model's dtype.
     """
     extensions: list[Extension] = []
     if engine.gdn_prefill_backend != "auto" and "G" in model.config.layer_pattern:
@@ -56,8 +54,8 @@ class PreparedKernels:
     choice   the setting of the kernel registry at the start, such as "auto"
     table    for each operation, the backend that this setting selects
 
-    The whole process has one setting. If another engine has changed the setting, `check` raises an error: otherwise
-    this engine would run kernels that its ranks did not prepare.
+    All engines in a process share the registry. If its setting was changed after the start, `check` raises an error,
+    because this engine would run kernels that it did not prepare.
     """
 
     choice: str

@@ -35,8 +35,8 @@ class BuildPlace:
 
     cache       folder of compiled extensions, shared by the ranks of a host
     stopped_by  returns the message with which another rank stopped the job; "" while the job runs
-    sum_up      returns the sum of each number over all ranks, by one all-reduce, which all ranks must call. Arguments:
-                the numbers, and the name by which the all-reduce is recorded
+    sum_up      sums each of some numbers over all ranks, by one all-reduce. All ranks must call it. Arguments: the
+                numbers, and the name of the all-reduce in events
     deadline_s  longest time in seconds for a build, or for the wait for a build
     """
 
@@ -161,8 +161,8 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
     others    process ids of the children that existed before the build
     by_force  send SIGKILL instead of SIGTERM
 
-    Send SIGTERM first, because ninja then ends its compilers. A ninja that gets SIGKILL does not, and a compiler that
-    it has just started, and that this function has not seen yet, would run on.
+    Call this without `by_force` first: at SIGTERM, ninja ends its compilers. At SIGKILL it cannot, so a compiler that
+    ninja has just started, and that this function does not see yet, would continue to run.
     """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
@@ -173,10 +173,11 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
     """Delete the extension loader's lock file ("baton") if the process that holds it has ended.
 
-    torch itself never checks whether the holder still runs. If the holder still runs, or is not visible from here, wait
-    until the file is deleted, but for at most ``place.deadline_s`` seconds: then raise LockTimeout.
+    torch itself never checks whether this process still runs. If it does, or if it is not visible from here, wait until
+    the file is deleted. After ``place.deadline_s`` seconds, raise LockTimeout.
 
-    lock: this project's lock for the build. This rank has it, so a running holder is a program that does not use it
+    lock: this project's own lock for the build, which this rank has. So the process that holds the baton is a program
+    that does not use this lock
     """
     baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():

@@ -1,11 +1,11 @@
 """Compile the row-wise modules of the layers by torch.compile, before any rank waits in a collective for the result.
 
-The row-wise modules are norms, routers and shared experts: everything between mixers and collectives. Recurrences and
-collectives are not compiled, so the compiler never sees a hook that communicates. A module is not compiled again for
-each layer. It is compiled twice: for one row, and for any larger number of rows.
+The row-wise modules are norms, routers, shared experts and dense MLPs. Mixers, routed experts and collectives are not
+compiled, so the compiler never sees a hook that communicates. Modules of the same kind in different layers share their
+compiled code. There are two versions of it: for one row, and for more rows.
 
-One rank of the host compiles first and saves its output (Inductor's cache). The other ranks of the host wait for the
-lock, which has a deadline and names its holder, and load the output.
+One rank of the host compiles first and saves the result in Inductor's cache. Meanwhile the other ranks of the host wait
+for a lock, up to a deadline; the lock names the rank that has it. Then they load the result.
 
 Shapes: N rows, H hidden.
 """
@@ -35,7 +35,8 @@ NUM_ROWS = (1, 2)
 class Compiler:
     """The compiler of one rank: installs compiled modules in the model, and runs them once so that they are compiled.
 
-    place  the cache folder, and the observer and the check to call during the compilation
+    place: the cache folder; the observer, which is told about the compilation; and a check, called in between, that
+    raises an error if another rank has stopped the job
     """
 
     def __init__(self, model: HybridMoE, place: BuildPlace) -> None:
@@ -50,7 +51,7 @@ class Compiler:
 
     @property
     def done(self) -> Path:
-        """Return the marker file, which exists if all modules of a model of this size are compiled in the folder."""
+        """Return the path of a marker file. It exists if `folder` has the compiled modules for models of this size."""
         kinds = set()
         for part in row_wise(self._model):
             weights = [(name, tuple(x.shape), x.dtype, x.device.type) for name, x in part.named_parameters()]
@@ -85,7 +86,8 @@ class Compiler:
     def compile_in_turn(self) -> None:
         """Compile if no rank of this host has compiled; otherwise wait for the compiling rank and load its output.
 
-        Raises BuildFailed with the compiler's reason in one line, LockTimeout, or an error from `place.check`.
+        Raises BuildFailed, with the compiler's reason in one line, if a module does not compile; LockTimeout after
+        `place.deadline_s` seconds; and ScheduleMismatch if another rank has stopped the job.
         """
         try:
             self.install()

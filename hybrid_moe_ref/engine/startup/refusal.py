@@ -4,11 +4,12 @@
     check_start(config, policies)   also tries the policies in the roles of different ranks: with and without requests,
                                     with and without a tuning cache
 
-A policy must lead every rank to the same collectives, whatever the state of that rank is. A trial calls the policy with
-substitutes for the functions that communicate; the substitutes only record what the policy does. If the policy raises
-an error in a trial, the server does not start. The trials find the known faults, but not all possible faults.
-If another fault leads to a wrong collective while the server runs, the schedule guard refuses this collective. This
-file uses neither torch nor communication.
+A policy must make every rank issue the same collectives, whatever the state of the rank is. To try a policy, this file
+calls it with substitutes for the functions that communicate; they only record what the policy does. If the policy
+raises an error in such a trial, the server does not start. The trials find the known faults, but not all possible
+faults. If another fault leads to a wrong collective while the server runs, the schedule guard refuses this collective.
+
+This file uses neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Refused(ConfigError):
 
 
 def check_start(config: ServerConfig, policies: Policies | None = None) -> list[str]:
-    """Raise Refused with the first finding, if there is one. With `config.allow_unsafe`, return all findings instead.
+    """Raise Refused if the ranks could deadlock. With `config.allow_unsafe`, return a line for each reason instead.
 
     policies: the policies to try; None: check only the settings
     """

@@ -48,8 +48,8 @@ class StartVote:
     def all_or_none(self, work: Callable[[], None]) -> None:
         """Do local work that can fail or take long, then vote. All ranks call this.
 
-        Raises PrepareFailed with the first error, or with the settings that differ. Raises ScheduleMismatch if a rank
-        that is past this phase stopped the job.
+        Raises PrepareFailed, on every rank, with the error of one rank or with the settings that differ. Raises
+        ScheduleMismatch if a rank that is already past this phase stopped the job.
         """
         self._comm.guard.finish()
         error = ""

@@ -47,9 +47,11 @@ def from_text(text: str) -> tuple[Feed, ...]:
 
 
 def feed_differences(feeds_of_rank: Sequence[Sequence[Feed]], tp_size: int) -> Iterator[str]:
-    """Yield a line for each tp group whose ranks have different feeds, that is different tokens for one step.
+    """Yield a line for each tp group whose ranks run different tokens in one step.
 
-    The line names the tp group, then its feeds, first the feed that the fewest ranks have.
+    The line names the tp group, then each feed with the ranks that have it, first the feed of the fewest ranks.
+
+    feeds_of_rank: the feeds of each rank, by rank
     """
     for first in range(0, len(feeds_of_rank), tp_size):
         sides: dict[tuple[Feed, ...], list[int]] = {}

@@ -49,9 +49,12 @@ class Graphs:
     def running(self, mode: int, size: int) -> Iterator[None]:
         """Capture or replay the step whose layers run inside this ``with`` block.
 
-        The first step of a mode and size is captured, and later steps replay it. This has no effect if `mode` is EAGER.
-        Raises ScheduleMismatch before a replay issues a collective that was not captured, or at the end if a captured
-        collective was not issued. With an active guard, every rank raises this error.
+        The first step of a mode and size is captured, and later steps replay it. If `mode` is EAGER, the layers just
+        run.
+
+        Raises ScheduleMismatch if a replay does not issue the same collectives as the captured step: before it issues a
+        different one, or at the end if one is missing. With checks="observe", only this rank raises the error,
+        otherwise every rank.
         """
         if mode == EAGER:
             yield
@@ -74,7 +77,10 @@ class Graphs:
 
 
 class Tape:
-    """Records the collectives of a captured step, or compares the collectives of a replay with them."""
+    """Records the collectives of a step that is captured, or compares those of a replay with the recorded ones.
+
+    recorded: the collectives of the captured step, for a replay; None while the step is captured
+    """
 
     def __init__(self, recorded: Sequence[Collective] | None, guard: ScheduleGuard) -> None:
         self._recorded = recorded
@@ -94,7 +100,7 @@ class Tape:
         self.collectives.append(collective)
 
     def end(self) -> None:
-        """Raise ScheduleMismatch if a replay has ended without issuing every captured collective."""
+        """Raise ScheduleMismatch if a replay has ended without issuing every collective of the captured step."""
         if self._recorded is not None and len(self.collectives) < len(self._recorded):
             missing = collective_words(self._recorded[len(self.collectives)])
             self._guard.refuse(f"ended a replay, but the captured step also issued {missing}")

@@ -14,8 +14,8 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 EAGER = 0
 GRAPH = 1
-"""Modes of a step: eager, without padding, or the replay of a graph of a padded size. All ranks use the lowest mode
-that any of them proposes."""
+"""Modes of a step: eager, without padding, or the replay of a graph, padded to the size of the graph. If one rank
+proposes EAGER, all ranks run eagerly."""
 
 STEP_AGREEMENT = "step"
 ANYONE_UNFINISHED = "unfinished"
@@ -33,16 +33,16 @@ class StepPlan:
 
     step                 number of the model execution, the same on all ranks
     num_tokens           rows of this rank, or of its dummy batch
-    num_live             number of live requests; 0 for a dummy batch
+    num_live             number of requests in the step; 0 for a dummy batch
     padded_tokens        rows after padding to a graph's size; 0 for no padding
-    mode                 EAGER, or GRAPH if this rank could replay a graph
+    mode                 GRAPH if this rank could replay a graph, otherwise EAGER
     wants_microbatch     whether this rank would split the step in two
     asks_unfinished      whether the step ends with the "anyone unfinished?" all-reduce
     schedule_hash        64-bit hash of the schedule that this rank is about to run
     draft_rows           rows of this rank in each later pass of the drafter; the first pass has `num_tokens` rows
-    feed_hash            64-bit hash of the requests and tokens of this step, equal on the ranks of a tp group; 0 if
-                         tp_size is 1
-    query_lengths        number of tokens of each request, or of the dummy batch
+    feed_hash            64-bit hash of the requests and tokens of this step, which must be equal on all ranks of a tp
+                         group; 0 if tp_size is 1
+    query_lengths        number of tokens of each request in this step, or of the dummy batch
     """
 
     step: int
@@ -86,7 +86,7 @@ def padded_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True)
 class StepSchedules:
-    """The collectives that each kind of step issues on one rank, in order. Each schedule is computed once.
+    """The schedules of one rank: for each kind of step, its collectives in order. Each schedule is computed once.
 
     group    the group whose ranks agree on a step
     forward  the collectives of one forward pass

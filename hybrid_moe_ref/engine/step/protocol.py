@@ -64,20 +64,21 @@ class Protocol:
         raise NotImplementedError
 
     def column(self, plan: StepPlan) -> list[int]:
-        """Return a rank's column of C1: the rows of the vLLM version, then the rows of this engine.
+        """Return a rank's column of the matrix of C1: first vLLM's numbers, then those that this engine adds.
 
-        A hash takes four rows of 16 bits each, so that every number fits into int32.
+        A hash takes four numbers of 16 bits each, because every number must fit into int32.
         """
         return [*self._column(plan), plan.draft_rows, *_parts(plan.schedule_hash), *_parts(plan.feed_hash)]
 
     def resolve(self, matrix: Sequence[Sequence[int]], tp_size: int = 1) -> AgreedStep:
-        """Turn C1, int[rows][ranks that agree], into one decision for all ranks.
+        """Turn the matrix of C1 into the decision that is equal on all ranks.
 
-        The mode is the lowest mode of all ranks. If a graph is replayed, all sizes are padded to one size; otherwise
-        the sizes stay uneven. An eager step is split in two if all ranks would split it.
+        The step replays a graph if all ranks propose it. Then all ranks pad to the same size; otherwise each rank keeps
+        its own number of tokens. An eager step is split in two if all ranks would split it.
 
-        tp_size: number of ranks of a tp group. Their columns are consecutive and have the same number of tokens, so the
-        result has one size for each tp group.
+        matrix   the sum over the ranks: int[rows][ranks that agree]
+        tp_size  number of ranks of a tp group. Their columns are consecutive and have the same number of tokens, so the
+                 result has one size for each tp group
         """
         rows = dict(zip(self.rows, matrix, strict=False))
         draft_rows, *hash_parts = matrix[len(self.rows) :]

@@ -38,7 +38,7 @@ from hybrid_moe_ref.parallel.sharding.dispatch import ForwardContext
 
 
 class ModelRunner:
-    """Runs steps of a model in any layout. All ranks must execute the same steps in the same order.
+    """Runs the steps of one rank. All ranks must execute the same steps in the same order.
 
     Each decision that the ranks must make alike is a call of one of `policies`, which a scenario can replace by a
     faulty policy. A policy that needs the step agreement gets it as a function (`_agree`, `_exchange`), and the policy
@@ -71,7 +71,8 @@ class ModelRunner:
         """Run one step and return hidden states [N, H]. feeds: the tokens of each request in this step
 
         Raises ScheduleMismatch on every rank if the ranks' schedules differ, if the ranks of a tp group have different
-        feeds, or if a rank departs from its schedule. With checks="observe", nothing is compared.
+        feeds, or if a rank departs from its schedule. With checks="observe", none of this is checked; but a replay
+        that departs from its captured step still raises ScheduleMismatch on its own rank.
         """
         schedule = self.schedules.whole(plan.asks_unfinished)
         self._plan = dataclasses.replace(plan, schedule_hash=self.schedules.hash(plan.asks_unfinished))
@@ -121,7 +122,7 @@ class ModelRunner:
     def draft(
         self, number: int, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None
     ) -> Tensor:
-        """Run pass ``number`` (from 0) of the drafter. Returns hidden states [N, H], whose logits predict the draft."""
+        """Run pass ``number`` (from 0) of the drafter. Returns hidden states [N, H], whose logits give the drafts."""
         self._set_sizes(self._agreed.draft_sizes[min(number, 1)])
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
