@@ -29,6 +29,7 @@ class Position:
     state      missing (no witness), hidden (the witness does not show what the rank does), starting, running (outside
                any collective), building (a kernel), locked (waits for a lock), blocked (waits in a collective), done,
                failed or dead
+    phase, step    where the program was at the rank's last event; ``step`` is -1 outside a step
     layer, group, seq, op, sizes    the collective in which the rank waits, or waited when it ended; otherwise empty
     detail     depends on the state: the lock, the build, the error message, or what the operating system reports
     since_s    for how many seconds the rank has been in this state

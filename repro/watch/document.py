@@ -84,7 +84,8 @@ class Watcher(msgspec.Struct, frozen=True):
 
     A later judgement of the run needs these values to compute how long before the look each event happened.
 
-    now_ns   the time of the look on the monotonic clock of the watcher's host
+    wall_offset_ns   the wall clock minus the monotonic clock of the watcher's host
+    now_ns           the time of the look on this monotonic clock
     """
 
     hostname: str

@@ -27,7 +27,11 @@ Entry = tuple[str, str, str]  # (group, operation, layer)
 class Issued:
     """One collective that a rank issued in a step.
 
-    n   the number of the event in the rank's witness
+    entry   (group, operation, layer)
+    group   the group with its members
+    seq     the sequence number of the collective in its group
+    site    where the program called the collective
+    n       the number of the event in the rank's witness
     """
 
     entry: Entry

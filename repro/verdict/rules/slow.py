@@ -19,8 +19,8 @@ processor use and missing events prove little."""
 def slow(case: Case, movers: Sequence[int]) -> Finding:
     """Name the ranks ``movers``, for which other ranks wait, as culprits, and show the evidence that they work.
 
-    The confidence is ``likely`` if one of these ranks shows no sign of work and is not suspended, or if one of them or
-    of the waiting ranks lacked a processor.
+    A rank that moved within the quiet window is not named. The confidence is at most ``likely`` if one of ``movers``
+    shows no sign of work and is not suspended, or if one of ``movers`` or of the waiting ranks lacked a processor.
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}
