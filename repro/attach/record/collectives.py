@@ -114,9 +114,10 @@ class beneath:
 def _named(name: str, function: Any) -> Any:
     """Give the code of a hook the name of the method that the hook replaces. This prevents an endless recursion.
 
-    If the program derived a class from torch's class, the original method looks in Python for a method that overrides
-    it. It finds the hook and calls it, and the hook calls the original method again. But the original method (made by
-    pybind11) does not look if the calling frame has the method's name, and has the object as its first argument.
+    If the program derived a class from torch's class, the original method (made by pybind11) looks for a Python method
+    that overrides it. It would find and call the hook, which calls the original method again, and so on. But the
+    original method does not look if the frame that calls it has the method's name, and has the object as its first
+    argument.
     """
     function.__code__ = function.__code__.replace(co_name=name)
     return function

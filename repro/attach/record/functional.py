@@ -66,7 +66,7 @@ class _Operator:
     """A replacement for the function that an operator calls.
 
     The replacement has the same hash as the original function and is equal to it, so that a dictionary with the
-    original as key also finds the replacement.
+    original as a key also has an entry for the replacement.
     """
 
     def __init__(self, original: Any, op: str) -> None:

@@ -32,9 +32,9 @@ class Habits:
         self._issued: list[ScheduleEntry] | None = None
 
     def begin(self) -> tuple[ScheduleEntry, ...]:
-        """Begin an execution of the model, which ends the one before; start to note its collectives.
+        """Begin an execution of the model: learn from the execution before it, and start to note its collectives.
 
-        Returns the collectives with which earlier executions began (the step agreement); () before the first one.
+        Returns the collectives with which earlier executions began (the step agreement); () for the first execution.
         """
         progress = self._progress
         if self._issued is not None and self._issued == progress.expected:

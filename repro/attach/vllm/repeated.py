@@ -1,6 +1,7 @@
 """Learn which sequence follows each kind of event, from sequences that were equal several times in a row.
 
-The recorder and the guard use this to learn which collectives follow a kind of model execution.
+For the recorder and the guard, an event is a step agreement, its kind is what the ranks agreed on, such as the graph
+mode, and the sequence is the collectives of the execution that follows.
 """
 
 from __future__ import annotations

@@ -272,7 +272,7 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the wrapper of a layer's method, to record the layer of each collective.
 
-    attribute: the attribute of the layer that has its name
+    attribute: the attribute in which the layer has its name
     """
 
     run = _within()

@@ -1,8 +1,9 @@
 """The hooks of collectives and the writer of the witness in C, which are compiled to one library.
 
-``record`` builds the library once into the user's cache, if a C compiler and Python's headers are installed. This takes
-two seconds. A rank loads the library if it exists. If not, the rank records in Python. The witness then has the same
-bytes, but each collective takes some microseconds longer. HMR_RECORD_PURE=1 makes a rank record in Python.
+The command ``record`` and the vLLM plug-in build the library once into the user's cache, if a C compiler and Python's
+headers are installed. This takes two seconds. A rank loads the library if it exists. If not, the rank records in
+Python. The witness then has the same bytes, but each collective takes some microseconds longer. HMR_RECORD_PURE=1 makes
+a rank record in Python.
 
     checksum.h     the checksum of a record
     calls.h        groups and calls

@@ -8,7 +8,7 @@
     trial.py       one cell: start the server with the recorder, run `collect` when no rank records an event, end the
                    server
     outcome.py     how the start of a cell ended, and its file outcome.json
-    experiment.py  runs all cells of one folder; a later call continues where an earlier call stopped
+    experiment.py  runs all cells of one folder; a later `hmr cells` continues where an earlier one stopped
     table.py       the outcomes as text and as Markdown
     hypotheses.py  which explanations of vllm#41862 remain possible after the outcomes
 

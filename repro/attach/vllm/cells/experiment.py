@@ -1,8 +1,8 @@
-"""Run the cells of the experiment one after another. A later call on the same folder runs the cells that remain.
+"""Run the cells of the experiment one after another. A later `hmr cells` on the same folder runs the remaining cells.
 
 The folder has these files:
 
-experiment.json        the program, model, flags and version of vLLM, which must be the same in a later call
+experiment.json        the program, model, flags and version of vLLM, which must be the same in a later `hmr cells`
 cells/NAME/            record/ (the recording), looks/ (what `collect` wrote), outcome.json
 caches/PAIR/           the kernel caches; removed when the warm start has ended
 bundles/               NAME.zip: the recording of a cell; NAME-collect.zip: what `collect` saw
@@ -51,7 +51,7 @@ class Settings:
     needed: int
 
     def identity(self) -> dict[str, Any]:
-        """Return program, model and flags, which must be the same each time the experiment runs in one folder."""
+        """Return program, model and flags, which must be the same in each `hmr cells` on one folder."""
         return {"program": list(self.program), "model": self.model, "flags": list(self.flags)}
 
 
@@ -61,7 +61,7 @@ class Experiment:
 
     machine      says which cells can start here
     cells        the cells to run, in this order
-    interrupted  whether the user wants the experiment to end
+    interrupted  returns whether the user wants the experiment to end
     say          prints a line for the user
     """
 
@@ -73,10 +73,12 @@ class Experiment:
     say: Callable[[str], None]
 
     def prepare(self) -> dict[str, Outcome]:
-        """Make the folder, or read what earlier calls left in it. Returns the final outcomes by the name of the cell.
+        """Make the folder, or read what an earlier `hmr cells` left in it.
 
-        Raises OutputError if the folder cannot be written or has other files, ConfigError if the earlier calls had
-        other settings, and DamagedFile if an outcome cannot be read.
+        Returns a dict from the name of each cell with a final outcome to this outcome.
+
+        Raises OutputError if the folder cannot be written or has other files, ConfigError if the earlier `hmr cells`
+        had other settings, and DamagedFile if an outcome cannot be read.
         """
         path, identity = self.root / "experiment.json", {**self.settings.identity(), "vllm": self.machine.vllm}
         try:
@@ -100,9 +102,9 @@ class Experiment:
         return {name: old for name, old in found.items() if old is not None and old.finished}
 
     def run(self) -> dict[str, Outcome]:
-        """Run the cells that have no final outcome yet. Returns the outcomes by the name of the cell.
+        """Run the cells that have no final outcome yet. After each cell, write the tables.
 
-        After each cell, write the tables.
+        Returns a dict from the name of a cell to its outcome, with the outcomes of earlier runs.
         """
         outcomes = self.prepare()
         if outcomes:

@@ -79,7 +79,7 @@ class Outcome:
 
     @property
     def finished(self) -> bool:
-        """Whether the outcome is final, so that no later call starts the cell again.
+        """Whether the outcome is final, so that no later `hmr cells` starts the cell again.
 
         An outcome is final if the cell was started and not interrupted.
         """

@@ -69,7 +69,7 @@ class Trial:
     name         the name of the cell
     start        the server to start
     folder       the cell's folder: record/ (the recording, with the server's output), looks/ (what `collect` wrote)
-    interrupted  whether the user wants the experiment to end
+    interrupted  returns whether the user wants the experiment to end
     say          prints a line
     """
 
@@ -236,7 +236,7 @@ class Trial:
 
 
 def phase_of(tail: Tail) -> str:
-    """Return the phase of a rank; "" if its witness cannot be read or has no event."""
+    """Return the phase of a rank; "" if its witness cannot be read or has no event. tail: the reader of the witness"""
     try:
         witness = tail.witness()
     except (OSError, WitnessError):

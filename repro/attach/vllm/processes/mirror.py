@@ -27,7 +27,7 @@ QUESTION = Collective(GROUP, "all_reduce", "unfinished", (), "int32")
 WITHOUT_REQUESTS = "idle, engine waits for requests"
 """The phase of an idle worker whose engine has no work. No collective follows until the engine gets a message.
 
-If the front end waits for outputs or at exit, one of the texts of FRONT_ENDS follows.
+If the front end does something that is in the table FRONT_ENDS, the phase's name ends with the text of this table.
 """
 
 FRONT_ENDS = {
@@ -36,7 +36,7 @@ FRONT_ENDS = {
 }
 
 LEFT_OUT = "engine left out execution"
-"""The phase after a step that the engine counted but did not request. The number of the first such step follows."""
+"""The phase after steps that the engine counted but did not request. Its name ends with the number of the first one."""
 
 _ANSWERED, _ASKED = Note.ANSWERED.value, Note.ASKED.value  # read at each message, and an enum takes time to read
 

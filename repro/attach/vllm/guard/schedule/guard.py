@@ -1,8 +1,8 @@
 """The guard of one worker. It compares the ranks at each step agreement, and learns the schedule of each kind of step.
 
-At each step agreement (C1) a rank adds two rows to vLLM's tensor, which contain one digest. The digest covers the
-collectives that the rank has issued since the last agreement, the schedules that it has learned, and how many
-executions of the model its engine has counted. So all ranks see all digests. If the digests differ, the ranks compare
+At each step agreement (C1) a rank adds two rows with one digest to vLLM's tensor. The digest covers the collectives
+that the rank has issued since the last agreement, the schedules that it has learned, and how many executions of the
+model its engine has counted. So all ranks see all digests. If the digests differ, the ranks compare
 their last collectives through the store, and stop with an error message about the first difference.
 
 A schedule has the collectives that the rank issued after earlier agreements of the same kind. Before a rank issues a

@@ -12,7 +12,7 @@ from repro.attach.vllm.guard.schedule.entry import MASK, Entry, digest_of, joine
 from repro.attach.vllm.repeated import Repeated
 
 MAX_SENT = 1024
-"""How many of its last entries a rank posts at most. A step of a model with 60 layers has 121 entries."""
+"""How many of its last entries a rank posts at most: 8 steps of a model with 60 layers, which has 121 in a step."""
 
 
 class Stream:
