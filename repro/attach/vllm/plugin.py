@@ -39,4 +39,4 @@ def _compile_hooks() -> None:
         os.environ["HMR_RECORD_PURE"] = "1"  # the processes that this one starts need not try again
         from repro.attach.notice import notice
 
-        notice(f"repro record: without the compiled hooks, a step costs some percent more: {problem}")
+        notice(f"repro record: a step takes some percent longer without the compiled hooks: {problem}")

@@ -67,7 +67,7 @@ def path() -> Path:
 def build() -> str:
     """Build the library, unless it exists. Returns why it cannot be built; "" if it exists now."""
     if not is_supported():
-        return "this interpreter has no such library"
+        return "this interpreter is not supported: it must be 64-bit CPython with its interpreter lock, little-endian"
     try:
         library = path()
         if library.exists():

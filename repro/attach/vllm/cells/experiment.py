@@ -87,7 +87,7 @@ class Experiment:
                 if (before := read_json(path)) != identity:
                     names = [name for name, value in identity.items() if before.get(name) != value]
                     raise ConfigError(
-                        f"an earlier call on {self.root} had another {', '.join(names)}; give another folder",
+                        f"the earlier experiment in {self.root} had another {', '.join(names)}; give another folder",
                         "--to",
                     )
             elif any(self.root.iterdir()):

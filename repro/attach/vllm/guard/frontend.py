@@ -52,7 +52,7 @@ def _watch(engines: Sequence[Any]) -> None:
 
 def leave(stop: Stop, wait: Callable[[float], None] = time.sleep) -> None:
     """Wait GRACE_S seconds for vLLM's own shutdown, then end this process with the guard's exit code."""
-    stop.say(f"an engine was refused; its log says why. The server ends with exit code {EXIT_CODE}")
+    stop.say(f"the guard ended an engine; the engine's log says why. The server ends with exit code {EXIT_CODE}")
     atexit.register(stop.leave)  # the main thread may end during this wait, and would end the process with code 0
     wait(GRACE_S)
     for child in multiprocessing.active_children():  # such as vLLM's coordinator, which no other process would end

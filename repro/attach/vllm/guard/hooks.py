@@ -135,8 +135,8 @@ def _apply(hooks: list[Hook], module: ModuleType) -> None:
             place.replace(hook.make)
             continue
         notice(
-            f"repro guard: this vLLM has no {hook.names[0]} in {module.__name__}, which shows {hook.shows} "
-            f"(known: vLLM {hook.versions})"
+            f"repro guard: this vLLM has no {hook.names[0]} in {module.__name__}, so the guard does not see "
+            f"{hook.shows} (supported: vLLM {hook.versions})"
         )
         if hook.essential:
             worker.missing.append(f"{module.__name__}.{hook.names[0]}")

@@ -79,7 +79,7 @@ def unsupported(config: Any) -> str:
     """Return why the guard does not support this configuration, and the flag to change; "" if the guard supports it."""
     parallel = getattr(config, "parallel_config", None)
     if getattr(parallel, "enable_fault_tolerance", False):
-        return "the guard stops all ranks if one is gone, but fault tolerance goes on without it: unset one of the two"
+        return "the guard stops all ranks if one is gone; with fault tolerance the others go on: unset one of the two"
     backend = str(getattr(parallel, "all2all_backend", "") or "")
     if not getattr(parallel, "enable_expert_parallel", False) or not backend or backend in WITH_HOOKS:
         return ""
