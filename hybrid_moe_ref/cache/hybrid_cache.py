@@ -156,7 +156,7 @@ class HybridCache:
     def snapshot(self, sequence: Sequence) -> Snapshot:
         """Return a copy of the sequence's length and recurrent states, with which `restore` can undo later tokens.
 
-        KV entries are not saved, because `restore` shortens the sequence, and entries after its end are never read.
+        KV entries are not saved, because `restore` shortens the sequence, and entries after its end are never used.
         """
         self._check(sequence)
         pages = self._state_pages(sequence)

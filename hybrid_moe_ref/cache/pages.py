@@ -85,13 +85,11 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 
 
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
-    """Return how many heads (or groups) each rank holds: its share, or 1 if there are more ranks than heads.
+    """Return how many heads each rank holds: its share of all heads, or 1 if there are more ranks than heads.
 
-    With more ranks than heads, several ranks hold the same head or group. Ranks with the same value head of Gated
-    DeltaNet hold different columns of the head's state. Raises ConfigError if the number of heads is neither a multiple
-    nor a divisor of `tp_size`.
+    name: the field of `config` with the number of all heads; also used for the number of Mamba-2 groups
 
-    name: the field of `config` that has the number of all heads or groups
+    Raises ConfigError if this number is neither a multiple nor a divisor of `tp_size`.
     """
     value: int = getattr(config, name)
     if value % tp_size and tp_size % value:

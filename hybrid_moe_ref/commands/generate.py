@@ -1,4 +1,4 @@
-"""The command `generate`: continue a prompt, in this process or on ranks; print each token as soon as it is known."""
+"""The command `generate`: continue a prompt, in this process or on several ranks; print each token at once."""
 
 import argparse
 import dataclasses

@@ -17,7 +17,8 @@ from hybrid_moe_ref.parallel.sharding.shares import expert_sharing, local_config
 CHECKS = ("observe", "agree", "strict")
 """How strictly collectives are checked.
 
-observe  report every collective to the observer, and refuse none
+observe  report every collective to the observer, and refuse none, except in the replay of a graph: there, a collective
+         that the captured step did not issue is refused
 agree    the step agreement (C1) compares the schedules of all ranks, and the requests and tokens of the ranks of a tp
          group; a collective that is not the next entry of the rank's schedule is refused before it is issued
 strict   in addition, all members of a collective compare it, with its sizes, through the store before it is issued

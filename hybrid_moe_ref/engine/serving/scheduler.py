@@ -37,9 +37,9 @@ class Running:
 
     output      tokens generated so far
     drafts      drafted tokens after the last token
-    num_cached  tokens of prompt and output that the model has run and the cache holds
-    num_pages   cache pages that the request holds, or is about to take in this step
-    num_fed     tokens of the request in this step
+    num_cached  number of tokens of prompt and output that are in the cache
+    num_pages   number of cache pages that the request has, including those that it takes in this step
+    num_fed     number of tokens of the request that the model runs in this step
     """
 
     request: Request

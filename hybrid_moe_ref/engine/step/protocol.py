@@ -1,16 +1,16 @@
-"""The integers that the ranks exchange so that all act alike, in the same form as in one of two vLLM versions.
+"""The integers that the ranks exchange in order to act alike, in the form that one of two vLLM versions uses.
 
 The step agreement (C1) is an int32 matrix with one column for each rank, which one all-reduce (sum) fills. The question
 "is anyone unfinished?" is an all-reduce at the end of some steps of a wave. A wave is one call of `Engine.serve`; its
 steps count from 1.
 
-    protocol  rows of C1                                                        question after steps     payload
+    protocol  rows of C1                                                        question after steps     its all-reduce
     "0.20"    tokens, padded tokens, wants microbatch, graph mode               32, 64, 96, ...          max int32[1]
     "0.33"    tokens, graph mode, uniform tokens, longest query,                1, 16, 32, 48, ...       sum int32[2]
               allows microbatch, requests, allows to skip drafts
 
 `engine.unfinished_interval` replaces the interval, which is 32 or 16. vLLM 0.24 to 0.28 have the rows and steps of
-"0.20" and the payload of "0.33"; 0.32 has the rows of "0.20" and the question of "0.33".
+"0.20" and the all-reduce of "0.33"; 0.32 has the rows of "0.20", but the steps and the all-reduce of "0.33".
 
 After the rows of the vLLM version, this engine adds rows of its own: one row with the size of the drafter's later
 passes, four rows with the hash of the schedule, and four rows with the hash of the tp group's tokens. Two of vLLM's
