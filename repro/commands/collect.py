@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Collect the evidence of a job, and print the verdict on the job.
 
-    Returns 125 for the verdict `inconclusive`, 0 for any other verdict, and 2 if no job or several jobs were found.
+    Returns 125 for the verdict `inconclusive`, 0 for any other verdict, and 2 if several jobs were found. If no job was
+    found, returns 2 without --log; with --log, the logs are the only evidence.
     """
     table = read_all()
     jobs = find_jobs(table)

@@ -5,9 +5,9 @@ FileBaton, is only a file created with O_EXCL. This file remains when the holder
 so an open file shows that the holder lives.
 
 /proc does not show processes of other pid namespaces, nor open files that this user is not allowed to see. But the
-attempt to take a lease (fcntl F_SETLEASE) shows whether any process of this host has the file open. A lease does not
-show processes of other hosts. So the result is UNKNOWN instead of NOBODY in two cases: several hosts share the file
-system, or the file system has no leases.
+attempt to take a lease (fcntl F_SETLEASE) shows whether any process of this host has the file open. If several hosts
+share the file system, the attempt does not show the processes of the other hosts, so the result is UNKNOWN instead of
+NOBODY. The same holds for a file system without leases.
 """
 
 from __future__ import annotations

@@ -45,8 +45,9 @@ class System:
     def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
         """Collect the facts, with the CPU use of the last measurement.
 
-        running: the result of :meth:`running`. Call :meth:`running` before you read the witnesses. Otherwise a rank
-        that ends normally between the two would count as dead: its witness was read before the rank was done.
+        running: the result of :meth:`running`. Call :meth:`running` first, and read the witnesses after it. In the
+        other order, a rank that finishes and ends in between would count as dead, because its witness was read before
+        the rank recorded that it is done.
         """
         return Facts(
             {rank: process is not None for rank, process in running.items()},

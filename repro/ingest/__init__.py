@@ -1,1 +1,1 @@
-"""Convert the evidence that other tools wrote to records (`repro.trace.foreign`). Each format has its own module."""
+"""Read the evidence that other tools wrote, as records (`repro.trace.foreign`). Each format has its own module."""

@@ -49,7 +49,7 @@ class LineFormat:
     """The log messages of one program, and their reader.
 
     needles   short texts. To save time, the reader gets only lines that contain at least one of these texts
-    reader    makes a reader for one file
+    reader    makes a `LineReader`, which then reads one file
     """
 
     name: str

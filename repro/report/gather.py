@@ -153,7 +153,7 @@ def _read_verdict(data: RunData) -> None:
 def _read(data: RunData, path: Path, reader: Callable[[Path], T], loss: str) -> T | None:
     """Read a file of the run. If it cannot be read, return None and add a sentence to ``missing``.
 
-    loss: what the report lacks without this file; a part of the sentence
+    loss: the end of this sentence, which says what the report cannot show without the file
     """
     try:
         return reader(path)

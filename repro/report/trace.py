@@ -102,7 +102,7 @@ def _spans(data: RunData, lane: Lane, start_ns: int, end_ns: int, skip: int) -> 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
     """Replace an event with a duration by two events, one for its begin and one for its end.
 
-    Call this for spans that can overlap: events with a duration must not overlap partly in one track of the format.
+    Call this for spans that can overlap: the format does not allow events with a duration to overlap partly in a track.
 
     identity: a number by which a viewer finds the two events of a span
     """

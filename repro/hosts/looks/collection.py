@@ -60,7 +60,7 @@ class Collection:
     def collect(self, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
         """Examine the processes twice, with ``interval_s`` seconds from the first look to the second.
 
-        Between the two looks, ask the interfaces that the job offers, read the kernel log, and copy the job's logs.
+        Between the two looks, ask the job's processes for dumps, read the kernel log, and copy the job's logs.
         Also take more stacks of the processes whose first stack does not show whether they wait. Raises OSError if a
         file cannot be written.
         """

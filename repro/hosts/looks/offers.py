@@ -42,7 +42,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask_worker_server(member: Member, question: str) -> bytes:
-    """Ask the HTTP server that torch's `worker_main` opens in a rank. Returns b"" without a server or an answer.
+    """Ask the HTTP server that torch's `worker_main` opens in a rank. Returns b"" if there is no server or no answer.
 
     question: "dump_traceback" for the stacks; "fr_trace_json" or "dump_nccl_trace_json" for a Flight Recorder dump
     """

@@ -33,11 +33,11 @@ def main_thread(threads: Threads, pid: int) -> Mapping[str, Any]:
 
 
 def ranks_by_variables(stacks: Mapping[int, Threads]) -> tuple[dict[int, int], int | None]:
-    """Return the rank of each pid, and the number of ranks, from local variables of the main threads.
+    """Return two values from local variables of the main threads: the rank of each pid, and the number of ranks.
 
     The first value is {} if a process shows no rank, or if two processes show the same rank. The second value is None
-    if no variable shows the number, or if the processes show different numbers. Returns ({}, None) if a rank is not
-    below the number of ranks.
+    if no process shows the number, or if two processes show different numbers. If a rank is not below the number of
+    ranks, the variables are not trusted, and the result is ({}, None).
     """
     ranks: dict[int, int] = {}
     sizes: set[int] = set()

@@ -125,7 +125,7 @@ def _work(number: str) -> int | None:
 
 
 def _dump_signal(match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
-    """Read a line about a request for a Flight Recorder dump, which this rank got from its own or a different watchdog.
+    """Read a line about a request for a Flight Recorder dump, sent by the watchdog of this rank or of a different rank.
 
     Only the watchdog of process group 0 prints this line. So the counters in the line are those of the default group,
     even if a different group hangs.
