@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=grid.REPORT_MODEL, help=f"name or folder; default: {grid.REPORT_MODEL}")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="number of GPUs or CPU ranks; default: 8")
     parser.add_argument(
-        "--eager", action="store_true", help="also run the cells of the report's second command (--enforce-eager)"
+        "--eager", action="store_true", help="also run the cells of the second command in vllm#41862 (--enforce-eager)"
     )
     parser.add_argument(
         "--only", default="", metavar="WORDS", help='run only cells with all these words: "DP8+EP8 jit cold"'
@@ -40,13 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", type=Path, metavar="DIR", help="a new folder, or that of an earlier call; default: runs/<utc>-cells"
     )
     parser.add_argument(
-        "--silence", type=float, default=WINDOW_S, metavar="S", help="run collect after S silent seconds; default: 120"
+        "--silence",
+        type=float,
+        default=WINDOW_S,
+        metavar="S",
+        help="run collect after S seconds without an event; default: 120",
     )
     parser.add_argument(
         "--limit", type=float, default=LIMIT_S, metavar="S", help="end a server after S seconds; default: 3600"
     )
     parser.add_argument(
-        "--needs", type=float, default=NEEDED_GB, metavar="GB", help="free disk space for a start; default: 20"
+        "--needs", type=float, default=NEEDED_GB, metavar="GB", help="free disk space that a start needs; default: 20"
     )
     parser.add_argument(
         "--vllm", default="vllm serve", metavar="COMMAND", help='command that starts a server; default: "vllm serve"'
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the outcomes as JSON")
     parser.add_argument(
-        "flags", nargs="*", default=(), metavar="-- FLAG…", help="flags of vLLM, instead of those of the report"
+        "flags", nargs="*", default=(), metavar="-- FLAG…", help="flags of vLLM, instead of those in vllm#41862"
     )
 
 

@@ -116,7 +116,7 @@ def _say(text: str) -> None:
 def _usable(pids: Sequence[int], table: dict[int, Status]) -> list[int]:
     for pid in pids:
         if pid not in table:
-            _say(f"process {pid} has ended, or is in another pid namespace: then run collect in that container")
+            _say(f"process {pid} has ended, or is in another pid namespace; if so, run collect in that container")
         elif table[pid].state in "ZX":
             _say(f"process {pid} ({table[pid].name}) has ended; its parent {table[pid].parent} has not reaped it")
     return [pid for pid in pids if pid in table and table[pid].state not in "ZX"]

@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
     program = list(args.program)
     root = args.to or Path("runs") / f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-record"
     if args.quiet_window is not None and not 0 < args.quiet_window <= LONGEST_WINDOW_S:
-        raise ConfigError(f"{args.quiet_window} is not a number of seconds above 0", "--quiet-window")
+        raise ConfigError(
+            f"{args.quiet_window} is not a number of seconds above 0 and up to {LONGEST_WINDOW_S:,.0f}",
+            "--quiet-window",
+        )
     console = Console(stderr=True)
     if problem := compiled.build():
         say(console, f"record: without the compiled hooks, a collective costs some microseconds more: {problem}")

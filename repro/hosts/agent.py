@@ -47,13 +47,13 @@ STATUS_EXPIRY_S = 10.0
 
 @dataclass(frozen=True)
 class AgentStatus:
-    """The latest observations that one agent reported.
+    """The latest observation that one agent reported.
 
     beat             number of the observation, from 1
     boot_id          identity of the agent's host, as in a witness
-    wall_offset_ns   wall clock minus monotonic clock of this host
-    ranks            ranks of this host that have opened their witnesses
-    facts            facts about these ranks; the times in `Facts.died` are on the monotonic clock of this host
+    wall_offset_ns   wall clock minus monotonic clock of the agent's host
+    ranks            ranks of the agent's host that have opened their witnesses
+    facts            facts about these ranks; the times in `Facts.died` are on the monotonic clock of the agent's host
     answered         number of the latest evidence request that the agent has answered
     unanswered       a dict from rank to the evidence that is missing, for each rank that did not write all of it
     """

@@ -1,7 +1,7 @@
 """End a process when its parent ends, and identify a process by pid and start time.
 
-This module imports almost nothing, so that a rank can call its functions before the rank imports torch, which takes
-seconds: the launcher can die in this time.
+A rank calls these functions before it imports torch: the import takes seconds, and the launcher can die in this time.
+So this module itself imports almost nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def die_with_parent(parent: int | None = None) -> None:
     Linux kills this process as soon as the *thread* that started it ends. So start child processes from the main
     thread.
 
-    parent: pid of the parent, if known. If this parent has already ended, exit at once
+    parent: pid of the parent, if known. If this parent has already ended, this process exits at once
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:

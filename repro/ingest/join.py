@@ -50,7 +50,7 @@ class _Ranks:
 
 
 def join(records: Sequence[Observation]) -> list[Observation]:
-    """Return the records in the same order, with each missing rank filled in if other records show the rank."""
+    """Return the records in the same order. A record without a rank gets its rank if other records show the rank."""
     records = _with_workers_of_engines(records)
     members = [record for record in records if isinstance(record, Member)]
     if not members and not any(isinstance(it, Failure) and (it.bus or it.host) for it in records):

@@ -176,7 +176,10 @@ class Collection:
             write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
 
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
-        """Set unknown ranks from local variables on the stacks. If still no rank is known, number workers by pid."""
+        """Set unknown ranks from local variables on the stacks.
+
+        If still no rank is known, number the workers from 0, in the order of their pids.
+        """
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
             return

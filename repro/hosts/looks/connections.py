@@ -66,8 +66,8 @@ def parse_table(text: str) -> list[Row]:
 def look_at_connections(pids: Collection[int], proc: Path = PROC) -> list[Connection]:
     """Return both ends of each connection between these processes.
 
-    If one end of a connection is closed, return only the end that one of these processes still has open. A process
-    whose file descriptors this user is not allowed to read is left out.
+    If the other end of a connection is closed, only the open end is returned; the closed end can be that of any
+    process. A process whose file descriptors this user is not allowed to read is left out.
     """
     owners: dict[str, int] = {}  # "socket:[inode]" -> pid
     namespaces: dict[str, int] = {}  # network namespace -> a pid in it

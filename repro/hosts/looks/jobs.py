@@ -87,7 +87,7 @@ class Job:
         Returns [] if the world size is not known, or if the rank of a worker is not known.
 
         num_unreaped: number of the launcher's zombies, which are children that have ended. If there are as many zombies
-        as ranks without a process, the zombies were these ranks
+        as ranks without a process, the zombies are these ranks, so all these ranks belong to this host
         """
         known = {member.rank for member in self.members if member.rank is not None}
         if self.world_size is None or len(known) < sum(member.role == "worker" for member in self.members):

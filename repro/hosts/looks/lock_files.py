@@ -40,7 +40,7 @@ class LockFile:
     waiters  pids that /proc/locks shows as waiting; programs that try the lock again and again are not among them
     hidden   for a baton: number of Python processes whose open files this user is not allowed to see, so that one of
              them possibly holds the lock
-    age_s    seconds since the file was last changed; None if that cannot be read
+    age_s    for a baton: seconds since the file was last changed; None for other locks
     """
 
     path: str

@@ -81,7 +81,7 @@ def _messages(log: Path) -> Iterator[tuple[float, str]]:
 
 
 def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path("/sys/fs/cgroup")) -> list[str]:
-    """Return a sentence for each control group of these processes that ran out of memory, with the number of kills."""
+    """Return a sentence for each control group of these processes in which the OOM killer ended processes."""
     groups: dict[Path, int] = {}
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """Read what launchers (torchrun, MPI, Ray) print when a job ends. A launcher reports the first exit that it saw.
 
-After a hang, a watchdog ends the first process, so the first exit is not the cause of the hang. But if a process ended
-by SIGKILL, this can be the cause, because no watchdog sends this signal.
+After a hang, the first process that ends is ended by a watchdog, so the first exit is not the cause of the hang. But
+the end of a process by SIGKILL can be the cause, because no watchdog sends this signal.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ _GARBAGE = 1 << 31
 class Watchdog:
     """Reads the watchdog's lines in one file.
 
-    A time-out whose line names no group is held back until a later line names the group.
+    A time-out whose line does not name its group is held back until a later line names this group.
     """
 
     def __init__(self) -> None:

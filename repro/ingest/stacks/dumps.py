@@ -223,9 +223,9 @@ def _pyspy_frame(text: str, bare: bool) -> str:
 
 
 def _runs_the_program(frames: Sequence[str]) -> bool:
-    """Whether a stack belongs to the main thread, or to TensorRT-LLM's main loop, which runs in a thread of its own.
+    """Whether a stack belongs to the main thread, or to the thread in which TensorRT-LLM runs its main loop.
 
-    The stack of a main thread has Python frames, and does not begin in `threading`.
+    The stack of a main thread has Python frames, and its outermost frames are not in `threading`.
     """
     if any("pyexecutor/py_executor.py" in frame and "_loop" in frame for frame in frames):
         return True

@@ -78,7 +78,7 @@ def _columns(lane: Lane, start_ns: int, unit_ns: int) -> array[int]:
 
 
 def _unit_ns(data: RunData) -> int:
-    """Return the unit of time in ns: a microsecond, or longer if the run would not fit into 32 bits."""
+    """Return the unit of time in ns: a microsecond, or longer if the run is too long to count it in 32 bits."""
     start_ns, end_ns = data.span_ns()
     return max(1000, -(-(end_ns - start_ns) // (_NEVER - 1)))
 

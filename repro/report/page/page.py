@@ -54,7 +54,7 @@ def render(data: RunData, others: Sequence[RunData] = (), timeline_svg: str = ""
     """Render the page.
 
     others: runs of the other variants of the scenario, to show beside this run
-    timeline_svg: the result of :func:`timeline` for this run, if it has been called already
+    timeline_svg: the result of :func:`timeline` for this run; "" to call it here
     """
     verdict = data.verdict
     return templates.render(
