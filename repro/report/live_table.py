@@ -11,6 +11,7 @@ from rich.table import Table
 
 from repro.report.tables import cell, make_table
 from repro.trace.witness.file import Tail, Witness
+from repro.trace.witness.format import Identity
 from repro.trace.witness.parse import WitnessError
 from repro.verdict.evidence.position import RankState, locate
 from repro.verdict.result import list_ranks
@@ -45,11 +46,15 @@ class LiveTable:
     """Redraws the ranks' positions twice a second.
 
     For this it reads whole witnesses, which is slow. No verdict depends on the table.
+
+    here    this process, whose host has the clock ``now_ns``; ranks can be on other hosts, with other clocks
+    now_ns  returns the present time by the monotonic clock of this host
     """
 
-    def __init__(self, title: str, live: Live, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, title: str, live: Live, here: Identity, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._title = title
         self._live = live
+        self._here = here
         self._now_ns = now_ns
         self._drawn_ns = 0
 
@@ -64,7 +69,11 @@ class LiveTable:
 
     def draw(self, tails: list[Tail]) -> Table:
         """Return the table. A rank of the run that has not opened its witness yet also gets a row."""
-        rows = {tail.writer().rank: row_of(tail, self._now_ns()) for tail in tails}
+        now_ns = self._now_ns()
+        rows = {}
+        for tail in tails:
+            writer = tail.writer()
+            rows[writer.rank] = row_of(tail, now_ns + writer.clock_ahead_ns(self._here))
         num_ranks = max((tail.writer().num_ranks for tail in tails), default=0)
         table = make_table("rank", "phase", "for", "step", "where", "for ", right=("rank", "for", "step", "for "))
         table.title, table.title_justify = self._title, "left"

@@ -14,6 +14,7 @@ from rich.text import Text
 from repro.report.live_table import LiveTable
 from repro.report.tables import cell, lines, make_table, narrowest
 from repro.store.text import escape_lines, shorten_rank_lists
+from repro.trace.identity import myself
 from repro.trace.witness.file import Tail
 from repro.verdict.classes import class_of
 from repro.verdict.result import list_ranks, shorten
@@ -36,7 +37,7 @@ def display(console: Console, title: str) -> Iterator[Display]:
         yield Display(notice=lambda text: say(console, f"  {text}"))
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        table = LiveTable(title, live)
+        table = LiveTable(title, live, myself(0, 1))
         yield Display(show=table.show, notice=lambda text: say(console, text))
 
 

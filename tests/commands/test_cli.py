@@ -281,7 +281,7 @@ def test_the_live_table_tells_who_waits_for_a_lock_and_who_builds(tmp_path, even
     tail = Tail(tmp_path / "rank000.wit")
     assert row_of(tail, 0).where == where
     console = Console(file=io.StringIO(), width=200)
-    console.print(LiveTable("t", Live(console=console)).draw([tail]))
+    console.print(LiveTable("t", Live(console=console), tail.writer()).draw([tail]))
     assert "\x1b" not in console.file.getvalue() and where.replace("\x1b", "␛") in console.file.getvalue()
 
 
