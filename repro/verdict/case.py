@@ -28,7 +28,8 @@ class Case:
     quiet_window_s  a hang is reported only if ``quiet_s`` is at least this number of seconds
     notes           lines to add to the evidence, whatever the verdict is
     facts           what the operating systems say about the ranks' processes
-    queued          names of the groups whose collectives are recorded as complete when they are queued, as on NCCL
+    queued          names of the groups whose collectives are recorded as complete when the rank has queued them on its
+                    device, as on NCCL
     now_s           the moment that is judged, in seconds on the same clock as the times in ``facts.died``
     """
 

@@ -16,14 +16,15 @@ ended the ranks."""
 class VerdictClass:
     """One verdict class, as a row of the table of classes.
 
-    meaning   one line, as in docs/VERDICTS.md and in the help of the commands
+    meaning   what this class says about a run, in one line, as in docs/VERDICTS.md and in the help of the commands
     colour    the colour of the badge on the report's page: green, yellow or red
     hangs     whether some ranks have not finished; None if this differs from run to run
     final     whether the watcher stops at this class, because no rank can change the verdict any more
-    decided   whether the evidence was enough for a verdict
+    decided   whether the evidence was enough to judge the run
     causes    name of a cause -> how a headline describes the cause; a verdict of this class can also have no cause
-    outside   the events outside the job (INTERRUPT, END) that can leave the same evidence as this class. So if one of
-              them ended the job, the verdict becomes inconclusive
+    outside   the events outside the job that can leave the same evidence as this class: INTERRUPT (the user pressed
+              Ctrl-C) or END (the launcher got a signal). If one of them ended the job, the verdict of this class
+              becomes `inconclusive`
     live      whether a run of this class can still end normally. The files of such a run look `clean` at its end, so
               only a watcher that ran at the same time can find this class
     """
@@ -133,7 +134,7 @@ NO_VERDICT = VerdictClass("", "the run has no verdict yet", "yellow", hangs=Fals
 
 
 def class_of(verdict: str) -> VerdictClass:
-    """Return the verdict class with this name; NO_VERDICT for any other name."""
+    """Return the verdict class with this name. For any other name, return NO_VERDICT: the run has no verdict yet."""
     return CLASSES.get(verdict, NO_VERDICT)
 
 

@@ -48,6 +48,7 @@ def judge(
 
     witnesses       rank -> the rank's witness
     facts           observations of the ranks' processes; a rank whose process was not observed counts as alive
+    num_ranks       number of ranks of the run, including ranks without a witness
     now_ns          when the witnesses were read: the time on the monotonic clock of one host, or rank -> the time on
                     the clock of the rank's host
     quiet_window_s  a hang is reported only if no rank has recorded an event for this many seconds
@@ -55,7 +56,8 @@ def judge(
                     the process of the lowest rank
     wrong_numbers   one line for each result that differs from the reference. If there is a line, the verdict is
                     `corrupt`, unless ranks queued different collectives in a group of ``queued``: then `inconclusive`
-    queued          names of the groups whose collectives are recorded as complete when they are queued, as on NCCL
+    queued          names of the groups whose collectives are recorded as complete when the rank has queued them on its
+                    device, as on NCCL
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns, home)

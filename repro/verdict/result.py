@@ -52,7 +52,10 @@ class Position:
     line: str = ""
 
     def words(self) -> str:
-        """Return the position as text for `say`: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
+        """Return the position as text, to follow a subject such as "ranks 0-5". The verb is plural.
+
+        An example: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)".
+        """
         where = ", ".join(part for part in (self._when(), self.layer) if part)
         where = f" ({where})" if where else ""
         match self.state:
@@ -119,8 +122,10 @@ class Verdict:
     suspects           the ranks that can be the cause, for example because they differ from other ranks or from their
                        own earlier steps; the evidence does not prove it
     ranks              the position of each rank
-    first_divergence   the first place where ranks differ: {"sides": [{"ranks", "group", "seq", ...}, ...]}
-    cycle              the waits that form a cycle, each as {"ranks", "waits_in", "for"}
+    first_divergence   the first place where ranks differ: {"sides": [{"ranks", "group", "seq", ...}, ...]}, with one
+                       side for each different call or position there. None if no such place is known
+    cycle              the waits that form a cycle, each as {"ranks": the ranks that wait, "waits_in": the collective or
+                       lock, "for": the ranks for which they wait}
     waits              all waits; those of the cycle come first
     evidence           lines that say what was observed
     confidence         certain; likely (further evidence could change the culprits); or undecided (no culprits)
@@ -157,7 +162,10 @@ class Verdict:
 
 @dataclass(slots=True)
 class Finding:
-    """What one rule found: cause, culprits and evidence. `Case.verdict` makes a `Verdict` from a finding."""
+    """What one rule found: cause, culprits and evidence. `Case.verdict` makes a `Verdict` from a finding.
+
+    The fields mean the same as in `Verdict`.
+    """
 
     cause: str = ""
     culprits: tuple[int, ...] = ()

@@ -24,11 +24,14 @@ SCHEMA_VERSION = 1
 
 
 class Side(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One side of a divergence: the ranks that issued the same call, or that are at the same position.
+    """Ranks that did the same where ranks first differ: they issued the same call, or they are at the same position.
+
+    A position consists of collective, layer, step and call site.
 
     sizes, dtype, reduce_op, root   the arguments of the call; None if only the position of the ranks is given
-    planned     the entry that the declared schedule has at this place: "ep all_gather_v of layers.0.moe". None unless
-                the ranks are culprits that left their declared schedule
+    site        where the program made the call: "file:line function"
+    planned     the collective that the declared schedule has at this place: "ep all_gather_v of layers.0.moe". None
+                unless the ranks are culprits that left their declared schedule
     conforms    False if the ranks are culprits that left their declared schedule; otherwise None
     """
 
@@ -80,12 +83,12 @@ class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Watcher(msgspec.Struct, frozen=True):
-    """The watcher's host and pid namespace, and the time of the watcher's last look at the run (see `Look`).
+    """The watcher's host and pid namespace, and the time at which the watcher last read the witnesses.
 
-    A later judgement of the run needs these values to compute how long before the look each event happened.
+    A later judgement of the run needs these values to compute how long before that time each event happened.
 
     wall_offset_ns   the wall clock minus the monotonic clock of the watcher's host
-    now_ns           the time of the look on this monotonic clock
+    now_ns           the time on this monotonic clock
     """
 
     hostname: str
@@ -135,7 +138,8 @@ class Durations(msgspec.Struct, frozen=True):
 class Document(msgspec.Struct, frozen=True, kw_only=True):
     """The content of verdict.json.
 
-    scenario ... seed    the settings of the run
+    schema_version       the version of this format
+    scenario ... seed    the settings of the run; `backend` is the one of torch.distributed, such as gloo
     verdict              a class of `repro.verdict.classes`; "" if the run is not decided
     cause                a cause of this class; None if there is none
     culprits ... quiet_s the fields of :class:`repro.verdict.Verdict` with the same names
@@ -191,11 +195,11 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Return the sides of the first divergence; () if there is no divergence."""
+        """Return the sets of ranks that did the same at the place where ranks first differ; () if no ranks differ."""
         return self.first_divergence.sides if self.first_divergence else ()
 
     def look(self) -> Look | None:
-        """Return the watcher's last look at the run, without witnesses; None if the document names no watcher."""
+        """Return what the watcher knew when it judged the run, without witnesses; None if no watcher is named."""
         if self.watcher is None:
             return None
         return Look(self.watcher.identity(), self.watcher.now_ns, facts=self.system, notes=self.notes)
@@ -221,7 +225,7 @@ def describe(verdict: Verdict, **more: Any) -> Document:
 
 
 def progress_of(look: Look) -> dict[int, Progress]:
-    """Return, for each rank, how much the rank had recorded at the time of the look."""
+    """Return, for each rank with a witness, how much the rank had recorded at the time of the look."""
     return {
         rank: Progress(witness.num_events, witness.heartbeat_ns) for rank, witness in sorted(look.witnesses.items())
     }

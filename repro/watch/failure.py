@@ -18,7 +18,7 @@ def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequen
 
     The first line of the verdict's evidence names the first error.
 
-    what    the part of this program that failed: "the watcher"
+    what    the part of this program that failed, for the evidence: "the watcher"
     gaps    a line for each piece of evidence that is missing
     """
     log = run_dir.watcher_log

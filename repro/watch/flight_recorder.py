@@ -47,9 +47,11 @@ class RecorderCheck:
 
 
 def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderCheck:
-    """Compare each blocked rank's Flight Recorder dump with its position, which comes from the witness.
+    """Compare the Flight Recorder dump of each rank that waits in a collective with the rank's witness.
 
-    A dump that has no entry of the position's group is ignored.
+    A dump that has no entry of the collective's group is ignored.
+
+    positions   where each rank is, according to its witness
     """
     check = RecorderCheck()
     for position in positions:

@@ -62,6 +62,8 @@ Some failures pass by themselves: a stale NFS file handle, or a lack of file des
 class Watch:
     """Watches one run until there is a verdict. The caller passes in, as functions, what depends on the kind of job.
 
+    run_dir       the directory with the witnesses of the run
+    options       the settings of the watch, such as the quiet window
     job_alive     returns whether the job still runs; if not, the watch ends after a short wait
     compare       compares the results with the reference when all ranks are done. If the results are not ready, it
                   returns None, and the watcher calls it again later. The argument is True at the last call, which must
@@ -73,6 +75,7 @@ class Watch:
     show          displays the progress; called at every poll with the open witnesses
     notice        prints a line of text, for example the waits between ranks when they have changed
     remark        returns a line to print about a verdict that is not final, or "". Equal lines are printed only once
+    host          observes the processes and locks of this host
     """
 
     run_dir: RunDir
@@ -131,7 +134,7 @@ class Watch:
         return self._tails.all_done()
 
     def _poll(self) -> Verdict | None:
-        """Return the final verdict, or None if the watch must continue.
+        """Read the witnesses. Return the final verdict, or None if the watch must continue.
 
         If a file cannot be read, return None, because the next poll may succeed. Raise the error if reading has failed
         for more than READ_PATIENCE_S seconds.
@@ -262,8 +265,8 @@ class Watch:
     def _compared(self, final: bool) -> Verdict | None:
         """Compare the results of a run whose ranks are all done. Return the verdict; None if it is too early for this.
 
-        A `clean` verdict becomes `slow` if the run had long silences (see `Silences`), and `inconclusive` if the
-        results cannot be compared. final: whether this is the last call, which does not return None
+        A `clean` verdict becomes `slow` if ranks had waited long while no rank recorded an event, and `inconclusive` if
+        the results cannot be compared. final: whether this is the last call, which does not return None
         """
         comparison = self.compare(final)
         if comparison is None:

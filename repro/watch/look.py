@@ -25,6 +25,7 @@ class Look:
     watcher     the process that took the look; now_ns and ``facts.died`` are times on the clock of this process's host
     now_ns      the monotonic clock just before the files were read, so the time of reading does not count as quiet time
     witnesses   rank -> witness; ranks whose witness could not be read are absent
+    facts       what the operating systems of the hosts said about the ranks' processes
     notes       further observations of the watcher, in sentences. Only verdict.json keeps them
     """
 

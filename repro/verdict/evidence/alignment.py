@@ -18,13 +18,16 @@ from repro.verdict.evidence.steps import Entry, Issued, Step
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """A place where a rank left its declared schedule. An entry is (group, operation, layer).
+    """A place where a rank left its declared schedule.
+
+    An entry of the schedule is (group, operation, layer). The entry that is due is the next one in the schedule.
 
     kind     "extra": the rank issued a collective too many. "skipped": it left entries out. "order": it issued an
              entry before another entry that was due first. "mismatch": it issued another operation than the one due
-    index    the index in the schedule, from 0, at which the rank left it
-    entry    if "skipped": the entry that the rank left out. If "order": the entry that the rank has not issued yet, or
-             else the entry that it issued too early. Otherwise: the entry that the rank issued wrongly
+    index    the index of ``planned`` in the schedule, from 0
+    entry    if "skipped": the first entry that the rank left out. If "order": the entry that was due, if the rank has
+             not issued it yet; otherwise the entry that the rank issued too early. If "extra" or "mismatch": the entry
+             that the rank issued wrongly
     planned  the entry that was due; None if all entries of the schedule had been issued before
     issued   the collective that the rank issued when ``planned`` was due; None if the step ended without one
     group    the group of ``entry``; None if it is not known
@@ -57,7 +60,7 @@ class Deviation:
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
     """Find all places in one step where the rank left its declared schedule, in the order of the schedule.
 
-    If the rank passed over some entries of the schedule, and issued a later entry, the deviation is usually `skipped`.
+    If the rank passed over some entries of the schedule, and issued a later entry, the kind is usually `skipped`.
     It is `order` in two cases:
 
     - The rank issued the passed-over entries afterwards.
@@ -109,11 +112,11 @@ class _Comparison:
             self._places.setdefault(entry, []).append(place)
 
     def explain(self, k: int, i: int) -> tuple[str, int]:
-        """Explain why the rank issued ``entries[k]`` when ``plan[i]`` was due.
+        """Explain why a rank issued its collective number ``k`` of a step when entry ``i`` of its schedule was due.
 
-        Return the kind of deviation (see `Deviation`), and how many entries of the plan were left out, replaced or
-        issued in another order. The kind is chosen so that as many of the following entries as possible agree with the
-        plan.
+        Return the kind of mistake ("extra", "skipped", "order" or "mismatch"), and how many entries of the schedule
+        were left out, replaced or issued in another order. The kind is chosen so that as many of the following
+        collectives as possible agree with the schedule.
         """
         plan, entry = self._plan, self._entries[k]
         if i == len(plan):
@@ -130,20 +133,20 @@ class _Comparison:
         return "extra", 0
 
     def _next_place(self, entry: Entry, i: int) -> int | None:
-        """Return the first index, not below ``i``, at which the plan has this entry; None if there is none."""
+        """Return the first index, not below ``i``, at which the schedule has this entry; None if there is none."""
         places = self._places.get(entry, [])
         at = bisect.bisect_left(places, i)
         return places[at] if at < len(places) else None
 
     def _run(self, k: int, i: int) -> int:
-        """Return how many issued entries in a row, from index ``k`` on, equal the plan from index ``i`` on."""
+        """Return how many issued entries in a row, from index ``k`` on, equal the schedule from index ``i`` on."""
         most = min(len(self._entries) - k, len(self._plan) - i)
         return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
 
     def _permuted(self, k: int, i: int) -> int:
-        """Return n if the next n issued entries are the next n entries of the plan in another order; otherwise 0.
+        """Return n if the next n issued entries are the next n of the schedule in another order; otherwise 0.
 
-        n is the smallest such number, at most 8. The issued entries begin at index ``k``, those of the plan at ``i``.
+        n is the smallest such number, at most 8. The next issued entry has index ``k``, that of the schedule ``i``.
         """
         surplus: Counter[Entry] = Counter()
         for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
@@ -159,12 +162,15 @@ def unshared_deviations(
 ) -> tuple[list[Deviation], list[Deviation]]:
     """Find, for each rank, its first deviation from step ``since`` on that can explain a hang.
 
-    A deviation that all members of the group made in the same step cannot explain a hang, and is ignored.
+    A deviation is a place where a rank left the schedule that it had declared. If all members of the group left their
+    schedules in the same way in the same step, this cannot explain a hang, and is ignored.
 
     Return two lists, each with at most one deviation for each rank:
 
     - The first list also ignores a deviation if all members made the same deviation together in some other step.
     - The second list does not ignore such a deviation. It is needed only if nothing else explains the hang.
+
+    all_steps   rank -> the rank's recent steps
     """
     by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}
@@ -199,9 +205,12 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Return the ranks that made the same `order` deviation (two collectives in the wrong order) in an earlier step.
+    """Return the ranks that had issued two collectives in the same wrong order in an earlier step.
 
     The earlier step did not hang, although the order was wrong. The evidence of the verdict mentions this.
+
+    deviations   the places where ranks left their declared schedules; only those of the kind "order" are compared
+    all_steps    rank -> the rank's recent steps
     """
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []

@@ -24,7 +24,14 @@ HASHED = Knows.ORDER | Knows.LAYERS | Knows.ARGUMENTS
 
 
 class Call(NamedTuple):
-    """One collective as one rank issued it. All fields must be equal on all members of the group."""
+    """One collective as one rank issued it. All fields must be equal on all members of the group.
+
+    A send or receive is a call, too. Its sender and receiver need not have the same fields.
+
+    signature   group, operation, layer, dtype and reduce operation
+    root        group rank of the root; of a send or receive, group rank of the other end; -1 if there is none
+    sizes       the sizes that must be equal on all members; () if there are none, or if they are not known
+    """
 
     signature: Signature
     root: int
@@ -73,7 +80,7 @@ class Ledger:
                     self.diverged.setdefault(key, set()).add(seq)
 
     def sides(self, key: GroupKey, seq: int) -> list[CallVariant]:
-        """Return the different calls that members of a group issued under one sequence number.
+        """Return the different calls that members of the group ``key`` issued under the sequence number ``seq``.
 
         The call of the lowest rank comes first.
         """
@@ -117,6 +124,7 @@ class Ledger:
     def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
         """Find the first collective that members issued with different arguments, so that it possibly never completes.
 
+        key          the group, as (name, members)
         over, upto   search the sequence numbers over + 1 to upto
 
         Return the sequence number and the different calls; (0, []) if there is no such collective.
@@ -128,10 +136,11 @@ class Ledger:
         return 0, []
 
     def hidden_divergence(self, but: Collection[str] = ()) -> list[str]:
-        """Compare rolling hashes, to find differences between ranks in events that the witnesses no longer contain.
+        """Find groups whose members issued different collectives in events that the witnesses no longer contain.
 
-        Return a sentence for each group whose members issued equally many collectives, but have different hashes. A
-        group is left out if it is in `diverged`, because then its difference is readable, or if its name is in ``but``.
+        A witness keeps a rolling hash of all collectives that the rank issued in a group. Return a sentence for each
+        group whose members issued equally many collectives, but have different hashes. A group is left out if its
+        name is in ``but``, or if the witnesses still contain different calls of its members.
         """
         hashes: dict[tuple[GroupKey, int, Knows], dict[int, list[int]]] = {}
         for rank, witness in self._witnesses.items():
@@ -147,9 +156,10 @@ class Ledger:
         ]
 
     def first_divergence(self) -> tuple[GroupKey, int, list[CallVariant]] | None:
-        """Return the earliest collective that members issued differently: group, number, calls; None if there is none.
+        """Return the earliest collective that members issued differently; None if there is none.
 
-        The earliest collective is the one of the lowest step; within a step, the one that was issued first.
+        The result is (group, sequence number, the different calls). The earliest collective is the one of the lowest
+        step; within a step, the one that was issued first.
         """
         divergences = []
         for key, seqs in self.diverged.items():
@@ -240,12 +250,12 @@ def is_transfer(signature: Signature) -> bool:
 def difference(a: Call, b: Call) -> str:
     """Return the greatest difference between two calls under one sequence number of a group.
 
-    "mismatch"   operation, type, reduction or root differ
-    "sizes"      operation, type, reduction and root are equal, but sizes differ
+    "mismatch"   operation, dtype, reduce operation or root differ
+    "sizes"      operation, dtype, reduce operation and root are equal, but sizes differ
     "place"      only layer or step differ
     ""           nothing differs
 
-    A field that a witness does not record counts as equal. Of sends and receives, only type and sizes are compared.
+    A field that a witness does not record counts as equal. Of sends and receives, only dtype and sizes are compared.
     """
     if is_transfer(a.signature) and is_transfer(b.signature):
         if _differ(a.signature.dtype, b.signature.dtype):
@@ -267,6 +277,9 @@ def _differ(one: str | int, other: str | int) -> bool:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """Compare the first call of ``sides`` with each other call; return the greatest result of `difference`."""
+    """Compare the first of several different calls with each other one; return the greatest result of `difference`.
+
+    sides   the different calls that members of a group issued under one sequence number
+    """
     kinds = {difference(sides[0].call, side.call) for side in sides[1:]}
     return next((kind for kind in ("mismatch", "sizes", "place") if kind in kinds), "")

@@ -23,12 +23,14 @@ class RankState:
     lock         the lock for which the rank waits; "" if it waits for none
     lock_holder  pid of the process that held this lock, as the rank recorded it; -1 if not known
     holds        the locks that the rank holds
-    issued       group -> number of the last collective that the rank issued in this group
-    left         group -> number of the last collective that the rank completed in this group
+    issued       group -> sequence number of the last collective that the rank issued in this group
+    left         group -> sequence number of the last collective that the rank completed in this group
+    host         a name for the rank's host and pid namespace: in this namespace, ``pid`` means only this rank
     seen         whether the witness is complete, and shows which collectives the rank issued and completed
     compares     whether ``seen`` is true, and the witness also shows the arguments of the collectives
     is_gone      whether the rank's process has ended
-    beat         the name in the rank's last heartbeat
+    beat         what the rank did at its last heartbeat, a sign of life that a rank records while it builds kernels;
+                 "" if ``position`` says the same
     beat_s       age of this heartbeat in seconds; None if it is older than the present state of the rank
     """
 
@@ -194,7 +196,7 @@ def _host_of(writer: Identity) -> str:
 
 
 def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
-    """Return the locks that the rank holds; and, for each build that has not ended, when it began, in ns."""
+    """Return the locks that the rank holds; and a dict from each build that has not ended to its begin, in ns."""
     held: set[str] = set()
     builds: dict[str, int] = {}
     for index, kind in enumerate(witness.column("kind")):
@@ -215,7 +217,7 @@ def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
 
 
 def _blocked_in(witness: Witness) -> Event | None:
-    """Return the event with which the rank began to wait; None if the rank does not wait.
+    """Return the event with which the rank began to wait for a collective or a lock; None if the rank does not wait.
 
     The events DONE and FAILED at the end are ignored. So if a rank failed while it waited, this wait is returned.
     """

@@ -44,7 +44,8 @@ class ScheduleDivergence:
 
     part     number of the part of the schedule that differs, from 0; a rank declares the schedule of a step in parts
     group    (name, members) of the group
-    sides    each declared schedule -> the ranks that declared it
+    sides    each of the different schedules for this part -> the ranks that declared it. These schedules have only the
+             entries that must be equal on all members
     places   rank -> the earliest place of the difference, as an index in the rank's schedule of the whole step
     """
 

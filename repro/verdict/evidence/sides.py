@@ -1,4 +1,8 @@
-"""Describe the place where ranks first differ, for verdict.json: one side for each different call or position."""
+"""Describe the place where ranks first differ, for verdict.json.
+
+The description consists of sides. A side is a set of ranks: those that issued the same call, or those that are at the
+same position.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +31,11 @@ def positions(cycle: Sequence[Node], rank_states: Mapping[int, RankState]) -> di
 
 
 def calls_of_sides(divergence: tuple[GroupKey, int, list[CallVariant]]) -> dict[str, Any]:
-    """Return the field ``first_divergence`` of verdict.json: one side for each of the different calls.
+    """Return the field ``first_divergence`` of verdict.json for a collective that ranks issued differently.
 
-    divergence: a group, a sequence number in it, and the different calls that ranks issued under this number
+    It has one side for each of the different calls: the ranks that issued this call, and the arguments of the call.
+
+    divergence   (group, sequence number, the different calls)
     """
     key, seq, sides = divergence
     return {

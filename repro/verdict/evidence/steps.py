@@ -30,6 +30,7 @@ class Issued:
     entry   (group, operation, layer)
     group   the group with its members
     seq     the sequence number of the collective in its group
+    t_ns    when the rank issued it, in ns on the clock of its host
     site    where the program called the collective
     n       the number of the event in the rank's witness
     """
@@ -48,7 +49,7 @@ class Step:
 
     parts     the parts of the schedule. The second part depends on the result of the step agreement, so the rank
               declares it after the agreement
-    live      number of live requests
+    live      number of requests that the rank had when the step began
     over      whether the step has ended, because a later step began or the rank is done
     is_lost   whether the step cannot be compared, because the witness lacks the text of the schedule, or the signature
               of a collective of this step
@@ -118,7 +119,10 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
     """Return the sequence of collectives that every rank issued in every ended step with a number below ``before``.
 
-    Return () if the steps do not all have the same sequence, or if a rank has fewer than two such steps.
+    Each collective is (group, operation, layer). Return () if the steps do not all have the same sequence, or if a rank
+    has fewer than two such steps.
+
+    all_steps   rank -> the rank's recent steps
     """
     habits: set[tuple[Entry, ...]] = set()
     for steps in all_steps.values():
@@ -130,7 +134,7 @@ def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Ent
 
 
 def with_plan(all_steps: Mapping[int, Iterable[Step]], plan: tuple[Entry, ...]) -> dict[int, list[Step]]:
-    """Return copies of the steps as if each rank had declared the schedule ``plan`` for each step."""
+    """Return copies of the steps of each rank as if the rank had declared the schedule ``plan`` for each step."""
     return {
         rank: [Step(step.number, [plan], step.live, step.issued, step.over) for step in steps]
         for rank, steps in all_steps.items()

@@ -37,7 +37,10 @@ __all__ = ["Diagnosis", "diagnose"]
 
 
 def diagnose(records: Sequence[Observation]) -> Diagnosis:
-    """Return what the records of a job prove, and what to collect next. A rank without proof is never a culprit."""
+    """Return what the records of a job prove, and what to collect next. No rank is named as culprit without proof.
+
+    records   what the readers of evidence found in the job's dumps, stacks, logs and other files
+    """
     job = JobRecords.of(records)
     for rule in RULES:
         diagnosis = rule(job)

@@ -36,6 +36,15 @@ class JobRecords:
 
     recorders            rank -> its newest usable Flight Recorder dump
     earlier              rank -> the oldest dump of the same process, if it is older than the newest one
+    timeouts, progress   from torch's watchdog: the collectives that timed out, and the numbers of the operations that a
+                         rank last queued and completed in a group
+    launches             from logs of NCCL_DEBUG=INFO: the operations that each process launched
+    failures             lines that say why a process ended
+    left                 lines in which a process reports that another process left the job
+    mismatches           from TORCH_DISTRIBUTED_DEBUG=DETAIL: ranks that called different collectives
+    ras                  the answers of NCCL's RAS
+    notes                log lines that prove nothing by themselves, such as versions
+    process_looks, lock_looks, connections   what `hmr collect` observed of processes, lock files and TCP connections
     contradictions       lines about dumps that are not used, or that can mislead
     ranks_by_world_size  number of ranks in the default group -> the ranks whose dump has this number. If there are
                          several numbers, the dumps are of several jobs
@@ -129,7 +138,7 @@ class JobRecords:
         return dict(sorted(result.items()))
 
     def ranks(self) -> list[int]:
-        """Return, in ascending order, each rank with a dump, main-thread stack, time-out, counter, error or note."""
+        """Return, in ascending order, the ranks of dumps, stacks of main threads, watchdog lines, errors and notes."""
         seen: set[int] = set(self.recorders) | set(self.main_stacks())
         named = [record.rank for record in self.timeouts] + [record.rank for record in self.progress]
         named += [record.process.rank for record in self.failures] + [record.process.rank for record in self.notes]

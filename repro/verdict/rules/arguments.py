@@ -14,7 +14,9 @@ from repro.verdict.result import Finding, name_ranks, say
 def arguments_finding(
     witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> Finding | None:
-    """Explain a divergence by the arguments that differ; return None if only layer or step of the calls differ.
+    """Explain a hang by a collective that members of a group issued with different arguments.
+
+    Return None if only the layers or steps of the calls differ.
 
     divergence   (group, sequence number, the different calls)
     """
@@ -46,7 +48,10 @@ def arguments_finding(
 
 
 def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Return the ranks that did not issue the most common call; () unless they are fewer than the ranks that did."""
+    """Return the ranks that did not issue the most common call; () unless they are fewer than the ranks that did.
+
+    sides   the different calls that members of a group issued under one sequence number
+    """
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
     return tuple(others) if len(others) < len(most.ranks) else ()

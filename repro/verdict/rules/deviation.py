@@ -20,6 +20,9 @@ def deviation_finding(
 
     If it is not certain which ranks were first, all ranks that left their schedules are suspects. Return None if no
     rank left its schedule, or if all members of the group left their schedules in the same way.
+
+    deviations   the place where each of these ranks left its schedule
+    all_steps    rank -> the rank's recent steps
     """
     if not deviations:
         return None
@@ -48,9 +51,10 @@ def deviation_finding(
 
 
 def _sentences(deviations: Sequence[Deviation], rank_states: Mapping[int, RankState]) -> list[str]:
-    """Describe deviations in sentences: "rank 3 ended step 4 without ep all_gather of layers.0.moe (rank003.wit:…)".
+    """Return sentences on how ranks left their schedules: "rank 3 issued dp all_reduce in step 4 … (rank003.wit:…)".
 
-    Ranks with equal deviations share a sentence. The sentence ends with a record in the witness of one of them.
+    Ranks that did the same share a sentence. It ends with the place of the event, if there is one, in the witness of
+    one of them.
     """
     together: dict[str, dict[int, Deviation]] = {}
     for deviation in deviations:
@@ -69,10 +73,10 @@ def _comes_before(
     rank_states: Mapping[int, RankState],
     all_steps: Mapping[int, Sequence[Step]],
 ) -> bool:
-    """Whether the deviation ``first`` was certainly made before ``other``, which another rank made.
+    """Whether one rank certainly left its schedule (at ``first``) before another rank left its own (at ``other``).
 
     Within one step, only the collectives of groups that have both ranks show the order. So count, in the schedule of
-    each rank, how many of these collectives come before the deviation.
+    each rank, how many of these collectives come before the place where the rank left the schedule.
     """
     if first.step != other.step:
         return first.step < other.step
@@ -127,7 +131,7 @@ def _entry(entry: Entry | None) -> str:
 
 
 def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
-    """Return the culprits' side of the first divergence, in the form of verdict.json: what they issued there."""
+    """Return what verdict.json says about the culprits at the first divergence: what they issued, what was planned."""
     issued = deviation.issued
     group, op, layer = issued.entry if issued else deviation.entry
     return {
@@ -140,9 +144,9 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 def _conforming(
     deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
-    """Return the sides of the first divergence that have no culprits, in the form of verdict.json.
+    """Return what verdict.json says about the members that are no culprits at the first divergence.
 
-    A side is a place (collective, step and call site), with the members of the group that are there.
+    The result has a dict for each place (collective, step and call site), with the members that are there.
     """
     members = set(deviation.group[1]) if deviation.group else set(rank_states)
     return places([rank_states[rank] for rank in sorted(members - set(culprits)) if rank in rank_states])

@@ -45,6 +45,8 @@ def explain(
 ) -> Finding:
     """Find the cause of a hang, and the culprits or suspects.
 
+    ledger      the collectives of all ranks, matched by group and sequence number
+    waits       the wait-for graph
     mispaired   (group, sequence number) under which ranks completed different collectives; None if there is none. What
                 a rank did after this collective cannot be the cause
     """
@@ -106,7 +108,9 @@ def _completed(
 ) -> Finding:
     """Add the first divergence to a finding that has none. To an undecided finding, add how to get more evidence.
 
-    finding   None counts as a finding without a cause
+    finding      None counts as a finding without a cause
+    divergence   (group, sequence number, the different calls); if it is None, the ranks of the cycle of waits and their
+                 positions become the first divergence
     """
     if finding is None:
         finding = Finding(confidence="undecided")
@@ -130,10 +134,11 @@ def _until(
 ) -> list[Deviation]:
     """Return the deviations that ranks made before they issued the collective ``meeting``, or by issuing it.
 
-    meeting   (group, sequence number) of the collective; if it is None, return all deviations
+    A deviation is a place where a rank left its declared schedule. Only times of the same rank are compared. Deviations
+    of ranks that did not issue ``meeting`` are left out. A deviation at which the rank issued no collective has no
+    time, and is returned.
 
-    Only times of the same rank are compared. Deviations of ranks that did not issue ``meeting`` are left out. A
-    deviation without a collective (``issued`` is None) has no time, and is returned.
+    meeting   (group, sequence number) of the collective; if it is None, return all deviations
     """
     if meeting is None:
         return deviations
@@ -211,8 +216,8 @@ def _habit_finding(
 ) -> Finding | None:
     """Explain a hang of a program that declares no schedule: compare each rank with the earlier steps of all ranks.
 
-    If all ranks issued the same collectives in the same order in every step before ``since``, the ranks that deviate
-    from this order in a later step are suspects. Otherwise return None.
+    If all ranks issued the same collectives in the same order in every step before step ``since``, the ranks that
+    deviate from this order in a later step are suspects. Otherwise return None.
     """
     plan = habitual_plan(all_steps, since)
     if not plan or any(step.plan for steps in all_steps.values() for step in steps):

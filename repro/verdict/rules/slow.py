@@ -19,8 +19,9 @@ processor use and missing events prove little."""
 def slow(case: Case, movers: Sequence[int]) -> Finding:
     """Name the ranks ``movers``, for which other ranks wait, as culprits, and show the evidence that they work.
 
-    A rank that moved within the quiet window is not named. The confidence is at most ``likely`` if one of ``movers``
-    shows no sign of work and is not suspended, or if one of ``movers`` or of the waiting ranks lacked a processor.
+    A rank whose present state began within the quiet window is not named. The confidence is at most ``likely`` if one
+    of ``movers`` shows no sign of work and is not suspended, or if one of ``movers`` or of the waiting ranks lacked a
+    processor.
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}
@@ -78,7 +79,7 @@ def _moved(case: Case, rank: int) -> bool:
 
 
 def signs_of_life(case: Case, rank: int) -> list[str]:
-    """Return the evidence that a rank works, in phrases: its last heartbeat, and its processor use."""
+    """Return the evidence that a rank works, as phrases: its last heartbeat and its processor use; [] if none."""
     rank_state, cores = case.rank_states[rank], case.facts.cores.get(rank, 0.0)
     signs = []
     if rank_state.beat_s is not None:

@@ -97,9 +97,8 @@ def left_by_some(case: Case) -> Verdict:
 
 
 def _moves(case: Case, node: Node) -> list[str]:
-    """Find evidence against a stall: the collective may still make progress, or a dump contradicts a witness.
-
-    Return one sentence for each piece of evidence.
+    """Return evidence against a stall, in sentences: the collective of ``node`` may still make progress, or a dump
+    contradicts a witness.
     """
     (group, members), _ = node.collective
     lines = [
@@ -125,9 +124,9 @@ def _moves(case: Case, node: Node) -> list[str]:
 
 
 def _doubts(case: Case, members: Sequence[int]) -> list[str]:
-    """Find reasons to report a stall only after a longer wait, and only as `likely`.
+    """Return reasons to report a stall only after a longer wait, and only as `likely`: a sentence for each reason.
 
-    These are ranks that lacked a processor, or that did not write requested evidence.
+    The reasons are members that lacked a processor, or that did not write the stacks or dumps that were requested.
     """
     facts = case.facts
     lines = []
@@ -142,7 +141,7 @@ def _doubts(case: Case, members: Sequence[int]) -> list[str]:
 
 
 def _pending_elsewhere(case: Case, node: Node) -> list[str]:
-    """Describe members that issued the collective of ``node``, but do not wait in this collective now.
+    """Describe, in sentences, members that issued the collective of ``node``, but do not wait in this collective now.
 
     On these members the collective may still make progress.
     """

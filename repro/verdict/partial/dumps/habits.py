@@ -125,7 +125,7 @@ def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
 
 
 def _name(record: GroupRecord, form: Form, framed: bool) -> tuple[str, str, str]:
-    """Return (group, name, call site), by which operations are compared.
+    """Return (group, operation, call site) for a call, by which calls are compared.
 
     If not ``framed``, the call site is "", so that it is not compared.
     """

@@ -89,6 +89,8 @@ def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, 
 
     A dump is older if it ends before an operation that another member of the group has completed. Only the operations
     in NEEDS_ALL show this: no member can complete them before all members have queued them.
+
+    groups   for each group, a dict from rank to what the rank recorded in the group
     """
     stale: dict[int, str] = {}
     for group, records in groups.items():
@@ -152,7 +154,10 @@ def _detail(dump: RecorderDump) -> tuple[int, int]:
 
 
 def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
-    """Return, for each group in the entries, the numbers of the last queued and of the last completed collective."""
+    """Return a dict from the name of a group to (number of the last queued, of the last completed collective) in it.
+
+    Return only groups of which the dump has entries. The second number is 0 if no collective has completed.
+    """
     result = {}
     for record in dump.groups:
         queued = record.calls.last_number()

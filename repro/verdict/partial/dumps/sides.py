@@ -22,6 +22,8 @@ def different_arguments(job: JobRecords, groups: Mapping[Group, Mapping[int, Gro
     """Judge the earliest difference: members of a group queued different operations or arguments under one number.
 
     If a member's dump has no arguments, only the names of the operations are compared. Return None if nothing differs.
+
+    groups   for each group, a dict from rank to what the rank recorded in the group
     """
     knows = {rank: dump.knows for rank, dump in job.recorders.items()}
     differences = []
@@ -52,6 +54,9 @@ def _first_difference(
 ) -> tuple[int, Sides] | None:
     """Return the lowest sequence number under which members queued different operations, and these operations.
 
+    For each of the different operations, the result has a list of (rank, call), one for each member that queued it.
+
+    records    rank -> what the rank recorded in the group
     compared   a function that returns the fields of a call that must be equal on all members
 
     Return None if no operations differ. The time is linear in the number of calls.
@@ -108,6 +113,7 @@ def _sides(
 ) -> Diagnosis:
     """Make the diagnosis for members of a group that queued different operations under one sequence number.
 
+    sides      for each of the different operations: (rank, call) of each member that queued it
     is_first   whether it is certain that no earlier operation differed. If it is not, no rank is named as culprit
     """
     shown = replace(group, description=next(iter(records.values())).group.description)

@@ -36,6 +36,9 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
     If a member's dump has no entries of a group, the member counts as missing, because it has queued nothing in this
     group. But if the oldest entries of this dump were overwritten, they were possibly of this group. Then the member
     counts as unseen.
+
+    groups   for each group, a dict from rank to what the rank recorded in the group
+    dumps    rank -> the rank's dump
     """
     waits = []
     wrapped = any(dump.wrapped for dump in dumps.values())
@@ -61,7 +64,7 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
 
 
 def last_queued(record: GroupRecord) -> int:
-    """Return the number of the last collective that a rank queued in a group, from its entries or its counter."""
+    """Return the sequence number of the last collective that a rank queued in a group, from its entries or counter."""
     counted = 0 if record.calls.has_transfers else record.enqueued or 0
     return max(record.calls.last_number() or 0, counted)
 

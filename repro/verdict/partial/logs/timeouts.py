@@ -53,8 +53,9 @@ def judge_timeouts(job: JobRecords) -> Diagnosis | None:
 def _row(timeout: TimedOut, progress: Sequence[Progress]) -> Progress | None:
     """Return the counters that belong to a time-out: the same watchdog printed them, for the same group.
 
-    The log of a rank may also have counters of other groups. For example, torch prints the counters of the default
-    group when it asks for a Flight Recorder dump.
+    The counters are the numbers of the operations that the rank last queued and last completed in the group. The log
+    of a rank may also have counters of other groups. For example, torch prints the counters of the default group when
+    it asks for a Flight Recorder dump.
     """
     fitting = [
         row for row in progress
@@ -85,9 +86,9 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 
 
 def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
-    """Return, for each rank, its counters in the group of ``row``.
+    """Return, for each rank, the numbers of the operations that it last queued and last completed in a group.
 
-    row   the counters that belong to a time-out; if None, return for each rank its counters in any group
+    row   gives the group; if it is None, take the numbers of each rank in any group
     """
     same_group = [record for record in job.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}

@@ -197,7 +197,10 @@ def call_of(look: RankLook) -> str:
 
 
 def build_lines(look: RankLook) -> list[str]:
-    """Return a sentence for each compiler that the rank runs; and one with its place, if its stack shows a build."""
+    """Return a sentence for each compiler that the rank runs, at most three.
+
+    If the rank's stack shows that the rank itself builds, add a sentence that says where in the code it is.
+    """
     lines = [
         f"Rank {look.rank} has had the child process {child.pid} for {child.age_s:.0f} s, with {child.cpu_s:.1f} s of "
         f"processor time: {_short(child)} ({look.last.source})"

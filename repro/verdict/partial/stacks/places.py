@@ -58,7 +58,10 @@ PLACES = (
 
 
 def judge_places(job: JobRecords) -> Diagnosis | None:
-    """Judge ranks that issue a collective at a wrong place in the code (see `PLACES`), while all other ranks wait."""
+    """Judge ranks that issue a collective at a wrong place in the code, while all other ranks wait.
+
+    PLACES says for some collectives where in the code they must not be issued.
+    """
     rows = job.main_stacks()
     found = {rank: match for rank, stacks in rows.items() if (match := _out_of_place(stacks[-1])) is not None}
     others = {rank: stacks for rank, stacks in rows.items() if rank not in found}
