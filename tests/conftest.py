@@ -14,6 +14,7 @@ from typing import Any
 
 import environment
 import pytest
+from hypothesis import HealthCheck, settings
 
 HOME, BUILD = pytest.StashKey[str](), pytest.StashKey[Any]()
 
@@ -26,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         config.stash[HOME] = home = tempfile.mkdtemp(prefix="home-of-tests-")
     environment.settle(home)
+    # the same examples in every run, and no limit on their time, because a test must not fail on a busy machine
+    settings.register_profile(
+        "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("repeatable")
 
 
 def worker_of(config: pytest.Config) -> str:

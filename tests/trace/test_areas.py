@@ -23,7 +23,7 @@ from repro.trace.witness.format import (
 )
 from repro.trace.witness.parse import Problems, parse_live, parse_strings, parse_vectors
 
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+QUICK = settings(max_examples=60)
 SHAPE = Geometry(ring_records=2, vector_words=16, string_bytes=256, group_slots=2)
 
 

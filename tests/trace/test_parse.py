@@ -40,7 +40,7 @@ from repro.trace.witness.format import (
 from repro.trace.witness.parse import MAX_PROBLEMS, Problems
 
 SHAPE = Geometry(ring_records=32, vector_words=32, string_bytes=2048, group_slots=4)
-QUICK = settings(max_examples=80, deadline=None, derandomize=True)
+QUICK = settings(max_examples=80)
 MEMBERS = {"dp": (0, 1), "ep": (0, 1), "tp": (1, 0)}
 
 calls = st.builds(
