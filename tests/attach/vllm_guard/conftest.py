@@ -18,7 +18,7 @@ from repro.attach.vllm.guard.meeting.board import Board
 from repro.attach.vllm.guard.meeting.meeting import Meeting
 from repro.attach.vllm.guard.schedule.guard import Guard
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Ranks:

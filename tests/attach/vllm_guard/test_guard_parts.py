@@ -337,9 +337,9 @@ def test_vllm_s_own_server_ends_with_the_exit_code_of_a_refused_engine_and_other
         "engine.start()\n"
         "manager = types.SimpleNamespace(processes=[engine])\n"
         "frontend.monitoring(lambda self: engine.join())(manager)\n"
-        f"time.sleep({4 if expected == 86 else 1})\n"  # the guard waits before it ends a server, and says so before
+        f"time.sleep({60 if expected == 86 else 1})\n"  # the guard waits before it ends a server, and says so before
         "os._exit(3)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == expected, done.stderr
     assert ("ends with exit code 86" in done.stderr) == (expected == 86)

@@ -19,7 +19,7 @@ from repro.attach.vllm.guard.meeting.meeting import Meeting
 
 @pytest.fixture
 def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield process
     process.kill()
     process.wait()
@@ -55,7 +55,7 @@ class Server:
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a process, and wait until it has ended; it is not reaped."""
     process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while start_ticks(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
 

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch.distributed as dist
 
-from repro.attach.vllm.guard.ending.stop import Refused
+from repro.attach.vllm.guard.ending.stop import Refused, Stop
 from repro.attach.vllm.guard.meeting import settings
 from repro.attach.vllm.guard.meeting.meeting import Meeting
 from repro.attach.vllm.guard.meeting.vote import decide, differences
@@ -46,7 +46,7 @@ def vote(ballots, present=None, deadline_s=60.0, clock=None, judge=settings.judg
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     return outcomes
 
 
@@ -161,21 +161,31 @@ def prepared(ranks, tmp_path, monkeypatch):
     return run
 
 
-def test_one_rank_builds_while_the_others_wait_for_its_lock_and_say_so(prepared, capfd):
-    building, most, calls = [], [], []
+def test_one_rank_builds_while_the_others_wait_for_its_lock_and_say_so(prepared, monkeypatch, capfd):
+    building, most, calls, waits = [], [], [], []
+    all_wait = threading.Event()
+    say = Stop.say
+
+    def noted(stop, text):
+        say(stop, text)
+        if "this rank waits for the build lock of gdn, held by rank" in text:
+            waits.append(stop.who)
+            if len(waits) == 2:
+                all_wait.set()
 
     def build():
         calls.append(threading.get_ident())
         building.append(1)
         most.append(len(building))
-        time.sleep(0.5 if len(calls) == 1 else 0)
+        assert all_wait.wait(60)
         building.pop()
 
+    monkeypatch.setattr(Stop, "say", noted)
     _, raised = prepared(3, Builder("gdn", lambda model: True, build))
     assert raised == [None] * 3 and max(most) == 1 and len(calls) == 3
     lines = capfd.readouterr().err.splitlines()
-    waits = [line for line in lines if "this rank waits for the build lock of gdn, held by rank" in line]
-    assert len(waits) >= 2 and sum("all ranks are ready" in line for line in lines) == 3, lines
+    assert len(set(waits)) == 2 and sum("all ranks are ready" in line for line in lines) == 3, lines
+    assert sum("this rank waits for the build lock of gdn" in line for line in lines) >= 2, lines
 
 
 def test_a_builder_that_fails_on_one_rank_stops_all_of_them_with_its_words(prepared):

@@ -6,7 +6,6 @@ python front_end.py FOLDER fork|spawn
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import types
@@ -20,6 +19,10 @@ def engine(rank, folder):
     from repro.attach.vllm.guard.plugin import register
 
     register()
+    if patience_s := os.environ.get("STAND_IN_PARENT_FIRST_S"):
+        from repro.attach.vllm.guard.ending import guard_thread, stop
+
+        guard_thread.PARENT_FIRST_S = stop.EXPLAIN_S = float(patience_s)
     from vllm.config.parallel import ParallelConfig
     from vllm.v1.engine.core import DPEngineCoreProc
 
@@ -30,12 +33,22 @@ def engine(rank, folder):
         core.shutdown()
 
 
+def orphans():
+    """The processes of this session whose parent, an engine, has ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has ended
+            continue
+        if int(session) == os.getsid(0) and state != "Z" and int(parent) != os.getpid() != int(path.parent.name):
+            found.append(int(path.parent.name))
+    return found
+
+
 def main():
     folder, method = Path(sys.argv[1]), sys.argv[2]
     os.environ["METHOD"] = method
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(probe.getsockname()[1]))
     context = multiprocessing.get_context(method)
     engines = [context.Process(target=engine, args=(rank, str(folder))) for rank in (0, 1)]
     for process in engines:
@@ -43,7 +56,11 @@ def main():
     deadline = time.monotonic() + 220
     while any(process.is_alive() for process in engines) and time.monotonic() < deadline:
         time.sleep(0.02)
-    print(json.dumps({"codes": [process.exitcode for process in engines], "ended": time.monotonic()}), flush=True)
+    ended_s = time.monotonic()
+    while orphans() and time.monotonic() < min(ended_s + 60, deadline):  # workers that still have to end themselves
+        time.sleep(0.02)
+    codes = [process.exitcode for process in engines]
+    print(json.dumps({"codes": codes, "ended": ended_s, "orphans": len(orphans())}), flush=True)
     for process in engines:
         process.kill()
 

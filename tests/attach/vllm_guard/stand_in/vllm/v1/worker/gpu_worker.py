@@ -30,10 +30,14 @@ class Worker:
         self.fault = os.environ.get("STAND_IN_FAULT", "")
 
     def init_device(self):
-        port = int((self.folder / "port").read_text())
-        store = dist.TCPStore(
-            "127.0.0.1", port, self.size, self.rank == 0, timedelta(seconds=60), wait_for_workers=False
-        )
+        serves, place = self.rank == 0, self.folder / "port"
+        while not serves and not place.exists():
+            time.sleep(0.01)
+        port = 0 if serves else int(place.read_text())  # the system chooses it, so that no other process can have it
+        store = dist.TCPStore("127.0.0.1", port, self.size, serves, timedelta(seconds=60), wait_for_workers=False)
+        if serves:
+            (self.folder / "port.partial").write_text(str(store.port))
+            (self.folder / "port.partial").rename(place)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
         get_dp_group()
 
