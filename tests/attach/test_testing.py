@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
+from ended import has_ended
 from torch.distributed import all_reduce as imported_by_name
 
 from repro.attach.harness import DeadlockError, Ranks, assert_no_deadlock
@@ -232,10 +232,10 @@ def test_no_ranks_test_nothing(ep_ranks):
 
 def test_what_a_rank_started_ends_with_it(tmp_path):
     def starts(rank):
-        return subprocess.Popen(["sleep", "60"]).pid
+        return subprocess.Popen(["sleep", "600"]).pid
 
     for pid in Ranks(2, "gloo", tmp_path).run(starts):
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        assert has_ended(pid)
 
 
 def test_a_rank_that_raises_fails_the_test_with_its_traceback(tmp_path):

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from ended import has_ended
 from reported import AGREE, write_hang, write_run
 from scene import Scene
 
@@ -164,4 +164,4 @@ def test_a_file_that_is_tried_and_does_not_end_is_ended_with_all_that_it_started
     monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
     with pytest.raises(KeyboardInterrupt) if end == "interrupt" else contextlib.nullcontext():
         assert run_within([sys.executable, str(script)], 0.1) == (None, "")
-    assert not psutil.pid_exists(int(begun.read_text())) or psutil.Process(int(begun.read_text())).status() == "zombie"
+    assert has_ended(int(begun.read_text()))

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from building import place, small
+from ended import has_ended
 from folders import mounted, read_only
 from hybrid_moe_kernels import extension as extensions
 from hybrid_moe_kernels.build_lock import BuildLock
@@ -80,7 +81,7 @@ def fake_compiler(tmp_path, text):
 
 def leftovers(cache):
     """Files of a kernel cache, and processes that run in it, as compilers do; the killed get some time to end."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (found := _of_builds(cache)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
@@ -117,7 +118,7 @@ def leads(rank, leader, marker):
 
 
 def wait_for(path):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
 
@@ -148,7 +149,9 @@ def test_a_compiler_that_is_missing_or_fails_on_one_rank_stops_all_with_its_word
 
 
 def test_a_rank_that_raises_while_another_builds_ends_the_build(tmp_path):
-    compiler = fake_compiler(tmp_path, f"echo $$ > {tmp_path}/compiler; exec sleep 300")
+    compiler = fake_compiler(
+        tmp_path, f"echo $$ > {tmp_path}/pid; mv {tmp_path}/pid {tmp_path}/compiler; exec sleep 300"
+    )
 
     def sabotage(rank):
         os.environ["CXX"] = compiler
@@ -163,9 +166,7 @@ def test_a_rank_that_raises_while_another_builds_ends_the_build(tmp_path):
 
     message = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
     assert message == "rank 2 could not prepare: MemoryError: no room for the state"
-    compiler_pid = int((tmp_path / "compiler").read_text())
-    with pytest.raises(ProcessLookupError):
-        os.kill(compiler_pid, 0)
+    assert has_ended(int((tmp_path / "compiler").read_text()))
     assert not leftovers(tmp_path / "cache")
 
 
@@ -195,11 +196,7 @@ def test_a_builder_that_is_killed_takes_its_compilers_with_it(tmp_path):
     finally:
         builder.kill()
         builder.wait()
-    compiler_pid = int((tmp_path / "compiler").read_text())
-    deadline = time.monotonic() + STOP_S
-    while psutil.pid_exists(compiler_pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not psutil.pid_exists(compiler_pid)
+    assert has_ended(int((tmp_path / "compiler").read_text()))
 
 
 def test_what_a_build_lacks_is_named_and_ninja_is_found_beside_the_interpreter(tmp_path, monkeypatch):
