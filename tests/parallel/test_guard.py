@@ -17,6 +17,7 @@ from hybrid_moe_ref.config import PROTOCOLS, EngineConfig, ParallelConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.step.plan import StepPlan
 from hybrid_moe_ref.engine.step.protocol import protocol_of
+from hybrid_moe_ref.parallel.checks import strict as strict_check
 from hybrid_moe_ref.parallel.checks.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.checks.schedule import first_difference, schedule_hash
 from hybrid_moe_ref.parallel.comm import Communicator
@@ -175,7 +176,7 @@ def test_strict_ranks_compare_before_anything_is_sent(tmp_path, odd, words):
     assert messages[0].startswith("dp #2: ") and f"ranks [2] {words}" in messages[0], messages
 
 
-def test_strict_ranks_name_who_does_not_come(tmp_path):
+def test_strict_ranks_name_who_does_not_come(tmp_path, monkeypatch):
     def run(rank, store):
         comm = Communicator.connect(ParallelConfig(dp_size=3), rank, store=store, timeout_s=30)
         comm.start_strict_comparison()
@@ -183,6 +184,11 @@ def test_strict_ranks_name_who_does_not_come(tmp_path):
         if rank == 1:
             store.wait(["named 0", "named 2"])
             return ""
+        arrivals = [comm._strict._key("dp", 1, present) for present in (0, 2)]
+        clock = SimpleNamespace(  # stands still until both are there: the patience is not for one that starts late
+            monotonic=lambda: time.monotonic() if comm._strict._store.check(arrivals) else 0.0, sleep=time.sleep
+        )
+        monkeypatch.setattr(strict_check, "time", clock)
         with pytest.raises(ScheduleMismatch) as caught:
             comm.all_reduce("dp", torch.ones(2), layer="step")
         store.set(f"named {rank}", "")
@@ -254,7 +260,7 @@ def test_a_process_that_is_gone_is_missed_and_one_that_is_stopped_is_not(tmp_pat
 
     if (pid := os.fork()) == 0:
         RollCall(1, range(2), store())
-        time.sleep(60)
+        time.sleep(600)
         os._exit(0)
     try:
         mine = RollCall(0, range(2), store())
@@ -264,7 +270,7 @@ def test_a_process_that_is_gone_is_missed_and_one_that_is_stopped_is_not(tmp_pat
         assert mine.lost() == [] and mine.pid(1) == pid
     finally:
         os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not mine.lost() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert mine.lost() == [1], "not reaped yet, it is gone all the same"
@@ -281,10 +287,11 @@ def test_with_a_limit_a_collective_that_does_not_end_stops_all_with_its_layer(tm
         if strict:
             comm.start_strict_comparison()
         if rank == 2:
-            time.sleep(1.5)
+            store.wait(["stopped 0", "stopped 1"])
         with pytest.raises(CollectiveStalled) as caught:
             comm.all_reduce("dp", torch.ones(1), layer="layers.0.moe")
             comm.all_reduce("dp", torch.ones(1), layer="layers.0.moe")
+        store.set(f"stopped {rank}", "")
         return str(caught.value)
 
     messages = run_ranks(3, tmp_path, run)

@@ -118,7 +118,7 @@ def test_a_difference_that_one_dp_group_sees_stops_the_ranks_of_all(tmp_path):
             engine.serve([])
         return str(caught.value)
 
-    messages = run_ranks(4, tmp_path, run, deadline_s=20)
+    messages = run_ranks(4, tmp_path, run)
     assert len(set(messages)) == 1 and messages[0].startswith("step 1: the schedules differ at entry "), messages
 
 

@@ -198,7 +198,7 @@ def test_a_rank_that_fails_in_any_phase_stops_all_ranks_with_its_error(tmp_path,
             Engine(config, comm).serve([])
         return type(caught.value), str(caught.value)
 
-    messages = run_ranks(2, tmp_path, run, deadline_s=20)
+    messages = run_ranks(2, tmp_path, run)
     assert messages == [(ScheduleMismatch, "rank 1 failed: MemoryError: no room"), (MemoryError, "no room")]
 
 

@@ -28,8 +28,8 @@ def run_ranks(
     store_path = tmp_path / f"store-{time.monotonic_ns()}"
     results = [tmp_path / f"{store_path.name}-rank{rank}" for rank in range(num_ranks)]
     pids = [_fork(rank, num_ranks, store_path, results, run) for rank in range(num_ranks)]
-    late = _wait(pids, deadline_s)
-    outcomes = [pickle.loads(path.read_bytes()) if path.exists() else ("lost", "") for path in results]
+    late = _wait(pids, results, deadline_s)
+    outcomes = [pickle.loads(path.read_bytes()) for path in results]
     failures = [f"rank {rank}: {text}" for rank, (kind, text) in enumerate(outcomes) if kind != "returned"]
     assert not late, f"ranks {late} did not end within {deadline_s} s\n" + "\n".join(failures)
     assert not failures, "\n".join(failures)
@@ -49,17 +49,25 @@ def _fork(
         code = 0
     except BaseException:
         outcome = ("raised", traceback.format_exc())
-    partial = results[rank].with_suffix(".partial")
-    partial.write_bytes(pickle.dumps(outcome))
-    partial.rename(results[rank])
-    park_until = time.monotonic() + 5  # a rank that exits while a peer still connects would make this peer fail
-    while time.monotonic() < park_until and not all(path.exists() for path in results):
+    _write(results[rank], outcome)
+    parent = os.getppid()
+    # a rank that exits while a peer still connects would make this peer fail
+    while os.getppid() == parent and not all(path.exists() for path in results):
         time.sleep(0.005)
     os._exit(code)
 
 
-def _wait(pids: list[int], deadline_s: float) -> list[int]:
-    """Reap every rank, and kill those that are late. Returns the late ranks."""
+def _write(path: Path, outcome: tuple[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(path)
+
+
+def _wait(pids: list[int], results: list[Path], deadline_s: float) -> list[int]:
+    """Reap every rank, and kill those that are late. Returns the late ranks.
+
+    For a rank that left no result, one is written: the others wait for it before they exit.
+    """
     deadline = time.monotonic() + deadline_s
     running = dict(enumerate(pids))
     late: list[int] = []
@@ -67,6 +75,8 @@ def _wait(pids: list[int], deadline_s: float) -> list[int]:
         for rank, pid in list(running.items()):
             if os.waitpid(pid, os.WNOHANG)[0]:
                 del running[rank]
+                if not results[rank].exists():
+                    _write(results[rank], ("lost", ""))
             elif time.monotonic() > deadline and rank not in late:
                 os.kill(pid, signal.SIGKILL)
                 late.append(rank)
