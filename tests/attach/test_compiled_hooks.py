@@ -147,7 +147,7 @@ def test_a_signal_handler_may_cause_an_event_while_one_is_written(tmp_path):
     names = ("first", "outer", "last")
     thread = threading.Thread(target=lambda: [rank.local_event("lock_held", name) for name in names], daemon=True)
     thread.start()
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     witness = parse(bytes(buffer), "memory")
     assert sorted(witness.text(e.sig) for e in witness.events()) == ["first", "inner", "last", "outer"]
     assert witness.problems == ()

@@ -34,7 +34,7 @@ def test_lines_of_threads_do_not_mix(monkeypatch):
 
         def write(self, text):
             written = super().write(text)
-            turn.wait(10)
+            turn.wait(60)
             return written
 
     turn, stream = threading.Barrier(2), Raw()
@@ -43,7 +43,7 @@ def test_lines_of_threads_do_not_mix(monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert sorted(stream.getvalue().splitlines()) == ["line of thread 0", "line of thread 1"]
 
 

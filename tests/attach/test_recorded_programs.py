@@ -24,7 +24,7 @@ JOBS = Path(__file__).resolve().parents[1] / "support" / "jobs" / "recorded_jobs
 
 def record(to: Path, kind: str, *flags: str, ranks: int = 2, options: tuple[str, ...] = ()) -> tuple[int, str]:
     """Record a job; returns the exit code and what was printed."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, "-m", "repro", "record", "--to", str(to), "--end", *options, "--"]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "LOCK_FILE": str(to.parent / "lock")}
     done = subprocess.run(
@@ -153,7 +153,15 @@ def test_a_job_that_the_user_interrupts_has_not_crashed(tmp_path, launcher):
         "    torch.multiprocessing.spawn(main, ('file://' + sys.argv[1],), nprocs=2)\n"
     )
     to = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "job.py")]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "job.py"),
+    ]
     spawning = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "rendezvous")]
     program = torchrun if launcher == "torchrun" else spawning
     command = [sys.executable, "-m", "repro", "record", "--to", str(to), "--", *program]
@@ -249,7 +257,7 @@ def test_a_bundle_of_a_recorded_job_gives_the_same_culprit_as_the_watch(tmp_path
 @pytest.mark.parametrize("kind", ["compiled", "compiled_ddp"])
 def test_a_compiled_program_has_as_many_graphs_recorded_as_without(tmp_path, kind):
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(JOBS), kind]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(JOBS), kind]
     _, recorded = record(tmp_path / "run", kind, options=("--modules",))
     plainly = subprocess.run(program, env=env, capture_output=True, text=True).stdout
     counts = [set(re.findall(r"graphs (\d+)", text)) for text in (plainly, recorded)]

@@ -151,14 +151,16 @@ def test_a_question_between_two_executions_is_no_part_of_what_the_rank_declares(
     assert sum(group.issued for group in witness.groups if group.name == mirror.GROUP) == 6
 
 
-def test_an_idle_worker_says_whether_its_engine_waits_for_requests(make, tmp_path):
+def test_an_idle_worker_says_whether_its_engine_waits_for_requests(make, tmp_path, monkeypatch):
     at, engine_notes = make(0)
     execute(at, AGREEMENT)
     engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_REQUESTS
-    at.mirror.since_ns = time.monotonic_ns()
+    now_ns = time.monotonic_ns()
+    monkeypatch.setattr(mirror, "time", types.SimpleNamespace(monotonic_ns=lambda: now_ns))
+    at.mirror.since_ns = now_ns - mirror.IDLE_NS + 1
     at.mirror.note_idle()
     assert witness_of(tmp_path, 0).text(witness_of(tmp_path, 0).last.phase) == "serve", "not idle for long enough"
-    at.mirror.since_ns -= 2 * mirror.IDLE_NS
+    at.mirror.since_ns -= 1
     at.mirror.note_idle()
     at.mirror.note_idle()
     witness = witness_of(tmp_path, 0)

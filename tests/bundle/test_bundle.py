@@ -182,7 +182,6 @@ def test_the_bundle_of_a_damaged_run_says_what_was_left_out(tmp_path, quick, cap
     assert "left out or replaced 2: files" in printed
 
 
-@pytest.mark.timeout(20)
 def test_what_is_no_file_is_left_out_with_a_note_and_not_waited_for(tmp_path, quick, capsys):
     root, _ = write_hang(tmp_path)
     pipes = ["events/rank002.wit", "fr/rank002.json", "stacks/rank002.txt", "logs/rank002.log", "logs/launcher.log"]

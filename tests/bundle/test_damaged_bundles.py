@@ -33,7 +33,6 @@ def contents(path: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-@pytest.mark.timeout(20)
 def test_a_pipe_in_place_of_a_bundle_is_refused_in_one_line(tmp_path, capsys):
     os.mkfifo(tmp_path / "b.zip")
     for command in (["bundle", "--verify"], ["watch"], ["bundle"]):

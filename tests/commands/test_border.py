@@ -225,7 +225,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(hanging):
     (run_dir.root / "stacks" / "rank001.txt").unlink()
     os.mkfifo(run_dir.root / "stacks" / "pipe")
     notices, answered = [], threading.Event()
-    persist(run_dir, notices.append)
+    persist(run_dir, notices.append, patience_s=60)
     assert notices == [], "a pipe is not written to a disk"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: answered.wait(60))

@@ -17,6 +17,12 @@ from repro.hosts.looks.rights import why_hidden
 DUMP = b'{"entries": []}'
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """The threads that answer here may get no processor for longer than a job is waited for."""
+    monkeypatch.setattr(offers, "PATIENCE_S", 60.0)
+
+
 def member(**environment):
     return Member(os.getpid(), 3, environment=environment)
 

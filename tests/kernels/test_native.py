@@ -126,7 +126,8 @@ def test_other_threads_run_during_a_native_call(library: Any) -> None:
         library.project(x, [weight])
         span[1] = time.monotonic()
 
-    for _ in range(10):  # on a busy machine this thread may get no processor for one of them
+    until = time.monotonic() + 60
+    while time.monotonic() < until:  # on a busy machine this thread may get no processor during many of the calls
         seen: list[float] = []
         worker = threading.Thread(target=call_it)
         worker.start()
@@ -135,7 +136,7 @@ def test_other_threads_run_during_a_native_call(library: Any) -> None:
         quarter = (span[1] - span[0]) / 4
         if any(span[0] + quarter < at < span[1] - quarter for at in seen):
             return
-    pytest.fail("no other thread ran in the middle of any of ten calls")
+    pytest.fail("no other thread ran in the middle of any call for 60 s")
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

@@ -11,11 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hybrid_moe_kernels import native, registry
+from hybrid_moe_kernels import build_lock, native, registry
 from hybrid_moe_kernels.build_lock import BuildLock
 from hybrid_moe_kernels.extension import BuildFailed
 
@@ -130,26 +132,40 @@ def test_what_a_killed_build_left_is_swept_by_the_next(tmp_path, cache, monkeypa
 
 
 def test_who_waits_says_for_whom_and_not_for_ever(cache, monkeypatch, caplog) -> None:
+    """By a clock that only a pause advances."""
     cache.mkdir()
     monkeypatch.setattr(native, "LOCK_LIMIT_S", 0.3)
-    ticks: list[float] = []
+    now_s, ticks = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        now_s[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now_s[0], sleep=sleep, time=time.time)
     with BuildLock(cache / ".lock"):
-        reason = native.prepare(lambda: ticks.append(time.monotonic()))
-    assert reason.startswith(f"{cache}/.lock is held by pid {os.getpid()} on ") and len(ticks) > 2
+        monkeypatch.setattr(build_lock, "time", clock)
+        reason = native.prepare(lambda: ticks.append(now_s[0]))
+    assert reason.startswith(f"{cache}/.lock is held by pid {os.getpid()} on ") and len(ticks) > 5
     (line,) = caplog.messages
     assert line == f"kernels: native: waiting for process {os.getpid()}, which builds in {cache}"
 
 
 def test_a_builder_sends_heartbeats_and_raises_what_the_build_raised(cache, monkeypatch) -> None:
     def fail(target: Path) -> None:
-        time.sleep(0.5)
+        assert two_ticks.wait(60)
         raise BuildFailed("no")
 
     monkeypatch.setattr(native, "build", fail)
     beats: list[int] = []
     monkeypatch.setattr(BuildLock, "beat", lambda lock: beats.append(1))
     ticks: list[int] = []
-    assert native.prepare(lambda: ticks.append(1)) == "no"
+    two_ticks = threading.Event()
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 2:
+            two_ticks.set()
+
+    assert native.prepare(tick) == "no"
     assert len(ticks) >= 2 and len(beats) == len(ticks)
 
 

@@ -31,7 +31,7 @@ def start(tmp_path):
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid())}  # fmt: skip
             command = [*prefix, sys.executable, "-S", "-E", "-c", WAITER]
             started.append(subprocess.Popen(command, env=environment, start_new_session=True, **more))
-        end_s = time.monotonic() + 30
+        end_s = time.monotonic() + 60
         while not prefix and any(read_status(process.pid).state != "S" for process in started):
             assert time.monotonic() < end_s, "the processes did not start"
             time.sleep(0.05)

@@ -47,7 +47,7 @@ def ranks(tmp_path):
                 started.append(
                     subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
                 )
-        end_s = time.monotonic() + 30
+        end_s = time.monotonic() + 60
         while any(read_status(process.pid).state != "S" for process in started):
             assert time.monotonic() < end_s, "the processes did not start"
             time.sleep(0.05)

@@ -83,7 +83,7 @@ def collected(pids, tmp_path, capsys, *flags):
 
 
 def wait_for(condition, what):
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end_s, what
         time.sleep(0.05)

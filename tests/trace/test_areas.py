@@ -120,7 +120,7 @@ def test_a_text_that_interrupts_the_store_of_another_is_lost_and_damages_nothing
     area = Strings(data, SHAPE)
     thread = threading.Thread(target=lambda: inner.append(area.intern("first")), daemon=True)
     thread.start()
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert inner == [LOST_STRING, LOST_STRING, LOST_STRING, 1]
     assert strings_of(bytes(data)) == (["", "first"], ())
     assert area.intern("second") == 2

@@ -89,7 +89,7 @@ def kill_job(pids: list[int], root: Path) -> None:
             os.kill(pid, signal.SIGSTOP)
     for pid in pids:
         kill_tree(pid)
-    end_s = time.monotonic() + 10
+    end_s = time.monotonic() + 60
     while left := {pid: command for pid in read_all() if str(root) in (command := command_of(pid))}:
         assert time.monotonic() < end_s, f"these processes outlived their job: {left}"
         time.sleep(0.05)

@@ -148,9 +148,11 @@ def lock() -> None:
             with open(path, "w") as file:
                 if dist.get_rank() == 0:
                     fcntl.flock(file, fcntl.LOCK_EX)
-                    dist.barrier()
+                    with open(f"{path}.held", "w"):
+                        dist.barrier()
                 else:
-                    time.sleep(1)
+                    while not os.path.exists(f"{path}.held"):
+                        time.sleep(0.01)
                     fcntl.flock(file, fcntl.LOCK_EX)
                     dist.barrier()
 
