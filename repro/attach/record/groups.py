@@ -198,8 +198,8 @@ def name_group(group: Any, members: list[int]) -> str:
     """Return a name for the group that is the same on all members and unique in this process.
 
     Several groups can have the same description, for example the groups of one dimension of a device mesh. So the name
-    also has the members of the group, unless these are all ranks, and a number if another group has the same
-    description and members.
+    is the description with the members of the group; for a group of all ranks, the description alone. If another group
+    has the same description and members, a number follows.
     """
     from repro.verdict.result import list_ranks
 

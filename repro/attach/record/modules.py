@@ -42,7 +42,7 @@ def hook(module: ModuleType) -> None:
 def _name(module: Any) -> str:
     """Return the name of a module within the model, such as "layers.0.mlp". The model's own name is its class.
 
-    The model is the first module that ran and that contains this module.
+    The model is the module that ran first among those that contain this module.
     """
     name = _names.get(module)
     if name is None:

@@ -36,7 +36,7 @@ class Settings:
     """What all cells of the experiment share: what is started, and the limits of a start.
 
     program   the program and its arguments before the model: ("vllm", "serve")
-    model     the model's name or path, the argument after these
+    model     the model's name or path, which follows `program` in the command line
     flags     flags that all cells share
     window_s  `collect` examines a server when no rank has recorded an event for this many seconds
     limit_s   a server that is not ready after this many seconds is ended
@@ -104,7 +104,7 @@ class Experiment:
     def run(self) -> dict[str, Outcome]:
         """Run the cells that have no final outcome yet. After each cell, write the tables.
 
-        Returns a dict from the name of a cell to its outcome, with the outcomes of earlier runs.
+        Returns a dict from the name of a cell to its outcome, also with the outcomes that an earlier `hmr cells` left.
         """
         outcomes = self.prepare()
         if outcomes:

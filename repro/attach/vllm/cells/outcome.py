@@ -51,7 +51,8 @@ class Outcome:
 
     name      name of the cell
     state     one of STATES: how the start ended
-    verdict, cause, culprits, where    the verdict on the start; `verdict` is "" if the cell did not run
+    verdict, cause, culprits    the verdict on the start; `verdict` is "" if the cell did not run
+    where     a sentence that says where a rank waits; "" if none is known
     seconds   from the start of the server until `state` was known
     silent_s  the longest time, in seconds, in which no rank recorded an event
     looked    the verdicts of `collect`, one for each run of `collect`

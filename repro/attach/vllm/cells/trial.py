@@ -152,7 +152,7 @@ class Trial:
         return f"The server ended with exit code {code} before it was ready: {self._server.last_words()}"
 
     def _tick(self, tails: Sequence[Tail]) -> None:
-        """Check whether the user interrupted, and whether the server is ready or has reached its time limit.
+        """Check whether the user ended the experiment, and whether the server is ready or has reached its time limit.
 
         If no rank has recorded an event for ``window_s`` seconds, run `collect`. The watch calls this several times a
         second. tails: the readers of the witnesses of all ranks

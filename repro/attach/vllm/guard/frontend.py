@@ -1,6 +1,6 @@
 """The hook of a front end: if an engine ended with the guard's exit code, vLLM's server ends with this code, too.
 
-If a user's own program started the engines, it is not ended. It gets vLLM's EngineDeadError.
+If a user's own program started the engines, the hook does not end this program, which gets vLLM's EngineDeadError.
 """
 
 from __future__ import annotations

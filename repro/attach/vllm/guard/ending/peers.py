@@ -106,7 +106,7 @@ class Peers:
             self._far[process] = number, self._clock()
 
     def silent(self) -> tuple[Process, float] | None:
-        """Find another host that is down. Returns a process of this host, and for how many seconds the host is silent.
+        """Find another host that is down. Returns a process of that host, and for how many seconds that host is silent.
 
         A host counts as down if no process on it has changed its heartbeat for SILENT_S seconds. Returns None if no
         host is down.
@@ -144,7 +144,7 @@ def gone(process: Process, code: int | None = None) -> str:
 def silence(process: Process, silent_s: float) -> str:
     """Return the sentence about a host that has been silent for ``silent_s`` seconds.
 
-    process: a process on this host, whose rank and pid the sentence names
+    process: a process on that host; the sentence names its rank and pid
     """
     return (
         f"rank {process.rank} is gone: no process on its host has been heard of for {silent_s:.0f} s; its "

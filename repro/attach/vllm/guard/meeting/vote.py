@@ -36,8 +36,8 @@ def decide(
     The result is the same on all ranks: "" if all ranks go on, else one sentence that says why they do not. If a rank
     has waited for ``deadline_s`` seconds and there is no decision yet, this rank decides that the ranks do not go on.
 
-    topic       the name of the vote: "start"
-    ballot      what this rank reports to ``judge``, a value that JSON can represent
+    topic       the name of the vote: "start" or "prepare"
+    ballot      what this rank reports to ``judge``, a mapping that JSON can represent
     deadline_s  how many seconds this rank waits: rank 0 for all ballots, another rank for the decision
     judge       rank 0 calls this with all ballots; returns "" if the ranks are allowed to go on, else why not
     check       is called again and again while this rank waits; it can raise an exception to end the wait

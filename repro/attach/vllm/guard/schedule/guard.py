@@ -2,8 +2,8 @@
 
 At each step agreement (C1) a rank adds two rows with one digest to vLLM's tensor. The digest covers the collectives
 that the rank has issued since the last agreement, the schedules that it has learned, and how many executions of the
-model its engine has counted. So all ranks see all digests. If the digests differ, the ranks compare
-their last collectives through the store, and stop with an error message about the first difference.
+model its engine has counted. So all ranks see all digests. If the digests differ, the ranks compare their last
+collectives through the store, and stop with an error message about the first difference.
 
 A schedule has the collectives that the rank issued after earlier agreements of the same kind. Before a rank issues a
 collective that is not the next one of its schedule, the rank waits until each other rank has posted the collective that
@@ -250,7 +250,7 @@ class Guard:
 
 
 def kind_of(rows: Sequence[Sequence[int]]) -> Hashable:
-    """Return the kind of a step: the graph mode and the microbatches on which the ranks agree. It decides the schedule.
+    """Return the kind of a step, which decides its schedule: the graph mode and microbatches on which the ranks agree.
 
     rows  the result of C1: a row for each quantity, a column for each rank. vLLM 0.20 to 0.33 has 4 rows, its new model
           runner 6 or 7. For any other number of rows the meaning of the rows is unknown, and the kind is None
