@@ -48,7 +48,7 @@ class Deviation:
 
     @property
     def concerned(self) -> set[int]:
-        """Return the ranks that the deviation affects: the members of the groups of ``entry`` and of ``issued``."""
+        """Return the ranks that this affects: the members of the groups of ``entry`` and of ``issued``."""
         issued = self.issued.group[1] if self.issued else ()
         return {*issued, *(self.group[1] if self.group else ())}
 

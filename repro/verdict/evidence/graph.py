@@ -57,7 +57,7 @@ class Node:
 
     @property
     def collective(self) -> tuple[GroupKey, int]:
-        """Return the group and sequence number of this node, which must be a collective."""
+        """Return (group, sequence number) of this collective. A lock must not be asked for this."""
         kind, (name, members), seq = self.key
         assert kind == "collective" and isinstance(members, tuple)
         return (name, members), seq
@@ -76,6 +76,8 @@ class Node:
 @dataclass(slots=True)
 class Waits:
     """The wait-for graph, and where the chains of waits, from rank to rank, end.
+
+    A node of the graph is a collective or a lock, with the ranks that wait in it.
 
     nodes          all nodes by key
     at             rank -> the node in which the rank waits

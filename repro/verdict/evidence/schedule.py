@@ -56,9 +56,11 @@ class ScheduleDivergence:
     places: Mapping[int, int]
 
     def comes_after(self, deviation: Deviation) -> bool:
-        """Whether the place where the schedules differ comes after the place of ``deviation`` in the rank's schedule.
+        """Whether, in a rank's schedule, the place where the schedules differ comes after the place of ``deviation``.
 
         If it does not, the deviation cannot be the cause of the difference.
+
+        deviation   a place where the rank left its declared schedule
         """
         place = self.places.get(deviation.rank, deviation.index + 1)
         return (deviation.step, deviation.index) < (self.step, place)

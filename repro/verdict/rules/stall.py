@@ -62,8 +62,8 @@ def attended(case: Case) -> Verdict:
 def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
     """Describe collectives that ranks issued with different arguments, but in which no rank waits.
 
-    Such collectives can be the cause, because on a device they can block the collectives after them. The first of them
-    becomes the first divergence of ``finding``.
+    Such collectives can be the cause, because on a device they can block the collectives after them. Also set
+    ``finding.first_divergence`` to the different calls of the first of them, unless it is set already.
     """
     lines = []
     for key, seqs in sorted(case.ledger.diverged.items()):

@@ -12,8 +12,9 @@ def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDum
     """Complete the groups in each dump: add the members and names that only the dumps of other ranks show.
 
     If a dump does not list the members of a group, as on gloo, all ranks whose dumps have entries of this group count
-    as members. If a dump has only the counters of a group, it has the id of the group, but no name. Then the name
-    comes from the dump of another rank that has a name for this id.
+    as members. If a dump has only the counters of a group (numbers of the last queued and of the last completed
+    operation), it has the id of the group, but no name. Then the name comes from the dump of another rank that has a
+    name for this id.
     """
     recorded: dict[str, set[int]] = {}
     names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that use this name
