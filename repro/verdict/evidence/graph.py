@@ -57,7 +57,7 @@ class Node:
 
     @property
     def collective(self) -> tuple[GroupKey, int]:
-        """Return (group, sequence number) of this collective. A lock must not be asked for this."""
+        """Return (group, sequence number). This is only for a node that is a collective, not a lock."""
         kind, (name, members), seq = self.key
         assert kind == "collective" and isinstance(members, tuple)
         return (name, members), seq
