@@ -237,7 +237,7 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
 def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Return the fields of ModelConfig for the rotary embedding: rope_theta and partial_rotary_factor.
 
-    The keys mrope_* are ignored, because they make a difference only for tokens of images.
+    The keys mrope_* are ignored, because they make a difference only for images and videos.
     """
     keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     places = {prefix: text}

@@ -2,7 +2,7 @@
 
 A model can hold only a part of its parameters: some experts of each layer, or the slices in `model.slices`. Then only
 the rows that the model holds are read. A row is always read as a whole, even if the model holds only some columns of
-it, because the operating system reads the file in whole memory pages.
+it: the operating system reads whole memory pages, and these columns mostly take less than one page.
 
 Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """

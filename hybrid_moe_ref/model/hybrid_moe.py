@@ -54,7 +54,7 @@ class Stack(nn.Module):
 class HybridMoE(nn.Module):
     """The language model. Parameters are uninitialised until `init_weights` or a checkpoint fills them.
 
-    slices    the parameters of which this model holds only a part
+    slices    a dict from the name of a parameter to the part that this model holds, if it does not hold the whole
     stop_ids  tokens that end a text, the checkpoint's eos_token_id; generation stops at them
     """
 
@@ -166,7 +166,9 @@ class HybridMoE(nn.Module):
         return self.logits(hidden_NH).unflatten(0, (B, T))
 
     def step(self, tokens_N: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
-        """Run the layers over the tokens of a batch, and add the tokens to the cache. Returns the hidden states [N, H].
+        """Run the layers over the tokens of a batch, and add the tokens to the cache, if there is one.
+
+        Returns the hidden states [N, H], for `logits`.
 
         Raises ValueError for a batch or cache that does not fit, CacheExhausted if the cache has too few pages.
         """
@@ -192,7 +194,8 @@ class HybridMoE(nn.Module):
         """Run the MTP layer. Returns hidden states [N, H], from which `logits` predicts the tokens after `tokens_N`.
 
         tokens_N   the token that follows the position of each row
-        hidden_NH  the model's hidden state at the position of each row
+        hidden_NH  for the first draft, the model's hidden state at the position of each row; for later drafts, the
+                   result of the previous draft
         cache      a cache from `draft_cache`, to which the rows are added; None: the rows are not cached
         """
         if cache is not None:

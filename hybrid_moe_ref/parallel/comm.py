@@ -151,7 +151,7 @@ class Communicator(RankGroups):
     def begin_use(self) -> None:
         """Note that an engine starts on these groups. Raises RuntimeError if an earlier engine on them was stopped.
 
-        Otherwise, the unfinished collectives of the earlier engine would pair with the first collectives of the new
+        The new engine is refused because its first collectives would pair with unfinished collectives of the earlier
         engine.
         """
         message = self.stopped_by() if self._was_used else ""
@@ -227,6 +227,8 @@ class Communicator(RankGroups):
 
     def reduce_scatter_v(self, group: str, x_SH: Tensor, sizes: Sequence[int], *, layer: str = "") -> Tensor:
         """Sum x_SH over ``group`` and return this rank's rows of the sum, [N, H].
+
+        sizes: ``sizes[r]`` is the number of rows that group rank r gets
 
         Raises ValueError if the number of rows of ``x_SH`` is not the sum of the agreed sizes.
         """

@@ -53,7 +53,7 @@ class RankGroups:
 
     @property
     def everyone(self) -> str:
-        """Return the name of the group that has all ranks and runs on the CPU: "world", or "dp" if tp_size is 1."""
+        """Return the name of the gloo group that has all ranks: "world", or "dp" if tp_size is 1."""
         return "world" if "world" in self._members else "dp"
 
 

@@ -1,7 +1,7 @@
 """The schedule guard: refuse a collective that is not the next entry of the step's schedule, before it is issued.
 
-The comparison is local and needs no communication. The rank that refuses a collective publishes the error in the store.
-So ranks that already wait in a collective stop, too, with the same message, within a second.
+The comparison is local and needs no communication. The rank that refuses a collective publishes the error in the store
+that all ranks share. So ranks that already wait in a collective stop, too, with the same message, within a second.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ScheduleGuard:
         self._refuse(mistake)
 
     def leave(self) -> None:
-        """Raise ScheduleMismatch: this rank would leave, but the ranks have not agreed that no rank has work left."""
+        """Raise ScheduleMismatch: this rank would stop serving, but the ranks have not agreed that no work is left."""
         self._refuse(f"would leave after step {self._step}, but the ranks have not agreed that no rank has work left")
 
     def finish(self) -> None:

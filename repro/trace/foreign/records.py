@@ -183,7 +183,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Two ranks that called different collectives, as TORCH_DISTRIBUTED_DEBUG=DETAIL reports it before the collective.
+    """Two ranks that called different collectives, as TORCH_DISTRIBUTED_DEBUG=DETAIL reports it before they run.
 
     rank, call          the rank that the report names first, and the collective that this rank called
     other, other_call   a second rank, and the collective that it called; None if the report names only one rank

@@ -70,8 +70,8 @@ def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | Non
 def read(path: str | os.PathLike[str]) -> Witness:
     """Read one witness file. Raises OSError or WitnessError.
 
-    A file can have problems only because its rank is writing to it at this moment. So this function reads such a file
-    again, up to _READS times in all, until it has no problems or no longer changes.
+    If the file has problems, its rank may be writing to it at this moment. So this function then reads the file again,
+    up to _READS times in all, until the file has no problems or no longer changes.
     """
     data = _bytes_of(path)
     for _ in range(_READS - 1):
@@ -89,8 +89,8 @@ def read(path: str | os.PathLike[str]) -> Witness:
 def _bytes_of(path: str | os.PathLike[str]) -> bytes:
     """Return a copy of a witness file, read from front to back.
 
-    In the copy, the count of vector words is that after the reading. So it shows which vectors the rank overwrote while
-    the file was read.
+    The count of vector words in the copy is the count at the end of the reading. So it shows which vectors the rank
+    overwrote while the file was read.
     """
     place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)
     with _opened(path) as file:

@@ -43,7 +43,7 @@ _ISSUES = (int(Kind.ENTER), int(Kind.ISSUE))
 
 
 class WitnessError(ValueError):
-    """A file that is not a witness, or a witness of a version that cannot be read."""
+    """A file that cannot be used as a witness, for example because its header is damaged or has another version."""
 
 
 @dataclass(slots=True)
@@ -156,7 +156,7 @@ def parse_live(data: bytes, problems: Problems) -> Live:
 
 
 def parse_heartbeat(data: bytes, problems: Problems) -> tuple[int, int]:
-    """Return the time of the last heartbeat in ns, and the string number of its name; (0, 0) if there is none."""
+    """Return the time in ns and the name (as string number) of the last heartbeat; (0, 0) if none is readable."""
     at_ns, name, _, check = HEART.unpack_from(data, HEART_AT)
     body = data[HEART_AT : HEART_AT + HEART.size - CRC.size]
     if check == zlib.crc32(body):
