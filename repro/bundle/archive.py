@@ -54,7 +54,7 @@ _NAME = re.compile(
 
 
 class ArchiveError(ValueError):
-    """A zip that is refused. The text of the error names the zip and the entry."""
+    """A zip that is refused. The text of the error names the zip and the file in it."""
 
 
 def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]:
@@ -145,7 +145,7 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) 
 
 
 def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
-    """Return a line for each file that is missing, changed or not in MANIFEST.json.
+    """Return a line for each file that is missing, changed or not in MANIFEST.json, the list of all files.
 
     folder: an unpacked bundle, with its MANIFEST.json
     sums: a dict from the name of each unpacked file to its SHA-256
@@ -172,7 +172,7 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
 
 
 def verify(path: Path) -> list[str]:
-    """Return a line for each file that differs from the manifest of a bundle.
+    """Return a line for each file of a bundle that differs from MANIFEST.json, its list of files and their SHA-256.
 
     Raises ArchiveError if the zip is not a bundle or not safe to open.
     """
@@ -230,7 +230,7 @@ def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Add a file to the zip. The time of the entry is always the same, so equal files give an equal zip."""
+    """Add a file to the zip, always with the same modification time, so that equal files give an equal zip."""
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     entry.external_attr = (0o755 if name.endswith((".sh", ".py")) else 0o644) << 16
     archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)

@@ -1,4 +1,4 @@
-"""Make the bundle of a run: copy what is recognised, judge the copy, draw the report from the copy, and pack the copy.
+"""Make the bundle of a run: copy what is recognised as harmless, judge the copy, draw its report, and pack it.
 
 The report, the text of the issue and the reproducer (repro.py) are made from the copy, so they contain nothing that the
 copy lacks. Before the zip is written, a plain search looks in all files for the names of this machine and its user.
@@ -69,7 +69,7 @@ class Made:
     """The result of making a bundle: the zip, and what it does not contain.
 
     size       size of the zip in bytes
-    left_out   for each kind of content (a key of recognise.LEFT_OUT), how many pieces were left out or replaced
+    left_out   for each kind of content, such as "names", how many pieces were left out or replaced
     notes      sentences for the user, for example about files that were left out or shortened
     """
 
@@ -97,8 +97,8 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: J
     """Write one bundle of the run at ``root`` and of the runs beside it that are other variants of this run.
 
     path: the zip to write; by default it is beside the main run and has that run's name
-    with_logs: also keep text that no rule recognises, if a search finds nothing in it that could be private
-    judge: gives the verdict on the redacted copy of each run
+    with_logs: also keep text that is not known to be harmless, if a search finds nothing in it that could be private
+    judge: a function that returns the verdict on the redacted copy of each run
 
     The main run of the bundle is the run of variant `fault`; without such a run, it is the run at ``root``. Raises
     ConfigError if there is no run, LeakError if a private name was found, OSError if the zip cannot be written.
@@ -163,7 +163,7 @@ def _hosts(run: Path) -> Iterator[str]:
 
 
 def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[str]) -> None:
-    """Copy the files of a run, each redacted by the rules for its kind.
+    """Copy the files of a run, each redacted.
 
     For each file that is left out, add a sentence to ``notes``.
     """
@@ -217,10 +217,10 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
 
     The redaction of verdict.json has removed these two fields. If the copy has no verdict.json, do nothing.
 
-    Recognised lines of the run's own verdict.json are kept, because some of them are observations of the watcher, which
-    cannot be made again from the copy. The other lines are replaced by lines of the new judgement. If the copy cannot
-    be judged, or its verdict, cause or culprits differ from those of the run, a sentence about this is added to
-    ``notes``.
+    Lines of the run's own verdict.json that are recognised as harmless are kept, because some of them are observations
+    of the watcher, which cannot be made again from the copy. The other lines are replaced by lines of the new
+    judgement. If the copy cannot be judged, or its verdict, cause or culprits differ from those of the run, a sentence
+    about this is added to ``notes``.
     """
     path = copy / "verdict.json"
     if not path.exists():
@@ -293,8 +293,8 @@ def _environment(recogniser: Recogniser) -> str:
 def _reproducer(data: RunData, others: list[RunData], notes: list[str]) -> str:
     """Return the source of one script that repeats the hang. Raises ReplayError if the run cannot be replayed.
 
-    If one of ``others`` is a run with the fix that has the verdict `clean` and can be replayed, the script repeats this
-    run with --fix.
+    If one of ``others`` (the runs of the other variants) is a run with the fix that has the verdict `clean` and can be
+    replayed, the script repeats this run with --fix.
     """
     if replay.is_that_of_ep_deadlock(data.verdict):
         return replay.EP_DEADLOCK.read_text()

@@ -26,7 +26,7 @@ COMPARED = ("verdict", "cause", "culprits", "suspects", "confidence")
 def make_of_evidence(
     evidence: Evidence, path: Path, with_logs: bool = False, others: Mapping[str, Evidence] | None = None
 ) -> Made:
-    """Write the bundle of a job's evidence.
+    """Write the bundle of a job's evidence into the zip ``path``.
 
     with_logs: also keep text that is not known to be harmless, such as log messages, if a search finds nothing in it
     that could be private
@@ -73,7 +73,7 @@ def _differences(after: Diagnosis, before: Diagnosis) -> Iterable[tuple[str, obj
 def _alone(runs: Mapping[str, Evidence], recogniser: Recogniser) -> dict[str, Diagnosis]:
     """Return, for the name of each run, the diagnosis of only this run.
 
-    A name that is not recognised is replaced by the number of the run.
+    A name that is not known to be harmless is replaced by the number of the run.
     """
     return {
         recogniser.recognised(name) or f"run {number}": diagnose(redact_evidence(evidence, recogniser).records)

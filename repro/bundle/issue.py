@@ -22,7 +22,7 @@ def _one_file(data: RunData) -> str:
 
 
 def commands_script(data: RunData) -> str:
-    """Return the script COMMANDS.sh: each command that can be repeated, with its purpose.
+    """Return the script COMMANDS.sh: commands that repeat the run or judge it again, each with its purpose.
 
     If a command fails, the script goes on with the next command.
     """
@@ -45,7 +45,8 @@ def commands_script(data: RunData) -> str:
 def issue(data: RunData, others: list[RunData], left_out: int = 0) -> str:
     """Return ISSUE.md: what a maintainer needs to see first, in at most MAX_ISSUE_LINES lines.
 
-    others: the runs of the other variants
+    data: the run that the issue is about
+    others: the runs of its other variants
     left_out: how many strings, lines and fields of the run are left out of the bundle or replaced
     """
     verdict = data.verdict

@@ -54,7 +54,7 @@ class Act(NamedTuple):
 
 
 def is_that_of_ep_deadlock(verdict: Document) -> bool:
-    """Whether a run ended in the hang that repro/ep_deadlock.py shows."""
+    """Whether this is the verdict on the hang in repro/ep_deadlock.py: the fault of the scenario metadata_rebuild."""
     parts = (verdict.scenario, verdict.variant, verdict.verdict, verdict.cause)
     return parts == ("metadata_rebuild", "fault", "deadlock", "extra")
 

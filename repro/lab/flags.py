@@ -1,7 +1,7 @@
 """The command-line flags that set up a run, in one list.
 
-`run`, `matrix`, `minimise` and the worker under plain torchrun read these flags. run.json contains commands that repeat
-the run; these commands use the same flags.
+`run`, `matrix`, `minimise` and repro.worker (the program of one rank, under plain torchrun) read these flags. run.json
+contains commands that repeat the run; these commands use the same flags.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ FLAGS = (
 def add_flags(parser: argparse.ArgumentParser, *fields: str) -> None:
     """Add flags to a parser. A flag that the user does not give has the value None.
 
-    *fields: the settings to add flags for, each named as in `Flag.field`
+    *fields: the settings to add flags for, each by its name in RunSettings: "num_ranks", "engine.moe_backend"
     """
     for flag in FLAGS:
         if flag.field in fields:
@@ -85,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser, *fields: str) -> None:
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a dict from setting (named as in `Flag.field`) to value, for the flags that the user gave."""
+    """Return the values of the flags that the user gave, by the setting's name in RunSettings: {"num_ranks": 4}."""
     values = {flag.field: getattr(args, flag.dest, None) for flag in FLAGS}
     return {field: value for field, value in values.items() if value is not None}
 
@@ -98,7 +98,7 @@ def settings_of(
     The values come from four sources: the scenario's defaults, the file ``config``, ``flags`` and ``**fixed``.
     Each source overrides the sources before it.
 
-    flags    the values of the user's flags, from :func:`given`
+    flags    the values of the user's flags, by the setting's name: {"num_ranks": 4}; from :func:`given`
     config   the user's --config file; None if there is none
     fixed    settings that the calling command sets itself
 
@@ -130,11 +130,11 @@ def read_config(path: Path | None) -> Mapping[str, Any]:
 
 
 def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Iterator[tuple[Flag, Any]]:
-    """Yield (flag, value) for each flag that a command needs to change ``plain`` into ``settings``.
+    """Yield (flag, its value) for each flag that a command needs to run ``settings`` instead of ``plain``.
 
     Differences that no flag can set are left out.
 
-    *without: settings (named as in `Flag.field`) whose differences are also left out
+    *without: names of settings whose differences are also left out, such as "num_ranks" or "engine.moe_backend"
     """
     for flag in FLAGS:
         value = flag.value(settings)

@@ -187,7 +187,7 @@ class RunDir:
         return self._rank_file("agents", first_rank, "json")
 
     def contents(self) -> list[Path]:
-        """Return the paths of the run's folder, of the subfolders that PARTS lists, and of the files in these folders.
+        """Return the paths of the run's folder, its subfolders of evidence ("events", …), and the files in all of them.
 
         Files in deeper folders are left out.
         """
@@ -227,7 +227,7 @@ def refuse_unwritable(path: Path, hint: str = "") -> None:
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """Write a value as indented JSON. A reader sees the old file or the whole new file.
 
-    durable: see :func:`write_atomically`
+    durable: return only after the data is on the disk, so that the data survives a crash of the machine
     """
     write_atomically(path, json.dumps(value, indent=1) + "\n", durable=durable)
 

@@ -41,7 +41,7 @@ def _picture(match: re.Match[str]) -> str:
 
 
 def short_site(site: str) -> str:
-    """Shorten a call site: remove the path of site-packages, or of this repository, from the start of its file name."""
+    """Shorten a call site: "/…/site-packages/vllm/a.py:7" -> "vllm/a.py:7". Remove the path of this repository, too."""
     _, installed, inside = site.rpartition("/site-packages/")
     return inside if installed else site.removeprefix(f"{ROOT}/")
 

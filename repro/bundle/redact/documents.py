@@ -34,26 +34,33 @@ _NUMBERED = re.compile(r"\d{0,6}")
 
 
 def verdict(document: Any, recogniser: Recogniser) -> Any:
-    """Redact verdict.json, and drop `evidence` and `sentences`: these fields are written when the copy is judged."""
+    """Redact the content of verdict.json, and drop its fields `evidence` and `sentences`.
+
+    These two fields are written again when the redacted copy of the run is judged.
+
+    recogniser: redacts the strings
+    """
     if isinstance(document, dict):
         document = {name: value for name, value in document.items() if name not in ("evidence", "sentences")}
     return _known(document, VERDICT, recogniser)
 
 
 def recorder(document: Any, recogniser: Recogniser) -> Any:
-    """Redact a Flight Recorder dump."""
+    """Redact the content of a Flight Recorder dump, its strings by ``recogniser``."""
     return _known(document, RECORDER, recogniser)
 
 
 def config(document: Any, recogniser: Recogniser) -> Any:
-    """Redact config.json. The paths of folders become empty."""
+    """Redact the content of config.json, its strings by ``recogniser``. The paths of folders become empty."""
     return _known(document, CONFIG, recogniser)
 
 
 def description(document: Any, recogniser: Recogniser) -> Any:
-    """Redact run.json: drop commands that are not recognised, and make the field `family` empty.
+    """Redact the content of run.json: drop commands that are not recognised, and make the field `family` empty.
 
     `family` is a digest of the run's settings, and some of these settings are left out of the bundle.
+
+    recogniser: redacts the strings
     """
     kept = _known(document, RUN, recogniser)
     if isinstance(kept, dict) and isinstance(commands := kept.get("commands"), list):
@@ -62,7 +69,10 @@ def description(document: Any, recogniser: Recogniser) -> Any:
 
 
 def tokens(document: Any, recogniser: Recogniser) -> Any:
-    """Redact reference.json, or the tokens that a rank served. Both map a request to a list of numbers."""
+    """Redact reference.json, or the tokens that a rank served: both map a request id to a list of tokens.
+
+    recogniser: redacts the request ids
+    """
     if not isinstance(document, dict):
         return {}
     kept = {}

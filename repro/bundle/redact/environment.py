@@ -87,7 +87,7 @@ _LIST = re.compile(r"[,;|+ ]")
 
 
 def rank_line(line: str) -> str | None:
-    """Redact a line of env/rank000.txt. Returns None if the line is dropped."""
+    """Redact a line of env/rank000.txt, the software of a rank. Returns None if the line is dropped."""
     if match := re.fullmatch(rf"python: ({_VERSION}) on (.+)", line):
         return f"python: {match[1]} on {_platform(match[2])}"
     if match := re.fullmatch(
@@ -112,7 +112,7 @@ def _platform(text: str) -> str:
 
 
 def variable(line: str) -> str | None:
-    """Redact NAME=value: a value without a known form becomes "(left out)".
+    """Redact an environment variable, "NAME=value": a value without a known form becomes "(left out)".
 
     Returns None if NAME is not a known variable.
     """
@@ -133,7 +133,7 @@ def is_value(value: str) -> bool:
 
 
 def collected_line(line: str) -> str | None:
-    """Redact a line of collect_env. Returns None if the line is dropped."""
+    """Redact a line of the report of torch.utils.collect_env. Returns None if the line is dropped."""
     if line in HEADINGS:
         return line
     if (match := re.match(rf"\[(?:pip3|conda)\] ([\w-]+)(?:==|\s+)({_VERSION})", line)) is not None:

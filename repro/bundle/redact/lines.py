@@ -39,7 +39,7 @@ _EXCEPTION = re.compile(r"(?P<type>[A-Za-z_][\w.]{1,160})(?:: (?P<message>.*))?"
 
 
 def log(text: str, recogniser: Recogniser) -> str:
-    """Redact a log. Where lines are dropped, the result has a line that says how many lines were left out."""
+    """Redact a log with ``recogniser``. Where lines are dropped, a line says how many lines were left out."""
     return _joined(_log_lines(text, recogniser))
 
 
@@ -115,7 +115,7 @@ def _frame(line: str, recogniser: Recogniser) -> str | None:
 
 
 def stack(text: str, recogniser: Recogniser) -> str:
-    """Redact a stack from faulthandler. Threads get numbers in place of their addresses."""
+    """Redact a stack from faulthandler with ``recogniser``. Threads get numbers in place of their addresses."""
     threads: dict[str, int] = {}
 
     def lines() -> Iterator[str | None]:
@@ -149,7 +149,7 @@ def _joined(lines: Iterable[str | None]) -> str:
 
 
 def machine(text: str, keep: Callable[[str], str | None], recogniser: Recogniser) -> str:
-    """Redact a machine description: replace each line by the result of ``keep``.
+    """Redact a description of a machine (versions, hardware, variables): replace each line by the result of ``keep``.
 
     If this result is None, the line is kept only with --with-logs, and only if the search of ``recogniser`` finds
     nothing in it that could be private.

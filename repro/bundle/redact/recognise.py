@@ -51,7 +51,7 @@ class Recogniser:
     private    names that are always replaced, even if they consist of known words, such as "gpu-node"
     search     given with --with-logs: called with text that is not recognised, returns True to keep the text. Without
                a search, such text is left out
-    left_out   for each kind of content (a key of LEFT_OUT), how many pieces were left out or replaced
+    left_out   for each kind of content, such as "names", how many pieces were left out or replaced
     hosts      for each host name, its stand-in
     """
 
@@ -107,7 +107,8 @@ class Recogniser:
     def string(self, text: str) -> str:
         """Redact a string such as a name, a path, a call site or an error message.
 
-        Equal strings have equal results. Different strings have different results, except for call sites.
+        What is not recognised in the string becomes a stand-in. Equal strings have equal results. Different strings
+        have different results, except for call sites.
         """
         known = self._strings.get(text)
         if known is None:
@@ -238,7 +239,7 @@ class Recogniser:
         return kept
 
     def free(self, text: str, before: str = "") -> str | None:
-        """Return an unrecognised text, cleaned by `plain`; None if the text must be left out.
+        """Return an unrecognised text without escapes and invisible characters; None if it must be left out.
 
         The text stays only with ``search`` (--with-logs), and only if this search finds nothing private in the text or
         in the line above (``before``). The line above matters because it can name a secret whose value is in the text.
@@ -246,7 +247,7 @@ class Recogniser:
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
-        """Whether unrecognised text can stay: ``search`` is given, and finds nothing that could be private."""
+        """Whether text that is not recognised can stay: ``search`` is given, and finds nothing private."""
         return self.search is not None and len(text) <= MAX_TEXT and self.search(text)
 
 
@@ -257,7 +258,7 @@ def _are_members(text: str) -> bool:
 
 
 def is_error(name: str) -> bool:
-    """Whether a name looks like an exception: its last part is capitalised, and all its words are known."""
+    """Whether a name looks like an exception: what follows its last dot is capitalised, and all its words are known."""
     last = name.rpartition(".")[2]
     return is_name(name) and last[:1].isupper() and not (last.isupper() and is_word(last) and len(last) < 8)
 
@@ -265,7 +266,8 @@ def is_error(name: str) -> bool:
 def distinct(names: Iterable[str]) -> frozenset[str]:
     """Return the names that are worth searching for, because a harmless text seldom contains them.
 
-    These are the names that are not in words.txt, are not numbers, and are longer than two characters.
+    These are the names that are not in words.txt (the list of harmless words), are not numbers, and are longer than two
+    characters.
     """
     return frozenset(name for name in names if len(name) > 2 and not is_word(name) and not name.isdigit())
 

@@ -62,7 +62,7 @@ def hosts_of(records: Iterable[Observation]) -> list[str]:
 
 
 def redact_evidence(evidence: Evidence, recogniser: Recogniser) -> Evidence:
-    """Redact the evidence for a bundle."""
+    """Return the evidence with every string redacted by ``recogniser``, for a bundle."""
     redactor = _Redactor(evidence, recogniser)
     return Evidence(
         [redactor.record(record) for record in evidence.records],
@@ -223,7 +223,7 @@ class _Redactor:
         )  # fmt: skip
 
     def _operation(self, key: str) -> str:
-        """Redact "AllGather", or "AllGather 640": the operation and its count."""
+        """Redact an operation that NCCL RAS counts, alone ("AllGather") or with its count ("AllGather 640")."""
         op, blank, count = key.partition(" ")
         return f"{self._of.string(op)}{blank}{count if count.isdecimal() else ''}"
 

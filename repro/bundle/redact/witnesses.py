@@ -14,6 +14,10 @@ def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:
 
     Each string keeps its number, because events refer to strings by number.
 
+    data: the content of the file
+    name: the file's name, for error messages
+    recogniser: redacts the strings
+
     Raises WitnessError if the data is not a witness, ValueError if the new strings need more space than a witness has.
     """
     writer, _ = parse_header(data, name)

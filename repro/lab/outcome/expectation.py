@@ -16,8 +16,9 @@ from repro.watch.document import Document, Expectation, describe
 def watch_options(settings: RunSettings) -> WatchOptions:
     """Return the watcher's options for a run.
 
-    With NCCL, the ranks only queue the collectives of ep and tp for the GPU, so `queued_groups` names these groups. The
-    collectives of dp and world always run on the CPU. With gloo, `queued_groups` is empty.
+    With NCCL, a rank only queues the collectives of the groups ep and tp for the GPU, so the option `queued_groups`
+    names these two. The collectives of the other groups, dp and world, always run on the CPU. With gloo, the option is
+    empty.
     """
     queued_groups = ("ep", "tp") if settings.backend == "nccl" else ()
     return WatchOptions(settings.num_ranks, settings.quiet_window_s, settings.deadline_s, queued_groups)
@@ -26,7 +27,7 @@ def watch_options(settings: RunSettings) -> WatchOptions:
 def document_of(settings: RunSettings, verdict: Verdict, **more: Any) -> Document:
     """Return the content of verdict.json for a lab run.
 
-    **more: further fields, such as ``seconds`` or ``skipped``
+    **more: further fields of verdict.json, such as ``seconds`` or ``skipped``
     """
     expected = scenarios.load(settings.scenario).expected(settings)
     return describe(

@@ -14,7 +14,7 @@ from repro.watch.offline import judge_files
 
 
 def compare_again(run_dir: RunDir) -> Comparison:
-    """Compare the tokens in a run's files with the reference.
+    """Compare the tokens in a run's files with those of the single-process reference.
 
     If a file is missing or damaged, the field ``missing`` of the result names the file.
     """

@@ -16,7 +16,7 @@ MAX_LINES, MAX_NAME = 1000, 120
 def compare_tokens(
     run_dir: RunDir, num_ranks: int, tp_size: int, reference_alive: Callable[[], bool], final: bool
 ) -> Comparison | None:
-    """Compare the outputs of all ranks with reference.json.
+    """Compare the tokens that all ranks served with reference.json, the tokens of the single-process reference.
 
     If reference.json does not exist yet, but its writer still runs, returns None: call this again later.
 
@@ -47,7 +47,7 @@ def name_equal(run_dir: RunDir) -> str:
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
-    """Return a line for each request whose tokens differ from the reference, or whose number of ranks is wrong.
+    """Return a line for each request whose tokens differ from reference.json, or that too few or too many ranks served.
 
     Exactly ``tp_size`` ranks must serve a request, because the ranks of a tp group serve the same requests.
 
@@ -78,7 +78,7 @@ def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
 
 
 def _difference(name: str, served: list[int], reference: list[int] | None) -> str:
-    """Return a sentence about the first token of a request that differs from the reference; "" if none differs."""
+    """Return a sentence that says how a request's tokens differ from the reference; "" if they are equal."""
     if reference is None:
         return f"{_request(name)} is not in the single-process reference"
     for index, (ours, theirs) in enumerate(zip(served, reference, strict=False)):

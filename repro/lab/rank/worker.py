@@ -51,8 +51,8 @@ LAST_RESORT_S = 25.0
 def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[], dist.Store | None]) -> None:
     """Run one rank: open its witness, serve its requests, and wait until the watcher lets the rank exit.
 
-    join: called as soon as the witness is open. It imports torch and returns the store through which the ranks meet, or
-    None if the ranks meet by torchrun's environment variables.
+    join: a function that this function calls as soon as the witness is open. It imports torch and returns the store
+    through which the ranks meet, or None if the ranks meet by torchrun's environment variables.
     """
     dump_on_signals(run_dir, rank, interrupts=True)
     faulthandler.dump_traceback_later(settings.deadline_s + LAST_RESORT_S, exit=True)
@@ -78,11 +78,12 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
 def serve(
     settings: RunSettings, rank: int, store: dist.Store | None, recorder: Recorder, cache_dir: Path
 ) -> dict[str, list[int]]:
-    """Start the engine with the scenario's policies and serve the rank's requests.
+    """Start the engine with the scenario's policies (objects that decide for it), and serve the rank's requests.
 
     Returns a dict from request id to new tokens.
 
     store: the store through which the ranks meet; None if they meet by torchrun's environment variables
+    recorder: writes the rank's witness
     cache_dir: where the engine keeps tuning results and compiled kernels, unless the settings name another folder
     """
     import torch
@@ -186,7 +187,7 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
 
 
 def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
-    """Raise CannotRunHere if this host lacks what the scenario needs, or a GPU for each of its ranks with NCCL."""
+    """Raise CannotRunHere if this host lacks what the scenario needs or, with NCCL, a GPU for each of its ranks."""
     require_model()
     if missing := scenarios.load(settings.scenario).missing(settings):
         raise CannotRunHere(f"{settings.scenario}: {missing}")

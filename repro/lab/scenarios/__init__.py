@@ -151,10 +151,10 @@ def load(name: str) -> Scenario:
 def settings_of(flags: Mapping[str, Any], document: Mapping[str, Any] | None = None, where: str = "") -> RunSettings:
     """Return the settings of one run of the scenario ``flags["scenario"]``.
 
-    The user's document overrides the scenario's defaults, and the flags override both.
+    ``document`` overrides the scenario's defaults, and ``flags`` override both.
 
-    flags     a dict from setting to value
-    document  the content of the user's --config file
+    flags     the settings that the command sets, by name: {"scenario": …, "variant": …, "num_ranks": 4}
+    document  the content of the user's --config file; None if there is none
     where     the path of this file, for error messages
 
     Raises ConfigError for an unknown scenario, or with the path of a wrong value.

@@ -37,7 +37,7 @@ class SavedByOne(Tuning):
 
 
 class SkipWhatIsCached(SavedByOne):
-    """The fault: a rank that finds its entry in the cache skips the tuning, which contains all-reduces."""
+    """The fault: a rank that finds its tuning result in the cache skips the tuning, which contains all-reduces."""
 
     def tune(self, tuner: ExpertTuner) -> None:
         tuner.declare(tuner.timings)
@@ -53,7 +53,7 @@ def _key(tuner: ExpertTuner) -> str:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: Each rank saves its own tuning result.
     fault: One rank saves its result for all ranks.

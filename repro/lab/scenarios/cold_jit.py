@@ -35,7 +35,7 @@ JIT = {"gdn_prefill_backend": "jit", "moe_backend": "jit"}
 class BuildAtFirstUse(KernelBuilds):
     """The fault: a kernel is built when a layer first needs it, under the extension loader's own lock.
 
-    rank   the rank that has this policy; it has its own cache if the run's kernel cache is split
+    rank   the rank that has this policy; it uses a cache of its own if the run's kernel cache is split by rank
     """
 
     settings: RunSettings
@@ -69,7 +69,7 @@ class BuildEarly(KernelBuilds):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: Kernels would be built at first use, but the cache is warm, so none is built.
     fault: Kernels are built at first use, because the cache is cold.
@@ -82,8 +82,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict the verdict `slow` in the step that first uses the kernels, or `clean` if no kernel is built.
 
-    With a quiet window of more than 1 s, also accept `clean`, because the build can be shorter than the window. If
-    the kernel cache is split and a group timeout is set, predict a crash: the ranks that wait for rank 0 time out.
+    With a quiet window of more than 1 s, also accept `clean`, because the build can be shorter than the window.
+
+    If the kernel cache is split, only rank 0 builds, and the other ranks wait for it in a collective. If a group
+    timeout is set, too, predict a crash, because this collective times out.
     """
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN

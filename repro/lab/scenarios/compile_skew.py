@@ -44,7 +44,7 @@ class CompileAtFirstUse(Compilation):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In the fault, one rank compiles at first use. Control and fix use the engine's own policies.
     """
@@ -62,9 +62,9 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 def hang(settings: RunSettings) -> Expected:
     """Predict the verdict `slow` with the compiling rank as culprit, or a crash if the group timeout is too short.
 
-    If the group timeout is at most LIKELY_S, the waiting ranks give up before the compilation ends. The prediction
-    names no culprit of the crash, because any waiting rank can be the first to fail. With a quiet window of more than
-    1 s, also accept `clean`, because the compilation can be shorter than the window.
+    If the group timeout is at most 3 s, the waiting ranks give up before the compilation ends. The prediction names no
+    culprit of the crash, because any waiting rank can be the first to fail. With a quiet window of more than 1 s, also
+    accept `clean`, because the compilation can be shorter than the window.
     """
     if 0 < settings.group_timeout_s <= LIKELY_S:
         return Expected("crash", "error")

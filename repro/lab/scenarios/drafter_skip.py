@@ -28,7 +28,7 @@ class SkipWhenNothingFits(DraftPolicy):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In the fault, each rank decides by itself whether it runs the drafter. Control and fix use the engine's own
     policies, with which every rank runs the drafter equally often.

@@ -36,7 +36,7 @@ class OwnGraph(GraphChoice):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In the fault, each rank decides by itself which graph to replay. Control and fix use the engine's own policies.
     """
@@ -52,7 +52,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a crash (gloo) or a deadlock (NCCL) in the first step in which the ranks pass different sizes."""
+    """Predict a crash (gloo) or a deadlock (NCCL) in the first step in which ranks dispatch with different sizes."""
     verdict = "crash" if settings.backend == "gloo" else "deadlock"
     sizes = settings.engine.graph_sizes
     first_step = 1 + 2 * len(sizes)  # after the profile step, and two steps of capture for each size

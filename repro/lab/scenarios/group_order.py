@@ -53,29 +53,29 @@ class CountTokens(AllGatherReduceScatter):
         return y_NH
 
     def counts_early(self) -> bool:
-        """Whether to send the statistics before the dispatch. If not, after the combine.
+        """Whether to all-reduce the numbers of tokens per expert before the dispatch. If not, after the combine.
 
         All ranks must return the same value. The fault breaks this rule.
         """
         return False
 
     def count(self) -> None:
-        """All-reduce the number of tokens of each expert over the group dp."""
+        """All-reduce the number of tokens of each expert over the group `dp`."""
         self.comm.all_reduce("dp", self.counted["tokens_E"], layer=self.layer)
 
 
 class CountEarlyUnderLoad(CountTokens):
-    """The fault: the position of the all-reduce in the step depends on the number of rows of this rank."""
+    """The fault: a rank with many tokens issues the all-reduce before its dispatch, the others after the combine."""
 
     def counts_early(self) -> bool:
         return self.context.ep_sizes[self.comm.group_rank("ep")] > MANY_ROWS
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
-    control: No statistics are sent.
-    fault: The number of rows of the rank decides when it sends the statistics.
+    control: No rank sends statistics (how many tokens each expert got).
+    fault: The number of rows (tokens) of the rank decides when it sends the statistics.
     fix: The schedule decides when every rank sends the statistics.
     """
     return {
@@ -86,7 +86,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a deadlock in the first step in which some ranks have many rows and others few.
+    """Predict a deadlock in the first step in which some ranks have many rows (tokens) and others few.
 
     The ranks with many rows are the culprits.
     """

@@ -79,7 +79,7 @@ class LaunchOverNothing(LaunchOverSequences):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: An idle rank runs a dummy token.
     fault: An idle rank runs zero tokens, and the launch fails.

@@ -16,14 +16,14 @@ from repro.lab.settings import RunSettings
 
 
 class LeaveWhenFinished(IdlePolicy):
-    """The fault: a rank that has no request left, and will get none, stops taking part."""
+    """The fault: a rank that has no request left, and will get none, takes part in no further step."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
         return 1 if unfinished else None
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In the fault, a rank without requests takes part in no further step. Control and fix use the engine's own policies,
     with which an idle rank takes part in every step.

@@ -51,7 +51,7 @@ def stop_threads(name: str) -> None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In fault and fix, gloo's device stops in every rank. The fix differs from the fault by the time limit for a
     collective, which :func:`server` sets.

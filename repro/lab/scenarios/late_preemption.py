@@ -48,7 +48,7 @@ class PreemptInTheStep(Preemption):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In the fault, a rank preempts within the step. In control and fix, a rank preempts before the step.
     """

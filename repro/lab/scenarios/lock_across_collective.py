@@ -33,8 +33,11 @@ LOCK = "experts.lock"
 def tune(extension: Extension, place: BuildPlace) -> None:
     """Choose the fastest way to run the experts, the same on all ranks. All ranks must call this.
 
-    To choose the same way, the ranks sum up their times by an all-reduce (``place.sum_up``). The fault calls this
-    function while the rank holds the build lock.
+    To choose the same way, the ranks sum up their times by an all-reduce. The fault calls this function while the rank
+    holds the build lock.
+
+    extension: the compiled code of the experts
+    place: gives the all-reduce, as ``place.sum_up``
     """
     from hybrid_moe_kernels.lab import moe_experts
 
@@ -69,7 +72,7 @@ class TuneAfterLock(KernelBuilds):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: The engine's own policy builds the extension, and nothing is tuned.
     fault: The rank tunes while it holds the lock.
@@ -80,7 +83,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Predict a deadlock in the profile step.
+    """Predict a deadlock in the phase `profile`, the first step.
 
     The culprit is the rank that gets the lock first. Any rank can be first, so the prediction names no culprit.
     """

@@ -26,7 +26,10 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class RebindWithMetadata(StateBinding):
-    """The trigger: to connect ("bind") recurrent state to its requests, a rank with requests rebuilds the metadata."""
+    """The trigger: to bind recurrent state to its requests, a rank with requests rebuilds the step's metadata.
+
+    The metadata is the result of the step agreement: the sizes with which all ranks run the step.
+    """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         has_state = plan.num_live > 0
@@ -34,16 +37,16 @@ class RebindWithMetadata(StateBinding):
 
 
 class AgreeOnEveryCall(StepAgreement):
-    """The fault: every build of the metadata issues an all-reduce, even the second build in a step."""
+    """The fault: every build of the step's metadata issues an all-reduce, even the second build in a step."""
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         return exchange(plan, layer)
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
-    control: No layer rebuilds the metadata.
+    control: No layer rebuilds the step's metadata.
     fault: On ranks with requests a layer rebuilds the metadata by an all-reduce.
     fix: On ranks with requests a layer rebuilds the metadata from the result of the step's agreement.
     """

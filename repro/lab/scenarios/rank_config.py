@@ -38,7 +38,7 @@ class OmitDigest(Ballot):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In control and fix, the ranks compare their configurations in the start vote. In the fault, they do not.
     """

@@ -32,7 +32,7 @@ class KilledInStep(StateBinding):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In fault and fix, one rank has a policy that kills the rank's own process. The fix differs from the fault only by
     its default of `checks`: with "agree", every waiting rank checks that the processes of the other ranks still exist.

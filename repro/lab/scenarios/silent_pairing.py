@@ -48,11 +48,17 @@ class FallBack(SumOverRanks):
         return self.fall_back(partial_NH)
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
-        """Sum a batch of one row, which the fused all-reduce has refused, by the plain all-reduce."""
+        """Sum over the tp group by the plain all-reduce, after the fused all-reduce has refused this batch of one row.
+
+        partial_NH: this rank's part of the layer's output, [1 row, hidden size]
+        """
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
-        """Sum over the tp group by one all-reduce. This simulates both the fused and the plain all-reduce."""
+        """Sum over the tp group by one all-reduce. This simulates both the fused and the plain all-reduce.
+
+        partial_NH: this rank's part of the layer's output, [rows, hidden size]
+        """
         return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
 
 
@@ -64,7 +70,7 @@ class AddAgain(FallBack):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: No rank has a fused all-reduce.
     fault: The fused all-reduce of one rank fails after it has summed.

@@ -32,14 +32,17 @@ if TYPE_CHECKING:
 
 
 class GatherOrBroadcast(AllGatherReduceScatter):
-    """The trigger: one all-gather for equal sizes, one broadcast per rank for unequal sizes."""
+    """The trigger: the dispatch is one all-gather if all ranks have equally many rows, else one broadcast per rank."""
 
     def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         sizes = self.sizes(len(args[0]))
         return tuple(self.comm.all_gather_v("ep", args, sizes, layer=self.layer, broadcast_uneven=True))
 
     def sizes(self, num_rows: int) -> tuple[int, ...]:
-        """Return the number of rows of every rank, as agreed for this step."""
+        """Return the number of rows (tokens) of every rank, as agreed for this step.
+
+        num_rows: the number of this rank; only the fault uses it
+        """
         return self.context.ep_sizes
 
 
@@ -57,10 +60,11 @@ class KeepSizes(GatherOrBroadcast):
 
 
 def first_stale(settings: RunSettings) -> tuple[int, int] | None:
-    """Return (step, rank): the first step in which a rank would use a stale list, and this rank.
+    """Return (step, rank): the first step in which a rank would use a stale list of sizes, and this rank.
 
-    Step 0 is the first step of the phase `serve`. If several ranks would use a stale list in this step, the seed
-    selects one of these ranks. Returns None if no rank would ever use a stale list.
+    A list is stale if another rank had a different size in the earlier step from which the list comes. Step 0 is the
+    first step of the phase `serve`. If several ranks would use a stale list in this step, the seed selects one of these
+    ranks. Returns None if no rank would ever use a stale list.
     """
     kept: list[dict[int, list[int]]] = [{} for _ in range(settings.num_ranks)]
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
@@ -72,7 +76,7 @@ def first_stale(settings: RunSettings) -> tuple[int, int] | None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     In the fault, one rank reuses the sizes of an earlier step. In control and fix, all ranks use the agreed sizes.
     """
@@ -83,7 +87,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock with NCCL and a crash with gloo. With gloo, `deadlock` and `corrupt` are accepted, too.
 
-    The culprit is the rank with the stale list: the lists of all other ranks are equal.
+    The culprit is the rank with the stale list of sizes: the lists of all other ranks are equal.
     """
     first = first_stale(settings)
     if first is None:

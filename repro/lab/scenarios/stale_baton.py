@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: Kernels are built under the loader's lock, and no stale lock file exists.
     fault: Kernels are built under the loader's lock, and a stale lock file exists.

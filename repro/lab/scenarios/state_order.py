@@ -59,6 +59,8 @@ class InitialiseState(AllGatherReduceScatter):
         """Whether to issue the collective of the state set-up before the dispatch. If not, after the dispatch.
 
         All ranks must return the same value. The fault breaks this rule.
+
+        num_rows: the batch size of this rank in this step
         """
         return True
 
@@ -71,7 +73,7 @@ class InitialiseState(AllGatherReduceScatter):
 
 
 class InitialiseWhenNeeded(InitialiseState):
-    """The fault: a rank whose batch size has not changed issues the collective after the dispatch."""
+    """The fault: a rank with an unchanged batch size issues the collective of the state set-up after the dispatch."""
 
     def before_dispatch(self, num_rows: int) -> bool:
         changed = self.rows[0] != num_rows
@@ -80,11 +82,11 @@ class InitialiseWhenNeeded(InitialiseState):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: The state set-up contains no collective.
-    fault: The batch size of the rank decides when it issues the collective.
-    fix: The schedule decides when every rank issues the collective.
+    fault: The batch size of the rank decides when it issues this collective.
+    fix: The schedule decides when every rank issues this collective.
     """
     return {
         "control": Policies(),

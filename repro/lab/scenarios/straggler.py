@@ -47,7 +47,7 @@ class WriteMetricsInThread(WriteMetrics):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: No rank writes metrics.
     fault: One rank writes metrics between two steps.

@@ -37,7 +37,7 @@ def requests(settings: RunSettings, rank: int) -> list[Request]:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the engine's own policies, in all variants.
+    """Return the engine's own policies (the objects that decide for it), in all variants.
 
     The variants differ by the requests of one rank (:func:`requests`), and by the setting `checks`, which decides
     whether the ranks compare their requests.

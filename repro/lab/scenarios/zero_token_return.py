@@ -4,7 +4,7 @@ Upstream: uccl issue 940. With zero tokens a rank has nothing to send, but the o
 collectives: they wait for its message of size zero, and for the results of its experts. The rank without tokens goes on
 to the agreement of the next step and waits there, while the other ranks wait for it in the dispatch of the first layer.
 
-The fix: a rank with zero tokens takes part in every collective, with size zero.
+The fix: a rank with zero tokens issues every collective, too. Its own size in the collective is zero.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """Return the policies of a rank.
+    """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: An idle rank runs a dummy token.
     fault: An idle rank runs zero tokens, and returns early from the dispatch.

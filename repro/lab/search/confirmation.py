@@ -12,7 +12,7 @@ CHECK_DEADLINE_S = 90.0
 
 
 def confirm(path: Path, num_ranks: int) -> str:
-    """Run torchrun on the file. Returns the lines that the file prints about its hang, or why it printed none."""
+    """Run torchrun on the script ``path``. Returns the lines that it prints about its hang, or why it printed none."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     code, output = run_within([*torchrun, str(path)], CHECK_DEADLINE_S)
     if code is None:

@@ -69,7 +69,7 @@ class Cell:
         The variant is always "fault", in which kernels are compiled at their first use, as in servers.
 
         document: the content of the user's --config file
-        flags: a dict from setting to value
+        flags: the values of the user's flags, by the setting's name: {"num_ranks": 4}
         """
         engine = {**document.get("engine", {}), "gdn_prefill_backend": self.gdn, "moe_backend": self.moe}
         mine = {"scenario": self.configuration, "variant": "fault", "kernel_cache": self.cache}
@@ -86,7 +86,7 @@ def cells() -> list[Cell]:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a cell: the verdict on its run, and how long the phases took.
+    """The result of a cell (one start of the server): the verdict, and how long the phases of the start took.
 
     phases    for each rank, a dict from phase to seconds; () if this machine cannot run the cell
     """
@@ -118,6 +118,7 @@ def run(
 ) -> list[Result]:
     """Run the cells one after another, each with its settings.
 
+    series  makes the runs, all with one launcher
     say     called after each cell, with a line that has its verdict
     done    called after each run, with the run directory
     """

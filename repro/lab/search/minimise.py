@@ -42,7 +42,7 @@ class AnotherVerdict(RuntimeError):
 
 @dataclass
 class Result:
-    """The result of a search.
+    """The result of the search for the smallest settings whose run has the same verdict.
 
     before      the settings from which the search began
     after       the smallest settings with the same verdict
@@ -112,10 +112,11 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
 
 @dataclass
 class Runner:
-    """The trial of :func:`minimise`: a call runs the settings and returns the content of verdict.json.
+    """Starts the runs of `minimise`. A call runs the settings to a verdict, and returns the content of verdict.json.
 
     A call computes no single-process reference, because a run that hangs serves no tokens that could be compared.
 
+    series     makes the runs, all with one launcher
     say        called after each run, with a line that has its verdict
     last       the directory of the last run
     settings   the settings of the last run

@@ -17,6 +17,8 @@ def reductions(scenario: Scenario, start: RunSettings, target: Expected) -> Iter
 
     The prediction must have culprits if ``target`` has culprits, and none if ``target`` has none. Each of the yielded
     settings has one reduction more than the settings before: fewer ranks, layers, experts, tokens or requests.
+
+    start: the settings to reduce
     """
     current, moved = start, True
     while moved:

@@ -28,7 +28,7 @@ from repro.store.run_dir import RunDir
 
 
 def main() -> int:
-    """Serve the launcher's requests until the launcher closes the pipe; return 0."""
+    """Fork a job for each run that the launcher asks for, until the launcher closes the pipe; return 0."""
     die_with_parent()
     gc.disable()  # until all is imported: what modules define is no garbage
     import torch

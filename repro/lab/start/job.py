@@ -37,9 +37,9 @@ Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
 
 @contextlib.contextmanager
 def launcher(name: str) -> Iterator[Start]:
-    """Yield the function that starts the ranks of a run by the launcher ``name``, one of LAUNCHERS.
+    """Yield a function that starts the ranks of a run. ``name`` says how: "torchrun", or "fork" (by a fork server).
 
-    The fork server, if it is the launcher, ends with the ``with`` block.
+    The fork server, if there is one, ends with the ``with`` block.
     """
     if name == "torchrun":
         yield _start_torchrun
@@ -68,13 +68,16 @@ def _start_torchrun(run_dir: RunDir, settings: RunSettings, interrupt: Callable[
 
 
 class ForkServer:
-    """A process that has imported torch and forks a job for each run, so that all runs share one import."""
+    """A process that has imported torch, and forks the parent process of the ranks (the job) for each run."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> Job:
-        """Start the ranks of a run. If this fails or the user interrupts, the returned job has already ended."""
+        """Start the ranks of a run. Returns a process that runs as long as they do, or has ended if the start failed.
+
+        interrupt: returns whether the user has interrupted; then the start fails
+        """
         if self._process is None or self._process.poll() is not None:
             self._process = start_process([sys.executable, "-m", "repro.lab.start.fork_server"], run_dir, talks=True)
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -106,7 +109,10 @@ class ForkServer:
 
 
 class ForkedJob:
-    """A job that the fork server started. The job is no child of this process, so `poll` looks for its pid."""
+    """A job (the parent process of a run's ranks) that the fork server started.
+
+    The job is no child of this process, so `poll` looks for its pid.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

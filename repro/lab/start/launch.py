@@ -43,8 +43,10 @@ def run(
 ) -> tuple[RunDir, Document]:
     """Run one variant to its verdict. Returns the run directory and the content of verdict.json.
 
+    out: the folder in which the run directory is created
+    display: shows the progress of the run
     start: starts the ranks; from :func:`repro.lab.start.job.launcher`
-    known_reference: reference.json of an earlier run with the same ``reference_key``
+    known_reference: reference.json of an earlier run with the same ``reference_key``; None if there is none
 
     Raises KeyboardInterrupt if the user interrupts before the ranks start. After a later interrupt, the verdict says
     that the user interrupted.
@@ -87,6 +89,8 @@ def attend(
 
     If reference.json does not exist, start the process that writes this file.
 
+    interrupt   returns whether the user has interrupted
+    display     shows the progress of the run
     job_alive   returns whether a process of the job still runs: the launcher of the ranks, or a rank
     started     the processes of this run that the calling process has started; they are ended with the run
 
