@@ -35,10 +35,10 @@ S = TypeVar("S", bound=Cached)
 
 @dataclass(frozen=True, eq=False)
 class Group(Generic[S]):
-    """Sequences with `length` new tokens each.
+    """The sequences of a batch that have the same number of new tokens, `length`.
 
-    rows_BT       index of each token's row in the batch
-    positions_BT  position of each token in its sequence
+    rows_BT       index of each new token's row in the batch, [sequences, `length`]
+    positions_BT  position of each new token in its sequence, [sequences, `length`]
     starts        number of earlier tokens of each sequence
     sequences     the cached sequences; empty if the tokens are not cached
     """
@@ -52,12 +52,14 @@ class Group(Generic[S]):
 
 @dataclass(frozen=True, eq=False)
 class Part(Generic[S]):
-    """The groups of a batch that a mixer processes in one call. The part's rows are in the order of the groups.
+    """The sequences of a batch that a mixer (attention, GDN or Mamba-2) processes in one call.
+
+    They are in groups of sequences with the same number of new tokens. The part's rows are in the order of the groups.
 
     In a part, either every sequence has one new token (decode), or every sequence has more than one.
 
-    cached   for each group of the part, its index among the cached groups of the batch, which is also the index of its
-             view of the cache; empty if the tokens are not cached
+    cached   for each group of the part, its index among the cached groups of the batch; the views of the cache that a
+             layer gets have the same indices; empty if the tokens are not cached
     is_step  whether the part is the whole batch and has its rows in the order of the batch
     tables   rotary tables (cos, sin) of this part by (rotary dim, theta, dtype); all layers share them
     """
@@ -87,7 +89,7 @@ class Part(Generic[S]):
 
     @cached_property
     def cu_seqlens_X(self) -> Tensor:
-        """Return the index in the part of each sequence's first row, followed by the number of rows of the part."""
+        """Return the index, within the part, of each sequence's first row, and then the part's number of rows."""
         starts = [0]
         for group in self.groups:
             starts += [starts[-1] + group.length * (number + 1) for number in range(len(group.starts))]
@@ -186,10 +188,10 @@ class Batch(Generic[S]):
 
     @cached_property
     def order_N(self) -> Tensor:
-        """Return the index that brings the concatenated rows of all parts back into the order of the batch."""
+        """Return the index, one number for each row, that brings the rows of all parts into the batch's order."""
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property
     def sequences(self) -> list[tuple[S, int]]:
-        """Return each cached sequence with its number of new tokens, group by group."""
+        """Return (sequence, number of its new tokens) for each cached sequence of the batch."""
         return [(sequence, group.length) for group in self.groups for sequence in group.sequences]

@@ -26,7 +26,8 @@ class Slice:
     """The part of a tensor that a rank holds.
 
     full_shape  the shape of the whole tensor
-    cuts        (dimension, the index ranges that remain) for each dimension of which only a part remains
+    cuts        for each dimension of which the rank holds only a part: (dimension, the index ranges that it holds); a
+                range is (first index, last index + 1)
     """
 
     full_shape: tuple[int, ...]
@@ -39,7 +40,7 @@ class Slice:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the part of the tensor that remains."""
+        """Return the shape of the part that the rank holds."""
         sizes = list(self.full_shape)
         for dim, ranges in self.cuts:
             sizes[dim] = sum(stop - start for start, stop in ranges)
@@ -47,7 +48,7 @@ class Slice:
 
     @property
     def row(self) -> Slice:
-        """Return the slice of one row (an element of the first dimension); it is the same for every row."""
+        """Return the part that the rank holds of one row (element of the first dimension); it is the same for all rows."""
         return Slice(self.full_shape[1:], tuple((dim - 1, ranges) for dim, ranges in self.cuts if dim))
 
     def of(self, full: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class Slice:
 
 
 def scaled(held: Range, by: int) -> Range:
-    """Convert the range `held` of items, such as heads, to a range of elements; each item has `by` elements."""
+    """Convert a range of items, such as heads, to the range of their elements; each item has `by` elements."""
     return held[0] * by, held[1] * by
 
 

@@ -1,1 +1,1 @@
-"""The cache of a model: KV entries and recurrent states in pages of one size. `pages` works without torch."""
+"""The cache of a model: KV entries and recurrent states in pages of one size. `pages.py` works without torch."""

@@ -40,8 +40,8 @@ class CacheExhausted(RuntimeError):
 class Sequence:
     """A cached sequence. Its pages return to the pool by `HybridCache.free`, or when no reference to it is left.
 
-    pages   for each layer group, the numbers of the sequence's pages
-    row     the index of its row in the `PageTable`
+    pages   for each layer group (layers that share page numbers), the numbers of the sequence's pages
+    row     the index of its row in the `PageTable`, which has the page numbers of all sequences on the device
     length  number of cached tokens
     """
 
@@ -56,7 +56,7 @@ class Sequence:
 
     @property
     def device(self) -> torch.device:
-        """The device of the cache."""
+        """Return the device of the cache."""
         return self.cache.device
 
 
@@ -197,7 +197,8 @@ class HybridCache:
     def begin(self, batch: Batch[Sequence]) -> list[list[Past]]:
         """Take pages for the new tokens of a batch. Returns what each layer sees of the cache.
 
-        For each layer, this is a list with one `Past` for each group of the batch whose sequences are cached.
+        For each layer, this is a list of `Past` objects: one for each group of cached sequences with the same number of
+        new tokens.
 
         Raises CacheExhausted, before any page is taken, if too few pages are free. Raises ValueError if the batch was
         built before the last step of its sequences, or if a sequence was freed or belongs to a different cache.
@@ -228,11 +229,11 @@ class HybridCache:
         return pasts
 
     def _num_token_pages(self, sequence: Sequence) -> int:
-        """Return a sequence's number of pages in one attention group. All attention groups have the same number."""
+        """Return a sequence's number of pages in one group of attention layers; it is the same in all these groups."""
         return len(sequence.pages[self._attention[0]]) if self._attention else 0
 
     def _extend(self, sequence: Sequence, count: int) -> None:
-        """Take `count` more pages in each attention group."""
+        """Take `count` more pages for a sequence, in each group of attention layers."""
         if not count:
             return
         start, new = self._num_token_pages(sequence), [self._take(count) for _ in self._attention]

@@ -13,11 +13,14 @@ FIRST_SIZE = 8
 
 
 class PageTable:
-    """One row for each sequence: its page numbers in each attention group, and its slot in each recurrent group.
+    """The page numbers of all sequences on the device, with one row for each sequence.
 
-    The slot of a sequence is the number of the page that holds its recurrent states. A row repeats its last page number
-    up to the width of the table, because a step reads equally wide rows for sequences of different lengths. The KV
-    entries of the repeated page are finite, and attention masks them.
+    Layers of one kind form groups that share page numbers. For a group of attention layers, a row has the numbers of
+    the sequence's pages. For a group of recurrent layers, it has the number of the page with the sequence's states (the
+    slot).
+
+    A row repeats its last page number up to the width of the table, because a step reads equally wide rows for
+    sequences of different lengths. The KV entries of the repeated page are finite, and attention masks them.
 
     num_attention, num_recurrent: number of groups of attention layers, and of recurrent layers
     """
@@ -44,7 +47,7 @@ class PageTable:
     def extend(self, row: int, start: int, pages: list[list[int]]) -> None:
         """Write new page numbers into a row, from index `start` on.
 
-        pages: the new page numbers of each attention group; all groups have equally many
+        pages: for each group of attention layers, the new page numbers; all groups have equally many
         """
         new_GW = torch.tensor(pages, dtype=torch.long, device=self._page_GRW.device)
         end = start + new_GW.shape[1]
@@ -54,21 +57,21 @@ class PageTable:
         self._page_GRW[:, row, end:] = new_GW[:, -1:]
 
     def remove(self, row: int) -> None:
-        """Free the row of a sequence."""
+        """Free a row, so that `add` can use it for another sequence."""
         self._free.append(row)
 
     def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
-        """Return, for each sequence, its first `width` page numbers in one attention group: [B, width].
+        """Return, for each of B sequences, its first `width` page numbers in one group of attention layers: [B, width].
 
-        group   index of the group among the attention groups
+        group   index of the group among the groups of attention layers
         rows_B  the row of each sequence
         """
         return self._page_GRW[group, rows_B, :width]
 
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
-        """Return, for each sequence, the page that holds its states for one group of recurrent layers: [B].
+        """Return, for each of B sequences, the page with its states for one group of recurrent layers: [B].
 
-        group   index of the group among the recurrent groups
+        group   index of the group among the groups of recurrent layers
         rows_B  the row of each sequence
         """
         return self._slot_GR[group, rows_B]

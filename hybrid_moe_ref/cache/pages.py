@@ -41,9 +41,10 @@ class StateSize:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind that share page numbers: layer `layers[i]` uses the pages with these numbers in buffer i.
+    """Layers of one kind that share page numbers. Layer `layers[i]` stores its part of each page in byte buffer i.
 
     kind: "A" (attention), "G" (GDN) or "M" (Mamba-2)
+    layers: indices of the layers in the model
     """
 
     kind: str
@@ -55,12 +56,12 @@ class PageLayout:
     """The page size of a model, and the groups of its layers.
 
     tokens            tokens of an attention page; 0 without attention layers
-    page_bytes        bytes of a page in one buffer
+    page_bytes        bytes that a page has for one layer
     padding           unused bytes of a page that holds the largest state, as a fraction of this state; 0 without
                       recurrent layers
     bytes_per_token   bytes of one token's KV entries in one layer
     states            size of one sequence's state in one layer, by the kind of the layer ("G" or "M")
-    groups            the groups of layers that take pages together
+    groups            the groups of layers of one kind that share page numbers
     group_size        largest number of layers in a group
     """
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class KVPast:
-    """One attention layer's view of a group's sequences.
+    """One attention layer's view of the cache of B sequences with T new tokens each.
 
-    kv_PL2KD    keys and values of all pages of the layer
+    kv_PL2KD    keys and values of all pages of the layer: [pages, tokens of a page, 2, KV heads, head dim]
     page_BT     page in which each new token is stored
     offset_BT   index of each new token in its page
-    table_BP    page numbers of each sequence
+    table_BP    page numbers of each sequence, from its start on
     lengths_B   number of tokens of each sequence, including the new ones
     length      the largest of `lengths_B`
     """
@@ -34,15 +34,15 @@ class KVPast:
     length: int
 
     def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        """Store the new keys and values."""
+        """Store the keys and values of the new tokens, each [sequences, new tokens, KV heads, head dim]."""
         new_BT2KD = torch.stack([k_BTKD, v_BTKD], dim=2)
         self.kv_PL2KD[self.page_BT, self.offset_BT] = new_BT2KD.to(self.kv_PL2KD.dtype)
 
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values. Return the keys and the values of all tokens so far, each [B, S, K, D].
 
-        S is the length of the longest sequence. The entries after the end of a shorter sequence are finite, and the
-        causal mask hides them.
+        B sequences, K KV heads, D head dim. S is the length of the longest sequence. The entries after the end of a
+        shorter sequence are finite, and the causal mask hides them.
         """
         self.append(k_BTKD, v_BTKD)
         kv_BS2KD = self.kv_PL2KD[self.table_BP].flatten(1, 2)[:, : self.length]
@@ -55,9 +55,10 @@ class KVRun:
 
     The layer reads all KV entries of the sequence as one slice, without a gather.
 
-    kv_PL2KD           keys and values of the sequence, in the form of a single page
+    kv_PL2KD           keys and values of the sequence, as a single page: [1, tokens of all its pages, 2, KV heads, head
+                       dim]
     start              number of earlier tokens
-    table_BP           the number of this page: [[0]]
+    table_BP           the number of this single page: [[0]]
     lengths_B, length  number of tokens, including the new ones
     """
 
@@ -68,21 +69,24 @@ class KVRun:
     length: int
 
     def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        """Store the new keys and values."""
+        """Store the keys and values of the new tokens, each [sequences, new tokens, KV heads, head dim]."""
         torch.stack([k_BTKD, v_BTKD], dim=2, out=self.kv_PL2KD[:, self.start :])
 
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values. Return the keys and the values of all tokens so far, each [B, S, K, D]."""
+        """Store the new keys and values. Return the keys and the values of all tokens so far, each [B, S, K, D].
+
+        B = 1 sequence of S tokens, K KV heads, D head dim.
+        """
         self.append(k_BTKD, v_BTKD)
         return self.kv_PL2KD[:, :, 0], self.kv_PL2KD[:, :, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class StatePast:
-    """One recurrent layer's view of a group's sequences. The kernels change the two pools in place.
+    """One recurrent layer's view of the cache of several sequences. The kernels change the two pools in place.
 
-    conv_PWC   pool of the last inputs of the convolution
-    ssm_P___   pool of recurrent states; their three dimensions depend on the kind of the layer
+    conv_PWC   pool of the last inputs of the convolution: [pages, inputs, channels]
+    ssm_P___   pool of recurrent states: [pages, …]; three further dimensions depend on the kind of the layer
     slots_B    index of each sequence in the first dimension of both pools
     """
 

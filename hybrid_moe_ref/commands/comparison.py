@@ -38,8 +38,10 @@ class NotCompared(Exception):
 def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
     """Compare the logits of `model`, which was loaded from `folder`, with those of transformers.
 
-    Returns the version of transformers, the number of tokens, the errors, and under "agrees" whether the errors are
-    within the limits.
+    Returns a dict with the version of transformers, the number of tokens, the errors, and under "agrees" whether the
+    errors are within the limits.
+
+    tokens_BT: token ids, [sequences, tokens]
 
     Raises NotCompared if the checkpoint has a model type that only this project implements, if transformers is missing
     or fails, or if a float64 model does not fit into memory.
@@ -76,7 +78,7 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
 
 
 def their_logits(folder: str | Path, dtype: torch.dtype, tokens_BT: Tensor) -> Tensor:
-    """Return the logits [B, T, V] that transformers computes with the model in the folder.
+    """Return the logits [sequences, tokens, vocabulary] that transformers computes with the model in the folder.
 
     If `dtype` is float64, transformers computes everything in float64, also what it normally computes in float32.
     """
@@ -112,7 +114,7 @@ def float64_throughout(theirs: nn.Module) -> Iterator[None]:
 
 
 def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
-    """Compare the float64 logits [B, T, V] of our model with those of transformers.
+    """Compare the float64 logits [sequences, tokens, vocabulary] of our model with those of transformers.
 
     Returns the largest relative error of a token, the number of tokens, and under "agrees" whether all errors are
     within LIMIT.
@@ -126,7 +128,9 @@ def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
 
 
 def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> dict[str, Any]:
-    """Compare logits [B, T, V] that both models computed in a narrower dtype with the float64 logits `truth_BTV`.
+    """Compare the logits of both models in a narrower dtype with the float64 logits `truth_BTV` of transformers.
+
+    All logits are [sequences, tokens, vocabulary].
 
     Returns the median relative errors of our model and of transformers, and under "agrees" whether our median is at
     most FACTOR times the median of transformers.
@@ -136,6 +140,6 @@ def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> d
 
 
 def errors(x_BTV: Tensor, truth_BTV: Tensor) -> Tensor:
-    """Return the relative error [B, T] of each token's logits: the norm of the difference / the norm of the truth."""
+    """Return each token's relative error, [sequences, tokens]: norm of (x_BTV - truth_BTV) / norm of truth_BTV."""
     truth_BTV = truth_BTV.double()
     return (x_BTV.double() - truth_BTV).norm(dim=-1) / truth_BTV.norm(dim=-1)

@@ -58,7 +58,7 @@ class Source:
         raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")
 
     def dtype(self, requested: str | None) -> str:
-        """Return the name of the dtype to compute in: `requested`, or the checkpoint's dtype if `requested` is None.
+        """Return the name of the dtype to compute in: `requested` by the user, or the checkpoint's if this is None.
 
         If the checkpoint's dtype is needed, but is unknown or not one of DTYPES, return "float32".
         """

@@ -44,8 +44,8 @@ class StepAgreement:
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         """Return the result of the step agreement for ``plan.step``. Only the first call for a step calls `exchange`.
 
-        exchange   makes the agreement, by one all-reduce
-        layer      the name of the layer that needs the agreement
+        exchange   a function that issues the all-reduce of the agreement and returns the result
+        layer      the name of the layer that needs the result, for the event of the all-reduce
         """
         if self._agreed is None or plan.step != self._step:
             self._agreed = exchange(plan, layer)
@@ -61,8 +61,9 @@ class StateBinding:
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """Return the agreement whose sizes this rank uses from now on. This class returns ``agreed``.
+        """Return the result of an agreement, whose sizes this rank uses from now on. This class returns ``agreed``.
 
+        agreed: the result of the agreement at the beginning of the step
         rebuild: asks the policy `agreement` again, and returns its answer; this class does not call it
         """
         return agreed
@@ -86,7 +87,10 @@ class Tuning:
     """
 
     def tune(self, tuner: ExpertTuner) -> None:
-        """Choose the tactics and use them. Every rank calls this in the phase `profile`, before its first step."""
+        """Choose the tactics and use them. Every rank calls this in the phase `profile`, before its first step.
+
+        tuner: does the parts of this work: vote, time the tactics, load, save and use a choice
+        """
         chosen = self.load(tuner)
         tuner.declare((TUNING_VOTE,))
         all_have_one = tuner.vote(chosen is not None)
@@ -97,11 +101,11 @@ class Tuning:
         tuner.use(chosen)
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
-        """Return this rank's saved choice; None if it has none that can be used."""
+        """Return this rank's saved choice (a tactic for each number of rows); None if it has none that can be used."""
         return tuner.load(f"rank{tuner.rank}.json", tuner.key)
 
     def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:
-        """Save this rank's choice. Each rank has its own file."""
+        """Save this rank's choice, a tactic for each number of rows. Each rank has its own file."""
         tuner.save(f"rank{tuner.rank}.json", tuner.key, chosen)
 
 
@@ -113,7 +117,7 @@ class Compilation:
     """
 
     def prepare(self, compiler: Compiler) -> None:
-        """Compile. The engine calls this on every rank in the phase `compile`, before a vote."""
+        """Let ``compiler`` compile this rank's modules. Every rank calls this in the phase `compile`, before a vote."""
         compiler.compile_in_turn()
 
 
@@ -176,11 +180,11 @@ class Preemption:
 class DraftPolicy:
     """Decides how often a rank runs the drafter after the forward pass of a step.
 
-    The drafter has experts, so its passes are collective, like the forward pass.
+    The drafter (the MTP layer, which proposes tokens) has experts, so all ranks must run its passes together.
     """
 
     def num_passes(self, num_drafts: int, room: int | None) -> int:
-        """Return the number of passes. This class returns ``num_drafts``, a setting of the server.
+        """Return the number of passes of the drafter. This class returns ``num_drafts``, a setting of the server.
 
         So all ranks run equally many passes, even if some ranks do not need the drafts.
 
@@ -192,10 +196,12 @@ class DraftPolicy:
 
 @dataclass(frozen=True)
 class Policies:
-    """One policy of each kind. Some policies have state, so every engine needs its own `Policies`.
+    """The objects that decide for an engine, one for each kind of decision; a scenario replaces one by a faulty object.
 
-    dispatch  the class whose hooks issue C2 and C3 in each MoE layer
-    adder     the class whose hook sums the output of a module over the tp group
+    Some of them have state, so every engine needs its own `Policies`.
+
+    dispatch  the class that issues C2 and C3 in each MoE layer
+    adder     the class that sums the output of a module over the tp group
     """
 
     agreement: StepAgreement = field(default_factory=StepAgreement)

@@ -35,7 +35,8 @@ class ServerConfig(Config):
     parallel      how many ranks share the model, and how
     engine        limits and options of the serve loop
     seed          seed of random weights
-    checks        how the ranks check their collectives: not at all ("observe"), or as CHECKS says ("agree", "strict")
+    checks        how the ranks check their collectives: not at all ("observe"); against the schedule that all ranks
+                  have compared in C1 ("agree"); or also with each other before each collective ("strict")
     checkpoint    a folder in Hugging Face's format; "" for random weights
     allow_unsafe  start the server even if its ranks could deadlock; otherwise such a configuration is refused
     """

@@ -26,9 +26,9 @@ def stream(
     prefill_chunk: int | None = None,
     stop_ids: Collection[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next token of every sequence, [B], up to `max_new_tokens` times.
+    """Yield the next token of each of the B sequences, [B], up to `max_new_tokens` times.
 
-    prompts        [B, T], or a list of B prompts of any lengths
+    prompts        token ids: [B, T], or a list of B prompts of any lengths
     cache          the cache to use; None: a new one that is just large enough
     prefill_chunk  largest number of tokens of a prompt in one step; None: all
     stop_ids       tokens that end a sequence; None: `model.stop_ids`. A sequence that has ended repeats its last token,
@@ -110,7 +110,7 @@ def prefill(
     cache: HybridCache,
     prefill_chunk: int | None = None,
 ) -> Tensor:
-    """Append each prompt to its sequence. Returns the most probable next tokens [B].
+    """Run each of B prompts, and append it to its sequence in `cache`. Returns the most probable next tokens [B].
 
     prefill_chunk: largest number of tokens of a prompt in one step; None: all
     """

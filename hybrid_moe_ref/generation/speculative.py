@@ -32,7 +32,8 @@ class Drafter(Protocol):
     def propose(self, tokens_T: Tensor, hidden_TH: Tensor, count: int) -> Tensor:
         """Return `count` proposed tokens that follow `tokens_T`.
 
-        tokens_T: newly accepted tokens; `tokens_T[i]` follows the position whose hidden state is `hidden_TH[i]`
+        tokens_T: the T newly accepted tokens
+        hidden_TH: hidden states, [T, hidden size]; `hidden_TH[i]` is that of the position before `tokens_T[i]`
         """
 
 
@@ -46,14 +47,17 @@ class Statistics:
 
 
 def draft_cache(model: "HybridMoE", num_tokens: int, num_sequences: int) -> HybridCache:
-    """Create the MTP layer's own cache, for `num_sequences` sequences with `num_tokens` tokens in total."""
+    """Create the MTP layer's own cache, for `num_sequences` sequences with `num_tokens` tokens in total.
+
+    The MTP layer (multi-token prediction) proposes tokens.
+    """
     config = draft_config(model.config)
     num_pages = page_layout(config, model.dtype.itemsize).pages_for(num_tokens) + num_sequences
     return HybridCache(config, num_pages, model.device, model.dtype)
 
 
 class MTPDrafter:
-    """Proposes tokens for one sequence by the model's MTP layer, one token after another.
+    """Proposes tokens for one sequence by the model's MTP layer (multi-token prediction), one token after another.
 
     max_length: largest number of tokens of the sequence
 
@@ -96,7 +100,7 @@ def speculative_stream(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` greedy tokens after one prompt, up to and including one of `stop_ids`.
 
-    num_drafts   largest number of drafts in one step
+    num_drafts   largest number of drafts (proposed tokens) in one step
     drafter      proposes the drafts; None: the model's MTP layer proposes them
     statistics   is updated in every step; None: nothing is counted
     stop_ids     tokens that end the text; None: `model.stop_ids`

@@ -28,7 +28,7 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 class Drafting:
-    """One rank's drafter. If the setting `num_drafts` is 0, it does nothing."""
+    """Drafts tokens for the requests of one rank by the MTP layer. If the setting `num_drafts` is 0, does nothing."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Drafting:
         running    the requests that ran in the step
         sequences  the sequence of each request in the model's cache
         batch, tokens_N, hidden_NH
-                   the step's batch, its tokens, and the model's hidden states
+                   the step's batch, its tokens [rows], and the model's hidden states [rows, hidden size]
         """
         cache = self._cache
         room = [max(0, min(self._engine.num_drafts, request.num_left - 1)) for request in running]
@@ -99,7 +99,11 @@ class Drafting:
             request.drafts = [] if len(request.pending) > 1 else list(drafts[:count])
 
     def draft_dummy(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch) -> None:
-        """Take part in the drafter's passes on a rank without requests, after a step with these dummy tokens."""
+        """Run the drafter's passes on a rank without requests, together with the other ranks, after a dummy batch.
+
+        batch, tokens_N, hidden_NH
+                   the dummy batch, its tokens [rows], and the model's hidden states [rows, hidden size]
+        """
         for number in range(self._policy.num_passes(self._engine.num_drafts, None)):
             hidden_NH = self._runner.draft(number, tokens_N, hidden_NH, batch, None)
             if not number:

@@ -222,10 +222,10 @@ class Scheduler:
 
 
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """Predict, without a model, the number of rows of each dp rank in each step, until all ranks are idle.
+    """Predict, without a model, how many rows (tokens) each dp rank has in each step, until all ranks are idle.
 
-    Returns a list of steps; each step is a list with one number for each rank, 0 for an idle rank. The prediction is
-    exact if there are no drafts, no request has `stop_ids`, and no cache gets full.
+    Returns a list of steps; each step is a list with the number of rows of each rank, 0 for an idle rank. The prediction
+    is exact if there are no drafts, no request has `stop_ids`, and no cache gets full.
     """
     schedulers = [Scheduler(requests, config) for requests in requests_by_rank]
     steps: list[list[int]] = []
@@ -239,5 +239,8 @@ def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfi
 
 
 def live_ranks(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """Predict, for each step until all ranks are idle, which dp ranks have requests. See `step_rows`."""
+    """Predict, for each step until all ranks are idle, the numbers of the dp ranks that have requests.
+
+    For the conditions of the prediction, see `step_rows`.
+    """
     return [[rank for rank, rows in enumerate(step) if rows] for step in step_rows(requests_by_rank, config)]

@@ -58,12 +58,19 @@ class Steps:
         return plan
 
     def declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """Begin a step that issues the collectives of this schedule without the model, such as those of the tuning."""
+        """Begin a step whose collectives are not those of the model, such as the step that tunes.
+
+        schedule: the collectives that the caller will issue, in order
+        """
         self._runner.declare(self.plan([], 0), schedule)
 
     @torch.inference_mode()
     def dummy(self, num_tokens: int, asks_unfinished: bool = False, may_replay: bool = True) -> None:
-        """Run a step with dummy tokens, so that a rank without requests takes part in every collective."""
+        """Run a step with dummy tokens, so that a rank without requests issues the same collectives as the others.
+
+        asks_unfinished  whether the step ends with the question "is anyone unfinished?"
+        may_replay       whether the rank is allowed to propose a graph
+        """
         feeds = [Feed(DUMMY, 0, (0,) * num_tokens)]
         plan = self.plan(feeds, 0, asks_unfinished, may_replay)
         tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self._device)

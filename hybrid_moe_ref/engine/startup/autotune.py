@@ -66,10 +66,12 @@ class ChosenExperts:
 
 
 class ExpertTuner:
-    """Tunes the experts on one rank. The policy `Tuning` decides which of the methods to call, and in which order.
+    """Finds the fastest tactic (way to compute the experts) on one rank.
+
+    The policy `Tuning` decides which of the methods to call, and in which order.
 
     rows       the numbers of rows to tune for
-    cache_dir  the folder for saved choices; "": choices are not saved
+    cache_dir  the folder for saved choices (a tactic for each number of rows); "": choices are not saved
     declare    a function that begins a step with the schedule that it gets. The policy must call it with `TUNING_VOTE`
                before `vote`, and with `timings` before `time_all`
     """
@@ -90,7 +92,7 @@ class ExpertTuner:
 
     @property
     def key(self) -> str:
-        """Return the key under which a choice is saved: torch's version, device, dtype, shape of the experts, rows."""
+        """Return the key of a saved choice of tactics: torch's version, device, dtype, shape of the experts, rows."""
         experts = self._layers[0]
         shape = "x".join(map(str, experts.gate_up_proj.shape))
         device = self._comm.device.type
@@ -150,7 +152,7 @@ class ExpertTuner:
             layer.mlp = experts
 
     def load(self, file_name: str, key: str) -> Chosen | None:
-        """Return the choice that was saved under `key`.
+        """Return the choice (a tactic for each number of rows) that was saved under `key` in the file `file_name`.
 
         Returns None if there is no such choice, if it is for different numbers of rows, or if the file cannot be used
         (absent, damaged or larger than MAX_CACHE_BYTES).
@@ -166,7 +168,10 @@ class ExpertTuner:
         return chosen if is_whole else None
 
     def save(self, file_name: str, key: str, chosen: Chosen) -> None:
-        """Save a choice under `key`. If the file cannot be written, print a line: the next start then tunes again."""
+        """Save a choice, a tactic for each number of rows, under `key` in the file `file_name`.
+
+        If the file cannot be written, print a line: the next start then tunes again.
+        """
         if self.folder is None:
             return
         path = self.folder / file_name

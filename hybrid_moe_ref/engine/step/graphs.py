@@ -29,7 +29,7 @@ from hybrid_moe_ref.parallel.observer import Collective
 
 
 class Graphs:
-    """The captured steps of one rank, by mode and size."""
+    """The captured steps of one rank, by mode (EAGER or GRAPH) and number of rows."""
 
     def __init__(self, model: HybridMoE, comm: Communicator) -> None:
         self._comm = comm
@@ -39,7 +39,7 @@ class Graphs:
 
     @property
     def captured(self) -> dict[tuple[int, int], tuple[Collective, ...]]:
-        """Return, for each (mode, size), the collectives that the captured step issued, in order.
+        """Return, for each (mode, number of rows), the collectives that the captured step issued, in order.
 
         A replay issues the same collectives.
         """
@@ -49,8 +49,8 @@ class Graphs:
     def running(self, mode: int, size: int) -> Iterator[None]:
         """Capture or replay the step whose layers run inside this ``with`` block.
 
-        The first step of a mode and size is captured, and later steps replay it. If `mode` is EAGER, the layers just
-        run.
+        The first step of a mode and size (number of rows) is captured, and later steps replay it. If `mode` is EAGER,
+        the layers just run.
 
         Raises ScheduleMismatch if a replay does not issue the same collectives as the captured step: before it issues a
         different one, or at the end if one is missing. With checks="observe", only this rank raises the error,

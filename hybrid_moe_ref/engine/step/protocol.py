@@ -106,7 +106,7 @@ class Protocol:
 
 
 class Protocol020(Protocol):
-    """The exchange of vLLM 0.20: each rank sends the size to which it would pad, and whether it would split."""
+    """The protocol of vLLM 0.20: in C1 each rank sends the size to which it would pad, and whether it would split."""
 
     rows = ("tokens", "padded tokens", "wants microbatch", "graph mode")
     interval = 32
@@ -127,7 +127,7 @@ class Protocol020(Protocol):
 
 
 class Protocol033(Protocol):
-    """The exchange of vLLM 0.33: every rank computes padded size and split from the token counts of all ranks."""
+    """The protocol of vLLM 0.33: every rank computes padded size and split from the token counts of all ranks."""
 
     rows = (
         "tokens", "graph mode", "uniform tokens", "longest query", "allows microbatch", "requests",

@@ -68,7 +68,11 @@ class ModelRunner:
     def execute(
         self, plan: StepPlan, tokens_N: Tensor, batch: Batch, cache: HybridCache | None, feeds: Sequence[Feed] = ()
     ) -> Tensor:
-        """Run one step and return hidden states [N, H]. feeds: the tokens of each request in this step
+        """Run one step. Returns hidden states, [tokens, hidden size].
+
+        tokens_N: token ids of this rank's batch
+        cache: the cache of the batch's sequences; None for a dummy batch
+        feeds: the tokens of each request in this step
 
         Raises ScheduleMismatch on every rank if the ranks' schedules differ, if the ranks of a tp group have different
         feeds, or if a rank departs from its schedule. With checks="observe", none of this is checked; but a replay
@@ -122,7 +126,11 @@ class ModelRunner:
     def draft(
         self, number: int, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None
     ) -> Tensor:
-        """Run pass ``number`` (from 0) of the drafter. Returns hidden states [N, H], whose logits give the drafts."""
+        """Run pass ``number`` (from 0) of the drafter. Its hidden states, [tokens, hidden size], give the drafts.
+
+        tokens_N, hidden_NH: the tokens to continue, and the hidden state of the position before each token
+        cache: the drafter's cache; None for a dummy batch
+        """
         self._set_sizes(self._agreed.draft_sizes[min(number, 1)])
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
