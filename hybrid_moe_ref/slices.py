@@ -48,7 +48,7 @@ class Slice:
 
     @property
     def row(self) -> Slice:
-        """Return the part that the rank holds of one row (element of the first dimension); it is the same for all rows."""
+        """Return the part that the rank holds of one row (element of the first dimension). It is equal for all rows."""
         return Slice(self.full_shape[1:], tuple((dim - 1, ranges) for dim, ranges in self.cuts if dim))
 
     def of(self, full: Tensor) -> Tensor:

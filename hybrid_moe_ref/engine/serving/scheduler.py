@@ -224,7 +224,7 @@ class Scheduler:
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
     """Predict, without a model, how many rows (tokens) each dp rank has in each step, until all ranks are idle.
 
-    Returns a list of steps; each step is a list with the number of rows of each rank, 0 for an idle rank. The prediction
+    Returns a list of steps; each step is a list with the number of rows of each rank (0: an idle rank). The prediction
     is exact if there are no drafts, no request has `stop_ids`, and no cache gets full.
     """
     schedulers = [Scheduler(requests, config) for requests in requests_by_rank]
