@@ -219,7 +219,7 @@ class Engine:
         return BuildPlace(cache, self.comm.rank, self.comm.observer, self.comm.stopped_by, sum_up)
 
     def _tuner(self) -> ExpertTuner:
-        """Return a tuner for the numbers of rows that the experts process in a decode step and in a full step."""
+        """Return the object that tunes the experts, for the numbers of rows of a decode step and of a full step."""
         engine, parallel = self.config.engine, self.config.parallel
         num_senders = parallel.dp_size if parallel.expert_parallel else 1
         rows = (engine.max_num_seqs * num_senders, engine.max_num_batched_tokens * num_senders)

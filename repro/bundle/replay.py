@@ -220,7 +220,7 @@ def _literal(name: str, value: object) -> str:
 
 
 def _fill(template: str, parts: Mapping[str, str]) -> str:
-    """Fill a template in one pass, so that inserted text is not searched for further placeholders."""
+    """Replace each "@NAME@" in a template by ``parts["NAME"]``, but not a "@NAME@" within the inserted text."""
     return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)
 
 

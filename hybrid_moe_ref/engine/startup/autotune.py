@@ -52,7 +52,7 @@ TACTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class ChosenExperts:
-    """Computes the experts by the tactic that was chosen for the step's number of rows."""
+    """Computes the experts. The step's number of rows decides by which tactic (way to compute them)."""
 
     def __init__(self, chosen: Chosen) -> None:
         self._chosen = sorted(chosen.items())
@@ -112,7 +112,7 @@ class ExpertTuner:
 
     @torch.inference_mode()
     def time_all(self) -> Chosen:
-        """Return, for each number of rows, the tactic with the lowest average time over the ranks.
+        """Return, for each number of rows, the tactic (way to compute the experts) that is fastest over all ranks.
 
         All ranks call this, because it issues the collectives in `timings`.
         """
@@ -146,7 +146,10 @@ class ExpertTuner:
         return time.perf_counter()
 
     def use(self, chosen: Chosen) -> None:
-        """Let all layers compute their experts with the chosen tactics from now on."""
+        """Let all layers compute their experts by these tactics from now on.
+
+        chosen: the tactic for each number of rows
+        """
         experts = ChosenExperts(chosen)
         for layer in self._layers:
             layer.mlp = experts

@@ -152,7 +152,7 @@ def _preempts_late(config: ServerConfig, policies: Policies) -> Iterator[str]:
 
 
 class _OneHasSaved:
-    """A substitute for the `ExpertTuner` of a rank that has a saved choice while the other ranks have none."""
+    """A substitute for the `ExpertTuner` of a rank that has a saved tuning result while the other ranks have none."""
 
     rank, key, timings = 0, "", ()
 

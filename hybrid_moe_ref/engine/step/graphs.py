@@ -107,9 +107,10 @@ class Tape:
 
 
 def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
-    """Pad a step to `size` rows. Each added row is a sequence of one token, without state, so no other row sees it.
+    """Pad a step to `size` rows. Returns the padded tokens and batch.
 
-    The hidden states of the added rows come last.
+    Each added row is a sequence of one token, without state, so no other row sees it. The hidden states of the added
+    rows come last.
     """
     missing = size - batch.num_tokens
     if missing == 0:
@@ -124,7 +125,7 @@ def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
 
 
 def row_wise(model: HybridMoE) -> list[nn.Module]:
-    """Return the modules that map rows [N, H] without communication: norms, routers, shared experts, dense MLPs."""
+    """Return the modules that compute each row alone and do not communicate: norms, routers, shared experts, MLPs."""
     modules: list[nn.Module] = []
     for block in model.blocks:
         modules += [block.input_layernorm, block.post_attention_layernorm]

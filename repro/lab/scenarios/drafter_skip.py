@@ -20,7 +20,7 @@ FIRST_DISPATCH = "ep all_gather_v of mtp.layers.0.moe"
 
 
 class SkipWhenNothingFits(DraftPolicy):
-    """The fault: a rank skips the drafter when none of its requests can use a draft."""
+    """The fault: a rank skips the drafter (the layer that drafts tokens) when none of its requests can use a draft."""
 
     def num_passes(self, num_drafts: int, room: int | None) -> int:
         fits = room is None or room > 0
@@ -30,8 +30,8 @@ class SkipWhenNothingFits(DraftPolicy):
 def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank, which are the objects that decide for its engine.
 
-    In the fault, each rank decides by itself whether it runs the drafter. Control and fix use the engine's own
-    policies, with which every rank runs the drafter equally often.
+    In the fault, each rank decides by itself whether it runs the drafter (the layer that drafts tokens). Control and
+    fix use the engine's own policies, with which every rank runs the drafter equally often.
     """
     return Policies(drafts=SkipWhenNothingFits()) if settings.variant == "fault" else Policies()
 
@@ -39,7 +39,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict a deadlock in the first step in which some ranks, but not all, skip the drafter.
 
-    A rank skips the drafter if none of its requests needs more than one further token.
+    A rank skips the drafter (the layer that drafts tokens) if none of its requests needs more than one further token.
 
     The prediction is exact only if every draft is rejected, because an accepted draft shortens a request. With random
     weights about one draft in vocab_size is accepted.

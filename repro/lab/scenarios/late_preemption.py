@@ -50,7 +50,7 @@ class PreemptInTheStep(Preemption):
 def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank, which are the objects that decide for its engine.
 
-    In the fault, a rank preempts within the step. In control and fix, a rank preempts before the step.
+    In the fault, a rank whose cache is full preempts a request within the step; in control and fix, before the step.
     """
     return Policies(preemption=PreemptInTheStep()) if settings.variant == "fault" else Policies()
 
