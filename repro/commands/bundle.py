@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made(args: argparse.Namespace) -> Made:
-    """Make the bundle. The files under the path decide its kind: a run of this program, or evidence for `diagnose`."""
+    """Bundle a run of this program, or evidence for `diagnose`. The files under the path decide which of these it is."""
     root = args.run.resolve()
     target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
     if root.exists():

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _variables(args: argparse.Namespace, root: Path) -> dict[str, str]:
-    """Return environment variables that make a program record itself in ``root``."""
+    """Return environment variables that make a program record its collectives into the folder ``root``."""
     path = os.environ.get("PYTHONPATH", "")
     variables = {"HMR_RECORD": str(root), "PYTHONPATH": f"{SITE}{os.pathsep}{path}" if path else str(SITE)}
     if args.modules:
@@ -106,7 +106,10 @@ def _make(root: Path) -> None:
 
 
 def sites(document: Document) -> list[str]:
-    """Return a line "ranks 0,2: issued at FILE:LINE" for each call site of a collective in which ranks wait."""
+    """Return a line "ranks 0,2: issued at FILE:LINE" for each call site of a collective in which ranks wait.
+
+    document: the content of the recording's verdict.json
+    """
     ranks: dict[str, list[int]] = {}
     for position in document.ranks:
         if position.site and position.state in ("blocked", "locked"):

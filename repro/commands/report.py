@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the reports and return 0."""
+    """Write the report of each run, print its path and what evidence is missing, and return 0."""
     from repro.ingest import saved
 
     documents = []

@@ -31,7 +31,7 @@ from repro.watch.document import Document
 
 @dataclass(frozen=True)
 class Planned:
-    """One run that the user requested.
+    """One run that the user requested: one variant of one scenario.
 
     unsafe    reasons why the run can hang; the run is started nevertheless. () if there is no such reason
     refused   with `run all`: why this scenario cannot run with the user's flags; "" if it can
@@ -140,6 +140,7 @@ class Session:
         If this machine cannot run the variant, the added document has the reason in `skipped`. But if the command is
         for one scenario and has no verdict yet, raises CannotRunHere with this reason.
 
+        planned: the variant to run, or the reason why it cannot run
         series: starts the run
         count: the beginning of the progress line, such as "[3/21] "
         """
@@ -172,7 +173,10 @@ class Session:
             yield shown
 
     def _skip(self, document: Document, title: str) -> None:
-        """Add the document of a run that is not possible on this machine, and print the reason.
+        """Add the document of a run that is not possible here to ``documents``, and print the reason.
+
+        document: a verdict.json without a verdict, with the reason in `skipped`
+        title: the beginning of the printed line
 
         If the command is for one scenario and has no verdict yet, raises CannotRunHere instead.
         """

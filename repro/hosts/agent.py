@@ -50,7 +50,7 @@ class AgentStatus:
     """The latest observation that one agent reported.
 
     beat             number of the observation, from 1
-    boot_id          identity of the agent's host, as in a witness
+    boot_id          Linux's boot id of the agent's host; the witnesses of this host's ranks have the same id
     wall_offset_ns   wall clock minus monotonic clock of the agent's host
     ranks            ranks of the agent's host that have opened their witnesses
     facts            facts about these ranks; the times in `Facts.died` are on the monotonic clock of the agent's host
@@ -84,8 +84,9 @@ class HostAgent:
     def run(self) -> None:
         """Observe the ranks of this host until the watcher has given the verdict, then kill the ranks that still run.
 
-        If all ranks of the run are done, they first have some seconds to exit by themselves. Without a verdict, the
-        agent kills its ranks OVERTIME_S seconds after the run's deadline.
+        If all ranks of the run have recorded that they are done, the ranks of this host first have EXIT_PATIENCE_S
+        seconds to exit by themselves. If there is no verdict OVERTIME_S seconds after the run's deadline, the agent
+        kills its ranks, too.
         """
         self._path.parent.mkdir(exist_ok=True)
         deadline_ns = self._host.now_ns() + int((self._options.deadline_s + OVERTIME_S) * 1e9)
@@ -144,10 +145,7 @@ class HostAgent:
         return {rank: process.pid for rank, process in self._running().items() if process is not None}
 
     def _end_ranks(self) -> None:
-        """Kill the ranks of this host that still run.
-
-        If every rank of the run is done, the ranks first have EXIT_PATIENCE_S seconds to exit by themselves.
-        """
+        """Kill the ranks of this host that still run. See :meth:`run` for the time that they have to exit before."""
         deadline_ns = self._host.now_ns() + int(EXIT_PATIENCE_S * 1e9)
         while self._host.now_ns() < deadline_ns:
             with contextlib.suppress(*READ_FAILURES):  # the next poll may succeed
@@ -195,11 +193,11 @@ class RemoteHosts:
         return facts
 
     def any_ended(self) -> bool:
-        """Whether a rank on a host of an agent has ended, according to the agent's last status."""
+        """Whether the process of a rank on a host of an agent has ended, according to the agent's last status."""
         return any(not alive for status in self.statuses() for alive in status.facts.alive.values())
 
     def any_running(self) -> bool:
-        """Whether a rank on a host of an agent runs, according to the agent's last status."""
+        """Whether the process of a rank on a host of an agent runs, according to the agent's last status."""
         return any(alive for status in self.statuses() for alive in status.facts.alive.values())
 
     def request_evidence(self) -> int:

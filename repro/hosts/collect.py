@@ -59,7 +59,7 @@ def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
 
 
 def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
-    """Return a sentence about ranks that never opened their witnesses. The sentence quotes the launcher's log.
+    """Return a sentence about ``ranks``, which never opened their witnesses. The sentence quotes the launcher's log.
 
     The quotation is the last error in the log, or the last line if the log has no error.
     """

@@ -43,6 +43,8 @@ class Host:
         """Find the process that writes a witness; None if the process has ended, or has not opened the witness.
 
         Raises psutil.AccessDenied if this user is not allowed to see the process.
+
+        writer: the header of the witness, which has the pid and start time of the process
         """
         return processes.find(writer)
 
@@ -51,11 +53,11 @@ class Host:
         return processes.is_stopped(process)
 
     def cpu_seconds(self, pids: Iterable[int]) -> dict[int, float]:
-        """Return, for each process, the processor seconds that it and its descendants have used so far."""
+        """Return a dict from pid to the processor seconds that the process and its descendants have used so far."""
         return processes.cpu_seconds(pids)
 
     def starved_seconds(self, pid: int) -> float:
-        """Return how many seconds threads of a process were runnable without a processor, summed over the threads."""
+        """Return for how many seconds threads of a process have waited for a processor, summed over its threads."""
         return processes.starved_seconds(pid)
 
     def stolen_seconds(self) -> float:

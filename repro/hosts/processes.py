@@ -60,7 +60,10 @@ def _has_ended(process: psutil.Process) -> bool:
 
 
 def find(writer: Identity) -> psutil.Process | None:
-    """Find the running process that writes a witness; None if it has ended, or if no process has opened the witness."""
+    """Find the running process that writes a witness; None if it has ended, or if no process has opened the witness.
+
+    writer: the header of the witness, which has the pid and start time of the process
+    """
     return running(writer.pid, writer.pid_start_ticks) if writer.pid else None
 
 
@@ -146,7 +149,10 @@ def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
 
 
 def starved_seconds(pid: int) -> float:
-    """Return how many seconds threads of a process were runnable without a processor; 0.0 if /proc does not show it."""
+    """Return for how many seconds threads of a process have waited for a processor, summed over its threads.
+
+    Return 0.0 if /proc does not show these times.
+    """
     waited_ns = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
         for thread in os.listdir(f"/proc/{pid}/task"):

@@ -63,7 +63,7 @@ class System:
 
         A rank whose process is hidden from this user is left out.
 
-        writers: for each rank of the job, the process that wrote the rank's witness
+        writers: for each rank of the job, the header of its witness, which describes the process that wrote it
         """
         here = {rank: writer for rank, writer in writers.items() if writer.pid and self.is_here(writer)}
         processes = self._find(here)
@@ -118,7 +118,10 @@ class System:
         self._late_s += max(0.0, late_s)
 
     def is_here(self, writer: Identity) -> bool:
-        """Whether the process that wrote a witness runs, or ran, on this host and in this pid namespace."""
+        """Whether the process that wrote a witness runs, or ran, on this host and in this pid namespace.
+
+        writer: the header of the witness, which describes this process
+        """
         return writer.shares_processes(self._host.here)
 
     def _now_s(self) -> float:

@@ -1,1 +1,4 @@
-"""Read the evidence that other tools wrote, as records (`repro.trace.foreign`). Each format has its own module."""
+"""Read the evidence that other tools wrote. Each format has its own module.
+
+The result is a list of records: objects of `repro.trace.foreign.records`, such as one stack or one exception.
+"""

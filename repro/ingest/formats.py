@@ -25,8 +25,9 @@ class FileFormat:
     """A format that covers a whole file, such as a Flight Recorder dump: how to recognise it, and how to read it.
 
     recognises  gets the name and the first bytes of a file; returns whether the file probably has this format
-    read        gets the content and the name of a file; returns the records in the file, or None if the file has
-                a different format after all. Raises ValueError ("file:offset: problem") if the content is damaged
+    read        gets the content and the name of a file; returns what the file shows as records (types of
+                `repro.trace.foreign.records`), or None if the file has a different format after all. Raises
+                ValueError ("file:offset: problem") if the content is damaged
     """
 
     name: str
@@ -35,12 +36,18 @@ class FileFormat:
 
 
 class LineReader(Protocol):
-    """Reads the messages of one program in a log. `read` gets the lines of one file in order, and returns records."""
+    """Reads the messages of one program in a log.
+
+    `read` gets the lines of one file in order. It returns what they show as records (`repro.trace.foreign.records`).
+    """
 
     def read(self, line: Line, source: Source) -> Iterable[Observation]: ...
 
     def finish(self) -> Iterable[Observation]:
-        """Return records that `read` held back for a later line to complete. Call this after the last line."""
+        """Return the records that `read` has held back, because a later line could complete them.
+
+        Call this after the last line.
+        """
         ...
 
 
@@ -58,7 +65,7 @@ class LineFormat:
 
 
 class _EachLine:
-    """A `LineReader` that calls a function for each line, for a program whose messages have one line each."""
+    """A `LineReader` for a program whose messages have one line each: it calls the function ``read`` for each line."""
 
     def __init__(self, read: Callable[[Line, Source], Iterable[Observation]]) -> None:
         self._read = read

@@ -22,7 +22,12 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: dict[str, Any], file: str) -> Iterator[Observation]:
-    """Return the records of one facts file. Raises ValueError for an unknown version of the format."""
+    """Return what one look shows, as records (`repro.trace.foreign.records`).
+
+    content: the JSON document in the file; file: the name of the file, for messages
+
+    Raises ValueError for an unknown version of the format.
+    """
     if content.get("version") != VERSION:
         raise ValueError(
             f"the facts file has version {content.get('version')}, but this release reads only version {VERSION}: use "

@@ -26,7 +26,7 @@ class _Ranks:
 
     of_process   the rank of each (host, pid)
     of_bus       the rank of each (host, PCI address of a GPU)
-    members      the membership of a process in a communicator, by (host, pid, address of the communicator)
+    members      the entry of a process in an NCCL communicator, by (host, pid, address of the communicator)
     groups       the group with its global ranks, by the name of its NCCL communicator
     """
 
@@ -50,7 +50,7 @@ class _Ranks:
 
 
 def join(records: Sequence[Observation]) -> list[Observation]:
-    """Return the records in the same order. A record without a rank gets its rank if other records show the rank."""
+    """Return the records in the same order. A record without a rank gets its rank if other records show this rank."""
     records = _with_workers_of_engines(records)
     members = [record for record in records if isinstance(record, Member)]
     if not members and not any(isinstance(it, Failure) and (it.bus or it.host) for it in records):
@@ -143,7 +143,7 @@ def _key(member: Member) -> _Key:
 
 
 def _is_one_communicator(rows: Sequence[Member]) -> bool:
-    """Whether these members can be of one communicator: all have the same `size`, and no rank has two processes."""
+    """Whether these members can be of one communicator: all have its `size`, and no rank has two processes."""
     processes: dict[int, _Key] = {}
     return all(row.size == rows[0].size and processes.setdefault(row.rank, _key(row)) == _key(row) for row in rows)
 

@@ -87,7 +87,7 @@ def _read_share(files: Share) -> Evidence:
 
 
 def read_files(files: Iterable[tuple[str, BinaryIO]], evidence: Evidence) -> None:
-    """Add the records of open files to the evidence, and close the files."""
+    """Add what open files show to the evidence, and close the files. files: (name for messages, open file) of each."""
     for name, file in files:
         try:
             with file:

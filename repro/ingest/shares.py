@@ -30,8 +30,10 @@ Share = Sequence[tuple[Path, str]]
 def read_shares(files: Share, read: Callable[[Share], T]) -> Iterator[T]:
     """Split the files into shares, call `read` for each share, and yield the results in the order of the files.
 
-    If the files are small, all files are in one share, and no child process is needed. If a child process cannot be
-    started, or ends without a result, this process reads the share of that child.
+    This process reads the first share, and a child process each of the other shares. If the files are small, all files
+    are in one share. If a child process cannot be started, or ends without a result, this process reads its share.
+
+    files: (path, name for messages) of each file
     """
     first, *others = _shares(files)
     with contextlib.ExitStack() as stack:

@@ -21,6 +21,8 @@ def exit_code(documents: Sequence[Document]) -> int:
     """Return the exit code for all verdicts together: EXPECTED if every verdict is as expected.
 
     Otherwise it is CANNOT_TELL if all unexpected verdicts are inconclusive, and UNEXPECTED if at least one is not.
+
+    documents: the content of verdict.json of each run
     """
     missed = {class_of(document.verdict).exit_code for document in documents if not document.matches_expected}
     # the exit code of an unexpected verdict is lower than that of an inconclusive one
@@ -31,6 +33,8 @@ def write_reports(console: Console, roots: Sequence[Path]) -> None:
     """Write the report of each run. A report also shows the other variants of the run's scenario.
 
     If a report cannot be written, print the error. The verdicts do not change.
+
+    roots: the run directories
     """
     try:
         write_all(roots)
@@ -41,7 +45,10 @@ def write_reports(console: Console, roots: Sequence[Path]) -> None:
 
 
 def print_verdicts(console: Console, documents: Sequence[Document], as_json: bool) -> None:
-    """Print the verdicts as JSON (``as_json``), or as a table with sentences below the table."""
+    """Print the verdicts as JSON (``as_json``), or as a table with sentences below the table.
+
+    documents: the content of verdict.json of each run
+    """
     if as_json:
         print(json.dumps(to_json(documents), indent=1))
     elif documents:

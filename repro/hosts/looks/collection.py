@@ -37,7 +37,8 @@ class Collection:
     job       the job; `collect` fills in ranks that it finds in local variables on the stacks
     signal    number of a signal at which the job's handler writes stacks; 0 if the user allowed none
     logs      log files that the user named
-    numbered  whether no real rank is known; the workers are then numbered from 0, in the order of their pids
+    numbered  whether no real rank is known. The processes that can be ranks are then numbered from 0, in the order of
+              their pids
     hidden    the keys are sentences: for each piece of evidence that could not be taken, what is missing, and why
     """
 
@@ -96,8 +97,9 @@ class Collection:
     def _take_stacks(self, number: int) -> dict[int, Threads]:
         """Take and save stacks. Returns the threads of each process that py-spy could read, by pid.
 
-        If py-spy could not read a process of the job, ask torch's worker server in this process for the stacks. If the
-        server does not answer, and the user named a signal, send this signal: the job's handler then writes the stacks.
+        If py-spy could not read a process of the job, ask torch's worker server, an HTTP server inside the process, for
+        the stacks. If the server does not answer, and the user named a signal, send this signal to the process, whose
+        handler then writes the stacks.
 
         number: 1 for the first look, 2 for the second look
         """
@@ -129,7 +131,10 @@ class Collection:
             yield from stacks_by_signal([pid for pid in pids if pid not in answered], self.signal).items()
 
     def _take_offers(self) -> None:
-        """Save Flight Recorder dumps (from torch's worker server or dump pipe), and the answer of NCCL's RAS."""
+        """Ask the job's processes for Flight Recorder dumps and NCCL's RAS for its answer, and save both.
+
+        The sources of the dumps are torch's worker server and torch's dump pipe.
+        """
         folder = self.run_dir.root / "fr" / self.host
         folder.mkdir(exist_ok=True)
         for rank, member in self.ranks.items():
@@ -178,7 +183,7 @@ class Collection:
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
         """Set unknown ranks from local variables on the stacks.
 
-        If still no rank is known, number the workers from 0, in the order of their pids.
+        If still no rank is known, number the processes that can be ranks from 0, in the order of their pids.
         """
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
@@ -221,5 +226,5 @@ def _pids_with_stacks(job: Job) -> Iterator[int]:
 
 
 def file_name(text: str) -> str:
-    """Make a text usable as part of a file name."""
+    """Return a text as part of a file name: each character except letters, digits, "-" and "_" becomes "-"."""
     return "".join(character if character.isalnum() or character in "-_" else "-" for character in text)[:80]

@@ -32,7 +32,8 @@ class Member:
     """A process of a job.
 
     rank         None if it is not known; `collect` then looks for the rank in local variables on the stacks
-    role         worker, engine or front end
+    role         "worker" for a process that is probably a rank; in a serving engine also "engine" (the process that
+                 schedules requests for its workers) or "front end" (the process that started the engines)
     title        the title that the process set, or else its command line
     environment  its environment variables; None if this user is not allowed to read them
     """
@@ -84,7 +85,7 @@ class Job:
     def missing_ranks(self, num_unreaped: int) -> list[int]:
         """Return the ranks that certainly belong to this host, but have no process here.
 
-        Returns [] if the world size is not known, or if the rank of a worker is not known.
+        Returns [] if the world size is not known, or if the rank of a member with the role "worker" is not known.
 
         num_unreaped: number of the launcher's zombies, which are children that have ended. If there are as many zombies
         as ranks without a process, the zombies are these ranks, so all these ranks belong to this host

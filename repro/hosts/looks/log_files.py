@@ -80,9 +80,9 @@ def is_written_by(path: Path, job: Job, table: Mapping[int, Status]) -> bool:
 
 
 def copy_logs(logs: Iterable[LogFile], folder: Path) -> list[str]:
-    """Copy the logs that have known messages into the folder. Returns a sentence for each log that could not be read.
+    """Copy into the folder each log that has a message that `diagnose` knows.
 
-    Raises OSError if a copy cannot be written.
+    Returns a sentence for each log that could not be read. Raises OSError if a copy cannot be written.
     """
     failed = []
     for log in logs:
@@ -110,7 +110,7 @@ def _with_parents(pids: Iterable[int], table: Mapping[int, Status]) -> Iterator[
 def _outputs(pid: int) -> Iterator[tuple[File, Path, str]]:
     """Yield the regular files to which standard output and standard error of a process go.
 
-    For each file: its identity, a path below /proc that opens the file, and its name.
+    For each file: (device, inode), a path below /proc that opens the file, and its name.
     """
     for descriptor in _OUTPUTS:
         path = PROC / str(pid) / "fd" / str(descriptor)

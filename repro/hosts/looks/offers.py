@@ -44,7 +44,8 @@ class _UnixConnection(http.client.HTTPConnection):
 def ask_worker_server(member: Member, question: str) -> bytes:
     """Ask the HTTP server that torch's `worker_main` opens in a rank. Returns b"" if there is no server or no answer.
 
-    question: "dump_traceback" for the stacks; "fr_trace_json" or "dump_nccl_trace_json" for a Flight Recorder dump
+    question: the name of a handler of this server: "dump_traceback" for the stacks; "fr_trace_json" or
+    "dump_nccl_trace_json" for a Flight Recorder dump
     """
     path = (member.environment or {}).get(SERVER_SOCKET, "")
     if not path.startswith("/"):

@@ -40,7 +40,10 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _fingerprint(text: str, source: Source) -> Call:
-    """Parse the text `CollectiveFingerPrint(…)`, in which torch prints a collective's operation, number and shape."""
+    """Parse the text `CollectiveFingerPrint(…)`, in which torch prints a collective's operation, number and shape.
+
+    source: the file and line of the text
+    """
     number = re.search(r"SequenceNumber=(\d{1,18})", text)
     op = re.search(r"OpType=(\w+)", text)
     shape = re.search(r"TensorShape=\[([^\]]*)\]", text)

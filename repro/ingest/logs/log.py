@@ -24,10 +24,10 @@ The beginning shows which rank each process has, and the first sign of a hang. T
 
 
 class _Readers:
-    """The readers for the lines of one file.
+    """The readers for the lines of one file. Each of them knows the messages of one program, such as torchrun.
 
-    A line is given to the readers of programs, one after another, until one of them returns a record for the line.
-    The reader of serving engines always gets the line, too.
+    A line is given to these readers, one after another, until one of them returns a record for the line. The reader of
+    serving engines always gets the line, too.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,10 @@ class _Readers:
 
 
 def read(file: BinaryIO, name: str) -> Iterator[Observation]:
-    """Return the records of a text file. name: the file's name, for messages and for the rank that it can contain."""
+    """Return what a text file shows, as records (`repro.trace.foreign.records`).
+
+    name: the file's name, for messages and for the rank that it can contain
+    """
     log = _Log(name)
     while block := file.read(BLOCK):
         block += file.readline(MAX_LINE)

@@ -92,7 +92,7 @@ class NcclLog:
             yield Failure(process, kind, f"NCCL met a CUDA failure: {match[1]}", line.at_s, source, host=host)
 
     def finish(self) -> Iterator[Observation]:
-        """Return a record for each communicator that was used: its number of collectives, and its newest operations.
+        """Return a record for each communicator with operations: its number of collectives, and its newest operations.
 
         The number is None if the log does not show it.
         """
@@ -116,7 +116,7 @@ class NcclLog:
         yield Note("world", f"a communicator of {size} ranks", process, str(size), None, source)
 
     def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
-        """Read a COLL line: add its operation to the communicator's newest operations.
+        """Read a COLL line (``match``): add its operation to the newest operations of its communicator in ``process``.
 
         The collectives of a communicator are numbered from 1; sends and receives have no number. If the log does not
         show the start of the communicator, a collective's number is `opCount` + 1 (`opCount` is hexadecimal in the

@@ -48,7 +48,7 @@ class Line:
     number    the number of the line in its file, from 1
     text      the line without colour codes
     process   the process that wrote the line
-    at_s      the time stamp of the line, in seconds since the start of the year; None if the line has no time stamp
+    at_s      the time stamp of the line, in seconds since the start of its year; None if the line has no time stamp
     """
 
     number: int
@@ -69,9 +69,9 @@ def parse(number: int, raw: str, owner: Process) -> Line:
 
 
 def split_writer(raw: str) -> tuple[str, str]:
-    """Split off the prefix that names the writer: "[rank3]: File …" -> ("File …", "[rank3]:").
+    """Split a line into its text and the prefix that names its writer: "[rank3]: File …" -> ("File …", "[rank3]: ").
 
-    Colour codes are removed.
+    The prefix is "" if the line has none. Colour codes are removed.
     """
     text = _ANSI.sub("", raw) if "\x1b" in raw else raw
     match = _WRITER.match(text)
@@ -79,7 +79,7 @@ def split_writer(raw: str) -> tuple[str, str]:
 
 
 def writer_of(head: str, owner: Process) -> Process:
-    """Return the process that the start of a line names; `owner` if it names none."""
+    """Return the process that the start of a line names; `owner`, the process of the whole file, if it names none."""
     rank: int | None = None
     title, pid = "", None
     if match := _RANK.match(head) or _RANK_ANYWHERE.search(head):
@@ -104,7 +104,7 @@ def writer_of(head: str, owner: Process) -> Process:
 
 @lru_cache(maxsize=8192)
 def time_of(head: str) -> float | None:
-    """Return the time at the start of a line in seconds since the start of the year; None if it has no valid time."""
+    """Return the time at the start of a line, in seconds since the start of its year; None if it has no valid time."""
     if match := _GLOG.search(head):
         return _seconds(int(match[2]), int(match[3]), *match.group(4, 5, 6, 7))
     if match := _ISO.search(head):

@@ -81,7 +81,7 @@ class Watchdog:
         self._waiting.clear()
 
     def _timed_out(self, match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
-        """Return the record of a time-out, or hold it back until its group is known.
+        """Return the record of a time-out (``match``), or hold it back until a later line names its group.
 
         The exception that ends the process repeats the text of the time-out. This repetition is ignored.
         """

@@ -23,6 +23,11 @@ _FILE_RANK = re.compile(r"rank[-_]?(\d{1,12})(?=[-_.]|$)")
 def process_of(*, title: str = "", file: str = "", pid: int | None = None, line: str = "") -> Process:
     """Return what a process title, the prefix of a log line, or a file name shows about a process: pid, rank, role.
 
+    title   title of the process
+    file    name of a file that the process wrote
+    pid     pid of the process, if it is known
+    line    a log line of the process, for its prefix
+
     If these show different ranks, the first one in this order counts: the prefix "[rank3]", which is a global rank; the
     title; a different prefix, such as "TP3"; the file name.
     """

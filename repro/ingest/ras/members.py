@@ -11,6 +11,9 @@ def of_the_world(members: Iterable[Member], communicators: Sequence[RasCommunica
     """Return those ``members`` that are in the largest communicator; [] if two communicators have the largest size.
 
     We assume that the largest communicator contains all ranks, so that the ranks in it are global ranks.
+
+    members         the processes of all communicators: a process in two communicators appears twice
+    communicators   all communicators in the answer
     """
     sizes = sorted((row.size for row in communicators), reverse=True)
     if not sizes or sizes[1:2] == sizes[:1]:

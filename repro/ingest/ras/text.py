@@ -44,6 +44,8 @@ _NO_ANSWER = re.compile(
 class _Communicator:
     """What an answer shows about one communicator, up to the current line.
 
+    row         the record of the communicator, to which the lines add what they show
+
     missing     the ranks in the communicator about which the answer has no data
     operation   the operation whose counts the current lines list; "" if they list something else
     count       the number of launches in the latest line "N ranks have launched up to operation M"; None before it

@@ -169,7 +169,10 @@ def _is_member(entry: Mapping[str, Any], coalesced: Mapping[str, Any]) -> bool:
 
 
 class Columns:
-    """Converts the entries of a dump to columns. Names, sizes, types and stacks that repeat are parsed only once."""
+    """Converts the entries of a dump to columns (`Calls`), that is one array for each field.
+
+    Names, sizes, types and stacks that repeat are parsed only once.
+    """
 
     def __init__(self, file: str, entries: Sequence[Mapping[str, Any]]) -> None:
         self._file = file
@@ -240,7 +243,10 @@ class _Forms:
         self._numbers: dict[Form, int] = {}
 
     def index_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any, frames: Any) -> int:
-        """Return the number of the `Form` that an entry with these fields has. A new form gets the next number."""
+        """Return the number of the `Form` that an entry with these fields has. A new form gets the next number.
+
+        ins, outs   the sizes of the entry's input and output tensors
+        """
         text = short_text(name)
         op, peer = operation(text), None
         if " " in text and (transfer := _TRANSFER.search(text)):

@@ -21,6 +21,8 @@ def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]
 
     A variable has the form "variable in function". The first value is "default" if the program passed no group to the
     collective, and "" if the variables do not show the group.
+
+    frames: the frames of the stack, innermost first, as py-spy prints them in JSON
     """
     inner = [frame for frame in frames if _is_torch(frame)]
     program = [frame for frame in frames if not _is_torch(frame)]
@@ -58,6 +60,7 @@ def peer_of(frames: Sequence[Mapping[str, Any]], group: str) -> int | None:
     torch's ``group_dst`` and ``group_src`` count ranks within the group, so they show the peer only in the default
     group.
 
+    frames: the frames of the stack, as py-spy prints them in JSON
     group: the first value that `group_of` returns
     """
     calls = [
