@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made(args: argparse.Namespace) -> Made:
-    """Bundle a run of this program, or evidence for `diagnose`. The files under the path decide which of these it is."""
+    """Bundle a run of this program or evidence for `diagnose`; the files under the path decide which of the two."""
     root = args.run.resolve()
     target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
     if root.exists():

@@ -40,7 +40,10 @@ class Header(msgspec.Struct):
 
 
 class _Columns(msgspec.Struct):
-    """The columns of `Calls` as lists, for JSON. All lists but `forms` have one value for each operation."""
+    """The operations of one rank in one group, as `Calls` has them, with lists in place of arrays, for JSON.
+
+    All lists but `forms` have one value for each operation.
+    """
 
     file: str
     forms: tuple[Form, ...]

@@ -62,6 +62,7 @@ class Call(NamedTuple):
     peer        for send and recv: the global rank of the other end
     frames      "function (file:line)", innermost first; () if no stack was recorded
     done        whether the evidence shows that the operation is complete
+    at_s        when the operation was queued, in seconds since the start of the year; None if unknown
     """
 
     op: str
@@ -85,7 +86,7 @@ class Call(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The fields of `Call` that many operations have in common. They are stored only once, to save memory."""
+    """The fields of a `Call` that are equal in many operations. They are stored only once, to save memory."""
 
     op: str
     sizes: tuple[tuple[int, ...], ...] = ()
@@ -101,7 +102,7 @@ class Form(NamedTuple):
 class Calls(Sequence[Call]):
     """The operations of one rank in one group, oldest first: a sequence of `Call`, which is stored in columns.
 
-    forms    each different `Form` once
+    forms    each different `Form` (name, sizes, data types, peer and stack of an operation) once
     form     for each operation: its index into `forms`; array of type "I"
     seqs     for each operation: its sequence number, or NO_NUMBER; array of type "q"
     done     for each operation: one byte, 1 if the operation is complete
@@ -191,7 +192,7 @@ class Calls(Sequence[Call]):
         """Return the highest sequence number of these operations; None if none of them has a number.
 
         done    if True, only complete operations count
-        where   if given, only operations count for whose `Form` this function returns True
+        where   a function of an operation's `Form`. If it is given, an operation counts only if it returns True
         """
         seqs: Iterator[int] | array[int] = self.seqs
         if where is not None:

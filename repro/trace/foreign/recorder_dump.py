@@ -40,7 +40,8 @@ class RecorderDump:
     order       for each operation of all groups, oldest first: the index of its group in `groups`
     configured  all groups that the rank belongs to; () if the dump does not list them
     wrapped     whether older entries were overwritten; also True if this is not known
-    at_s        when the newest entry was queued; the dump was made at this time or later
+    at_s        when the newest entry was queued, in seconds since the start of the year; the dump was made at this time
+                or later
     knows       what the entries show about the rank, for example the order of its collectives
     """
 

@@ -65,7 +65,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of a job: its pid, the rank that it belongs to, and its role (worker, engine, front end)."""
+    """A process of a job, as far as the evidence shows it.
+
+    title   title of the process, or the name by which a message calls it; "" if unknown
+    rank    global rank; None if unknown, or if the process is no rank
+    role    in a serving engine: "worker", "engine" or "front end"; "" if unknown
+    """
 
     pid: int | None = None
     title: str = ""
@@ -86,6 +91,7 @@ class Member:
     name        the communicator's id, equal in all its processes
     pointer     the address by which later log lines of this process name the communicator
     rank        rank in the communicator, not the global rank
+    size        number of ranks in the communicator
     bus         PCI address of the GPU, "0000:5d:00"; "" if it is not printed
     """
 
@@ -128,7 +134,8 @@ class Stack:
     activity    what the thread does, as a name from activities.toml: collective, lock, building, compiling, device,
                 queue, idle, answer, loading, saving, data, debugger, exit, sleep; "" if unknown
     detail      the collective, the lock's file, the module that is built, or other details of the activity
-    look        number of the observation, from 0, if the same process was observed several times
+    look        number of this stack among the stacks of the same thread, from 0, in the order of the file names; set
+                when the records are judged
     group       for a collective: name of the variable that holds its process group; "default" if the call names no
                 group, "" if unknown
     other_groups  for a collective: names of other variables in these frames that hold a process group
@@ -202,6 +209,8 @@ class Mismatch:
 class RasCommunicator:
     """One communicator in an answer of NCCL's RAS (its service for reliability, availability, serviceability).
 
+    status     RAS's word for the state of the ranks: RUNNING, INIT, FINALIZE or ABORT
+    errors     RAS's word for the kind of error, such as MISMATCH (different counts) or INCOMPLETE; OK if there is none
     launched   operation -> rank -> number of launches by this rank; RAS does not say which launches are complete
     others     ranks that the answer only counts: operation -> (how many ranks, number of launches by each of them)
     missing    the ranks from which RAS got no data
@@ -270,7 +279,7 @@ class Child:
 class ProcessLook:
     """What the operating system reported about a process at one moment. We call one such observation a look.
 
-    look      number of the look, from 0
+    look      number of the look, from 1
     at_s      time of the look in seconds on the host's clock; compare it only with other looks at the same host
     state     R runs, S sleeps, D waits for a device, T suspended by a signal, t suspended by a debugger,
               Z ended and not reaped, X ended
@@ -298,6 +307,7 @@ class ProcessLook:
 class LockLook:
     """A lock file at one moment.
 
+    look      number of the look (observation of all processes by `hmr collect`) at this moment, from 1
     kind      flock, fcntl, lease, or baton: a file that exists as long as the lock is held
     holders   pids of the processes that hold the lock
     waiters   pids of the processes that the operating system blocks on the lock; a program that polls is not listed
@@ -320,7 +330,9 @@ class LockLook:
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """TCP connections between the processes of a job on one host.
+    """TCP connections between the processes of a job on one host, at one moment.
+
+    look      number of the look (observation of all processes by `hmr collect`) at this moment, from 1
 
     between   a dict from (pid, larger pid) to the number of connections between these two processes
     unread    a dict from pid to the number of bytes that arrived and that the process has not read

@@ -25,7 +25,7 @@ from repro.trace.witness.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """Pack the constant part of a record: the fields of `Event` before ``n``, in this order.
+    """Pack the part of a record that is equal in all events of a call site: the fields of `Event` before ``n``.
 
     Returns the packed bytes and their CRC-32, from which the checksum of the whole record is computed later.
     """
@@ -34,7 +34,7 @@ def sealed_part(*fields: int) -> tuple[bytes, int]:
 
 
 class Group:
-    """The counters of one group on this rank, and the offset of the group's slot in the witness file."""
+    """The counters of one group on this rank, and the offset of the 128 bytes (slot) of this group in the witness."""
 
     __slots__ = ("hash", "index", "last", "left", "left_word", "seq")
 
@@ -51,8 +51,8 @@ class Group:
 class Call:
     """A collective at one call site in one phase.
 
-    enter, leave, issue, wait   for each of these four kinds of record: the constant part of the record, and the CRC-32
-                                of this part (the result of `sealed_part`)
+    enter, leave, issue, wait   for each of these four kinds of record: the part of the record that is equal in all
+                                events of this call site, and the CRC-32 of this part (the result of `sealed_part`)
     """
 
     __slots__ = ("digest", "enter", "entry", "group", "issue", "leave", "num_sizes", "wait")

@@ -18,10 +18,13 @@ from repro.trace.witness.format import (
 
 
 class Groups:
-    """Gives each group of the rank a slot in the witness file, as soon as the group is declared or used.
+    """Gives each group of the rank a slot (128 bytes for its progress) in the witness file.
+
+    A group gets its slot as soon as it is declared or used.
 
     intern  stores a text in the witness and returns the text's number
-    make    makes the counters of a group from the index of its slot; NO_GROUP if the file has no slot left
+    make    makes the counters of a group. Its argument is the index of the group's slot, or NO_GROUP if the file has no
+            slot left
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Groups:
         self._members: dict[str, tuple[int, ...]] = {}
 
     def declare(self, name: str, ranks: Sequence[int]) -> None:
-        """Note the members of a group, and give it a slot in the file. Call this before the group's first use."""
+        """Note the global ranks of a group, and give it a slot in the file. Call this before the group's first use."""
         self._members[name] = tuple(ranks)
         self.of(name)
 

@@ -21,11 +21,11 @@ def map_file(
     If the launcher has not created the file in advance, create the file.
 
     run_id   the run id for the header; "" keeps the run id that the launcher wrote
-    shape    the sizes of the areas of a new file; None: the usual sizes
+    shape    for a new file: how many events, sizes, strings and groups it has room for; None: the usual room
     knows    for the header: which aspects the recorder writes, such as steps and locks (see `repro.trace.knowledge`)
 
-    Returns the map, the identity of this process, and the sizes of the file's areas. Raises WitnessError if the file
-    already has a writer, or was made for another rank.
+    Returns the mapped memory, the description of this process in the header, and the shape of the file. Raises
+    WitnessError if the file already has a writer, or was made for another rank.
     """
     if not os.path.exists(path):
         create(path, Identity(rank, num_ranks, run_id), shape)

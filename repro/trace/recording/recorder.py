@@ -68,7 +68,10 @@ _POINT_TO_POINT = ("send", "recv")
 
 
 def _move_within(buffer: bytearray, target: int, source: int, count: int) -> None:
-    """Copy bytes within a bytearray, as ``mmap.move`` does within a mapped file. Tests record into a bytearray."""
+    """Copy ``count`` bytes within a bytearray, from offset ``source`` to ``target``, as ``mmap.move`` does.
+
+    Tests record into a bytearray in place of a mapped file.
+    """
     buffer[target : target + count] = buffer[source : source + count]
 
 
@@ -121,7 +124,7 @@ class Recorder:
         """Open the witness file of a rank for writing. If the launcher has not created the file, create it.
 
         run_id  the id of the run; "" keeps the id that the launcher wrote into the file
-        shape   the sizes of the areas of a new file; None: the usual sizes
+        shape   for a new file: how many events, sizes, strings and groups it has room for; None: the usual room
         knows   the aspects that this recorder writes, such as steps and locks (see `repro.trace.knowledge`). The judge
                 uses no other aspect of this witness
 
@@ -185,8 +188,9 @@ class Recorder:
     def leave(self, collective: Collective | None, ticket: int = 0, call: Call | None = None) -> None:
         """Record that a collective is complete.
 
-        collective   None is allowed if `call` is given
-        ticket       what `issue` returned; 0 means the collective that was issued last in its group
+        collective   the collective; None is allowed if `call` is given
+        ticket       for an asynchronous collective: what `issue` returned; 0 means the collective that was issued last
+                     in its group
         call         what `last_call` returned directly after the collective was issued; if None, the recorder looks the
                      `Call` up from ``collective``, which takes longer
         """
@@ -233,7 +237,10 @@ class Recorder:
 
     @property
     def last_call(self) -> Call:
-        """The `Call` of the collective that was issued last. It makes `leave` and `wait` of this collective faster."""
+        """The prepared records of the collective that was issued last, for the argument ``call`` of `leave` and `wait`.
+
+        With this argument the two methods are faster.
+        """
         assert self._entered_call is not None
         return self._entered_call
 
@@ -246,14 +253,17 @@ class Recorder:
     # -- asynchronous collectives --------------------------------------------------------------------------------
 
     def issue(self, collective: Collective) -> int:
-        """Record that an asynchronous collective is issued now. Returns a ticket for ``wait`` and ``finish``."""
+        """Record that an asynchronous collective is issued now.
+
+        Returns a ticket, its number in its group, for ``wait`` and ``finish`` of this collective.
+        """
         self.enter(collective, True)
         return self.last_seq
 
     def wait(self, collective: Collective | None, ticket: int, call: Call | None = None) -> None:
         """Record that the rank begins to wait for an asynchronous collective.
 
-        collective   None is allowed if `call` is given
+        collective   the collective; None is allowed if `call` is given
         ticket       what `issue` returned
         call         what `last_call` returned directly after the collective was issued; if None, the recorder looks the
                      `Call` up from ``collective``, which takes longer
@@ -302,7 +312,7 @@ class Recorder:
         return Group(index)
 
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:
-        """Search the stack for the call site of a collective, and return the `Call` of the collective at this site.
+        """Search the stack for the call site of a collective, and return its `Call`, the prepared records of this site.
 
         The call site is the first frame, from ``caller`` outwards, for which `is_between` is false; if there is none,
         the outermost frame.
@@ -316,14 +326,20 @@ class Recorder:
         return self._calls.get(key) or self._make_call(collective, key, frame)
 
     def _call_of(self, collective: Collective | None) -> Call:
-        """Return the `Call` for a collective whose call site is no longer known. It is made at the first request."""
+        """Return the `Call` (prepared records) of a collective whose call site is no longer known.
+
+        The first request for a collective makes its `Call`.
+        """
         assert collective is not None, "either the collective or its call is given"
         group, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group, op, layer, dtype, reduce_op, root, len(sizes))
         return self._calls.get(key) or self._make_call(collective, key, None)
 
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
-        """Make the `Call` for a collective at a call site, and write its strings and its group to the file.
+        """Make the `Call` (prepared records) of a collective at a call site. Write its strings and group to the file.
+
+        key     the key of this `Call` in ``_calls``
+        frame   the call site; None if it is not known
 
         A send or receive gets a group of its two ranks: "ep:2>5" for sends in "ep" from global rank 2 to global rank 5.
         So a send has the same sequence number as its receive.

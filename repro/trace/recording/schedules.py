@@ -12,10 +12,10 @@ _MOST = 256
 
 
 class Schedules:
-    """Packs the constant part of a step's record, and keeps it for later steps for which it is the same.
+    """Packs the first part of the record that begins a step, and keeps it for later steps for which it is the same.
 
-    It depends on the schedule, the number of live requests and the phase. Two schedules count as equal only if they are
-    the same tuple object, because comparing all their entries would take longer.
+    This part depends on the schedule, the number of live requests and the phase. Two schedules count as equal only if
+    they are the same tuple object, because comparing all their entries would take longer.
 
     known  a dict from (id of the schedule, number of live requests, phase) to (the schedule, what `part` returned)
     """
@@ -25,10 +25,12 @@ class Schedules:
         self.known: dict[tuple[int, int, int], tuple[Sequence[ScheduleEntry], tuple[bytes, int]]] = {}
 
     def part(self, schedule: Sequence[ScheduleEntry], num_live: int, phase: int) -> tuple[bytes, int]:
-        """Return the constant part of a step's record and its checksum. Store the schedule's string if it is new.
+        """Return the first part of the record that begins a step, and the checksum of this part.
+
+        If the schedule is new, store it as a string in the witness.
 
         num_live   number of live requests
-        phase      string number of the phase's name
+        phase      the number of the string in the witness that has the phase's name
         """
         key = id(schedule), num_live, phase
         known = self.known.get(key)

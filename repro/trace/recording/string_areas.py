@@ -1,4 +1,4 @@
-"""Write the two growing areas of a witness file: interned strings and size vectors."""
+"""Write two areas of a witness file: strings, each stored once, and size vectors (the sizes of one collective)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Buffer = mmap.mmap | bytearray
 
 
 def live_words(buffer: Buffer) -> memoryview:
-    """Return the four counters in the area LIVE of a witness: events, vector words, strings, groups.
+    """Return the four counters of a witness: events, 8-byte words of size vectors, strings, groups.
 
     Assigning a counter is a single 8-byte store, so a reader never sees half of a value.
     """
@@ -81,9 +81,9 @@ class Strings:
 
 
 class Vectors:
-    """The ring buffer of size vectors: new vectors overwrite the oldest ones.
+    """The ring buffer of size vectors (the sizes of one collective each): new vectors overwrite the oldest ones.
 
-    The offset of a vector is the number of words that were used before it since the file was created. This includes
+    The offset of a vector is the number of 8-byte words that were used before it since the file was created, including
     overwritten words, and words at the end of the ring that stay empty because a vector did not fit there.
     """
 

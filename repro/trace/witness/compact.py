@@ -22,13 +22,13 @@ from repro.trace.witness.parse import Live, Problems, parse_header, parse_live, 
 def compact(
     data: bytes, name: str, *, writer: Identity | None = None, change: Callable[[str], str] = lambda text: text
 ) -> bytes:
-    """Return the bytes of a shorter witness file, with the records, vectors and groups of ``data``.
+    """Return the bytes of a shorter witness file, with the events, sizes, strings and groups of ``data``.
 
     data    the bytes of a whole witness file
     name    the name of the file, for messages
     writer  the writer in the new header; None: the writer of ``data``
     change  called with each string of the witness; returns the text that replaces the string, for example without
-            secrets; "" becomes "?"
+            secrets. If it returns "", the string becomes "?"
 
     Damage stays visible in the result. If ``data`` is shorter than its header says, it is not shortened further.
 

@@ -89,7 +89,7 @@ def read(path: str | os.PathLike[str]) -> Witness:
 def _bytes_of(path: str | os.PathLike[str]) -> bytes:
     """Return a copy of a witness file, read from front to back.
 
-    The count of vector words in the copy is the count at the end of the reading. So it shows which vectors the rank
+    The copy has the counter of size vectors as it was after the reading. So it shows which of these vectors the rank
     overwrote while the file was read.
     """
     place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)

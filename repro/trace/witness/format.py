@@ -118,9 +118,24 @@ class Kind(enum.IntEnum):
 class Event(NamedTuple):
     """One record of a witness. Strings and size vectors are numbers here; `Witness` has methods that look them up.
 
+    aux         for a collective: its root; for a step: number of live requests; for a wait for a lock:
+                pid of the holder, -1 if unknown
+    num_sizes   for a collective: number of its sizes
+    sig         number of a string, which depends on the kind (`Kind`)
+    site        number of the string "file:line function" of the call site; 0 if unknown
+    phase       number of the string with the phase's name
+    group       index of the collective's group in `Witness.groups`; NO_GROUP if the file has no room for this group,
+                and for other events
+    n           number of the event, from 1
+    t_ns        time of the event, in ns of the rank's monotonic clock
+    seq         sequence number of the collective in its group; 0 for other events
+    vector      the size, if there is one; else where the sizes are stored (see `Witness.sizes`)
+    step        number of the step; -1 before the first step
+    hash        for an issued collective: hash of all collectives that the rank issued in the group so far; else 0
+    check       checksum of the record
+
     The annotations are struct codes, which define the layout of a record. The fields before ``n`` are equal for all
-    events of one kind at one call site in one phase. So the recorder packs them only once, with their part of the
-    checksum.
+    events of one kind at one call site in one phase, so the recorder packs them only once.
     """
 
     aux: Annotated[int, "q"]
@@ -163,6 +178,11 @@ COLUMNS = {
 class Geometry:
     """The sizes and offsets of the areas of one witness file.
 
+    ring_records   how many of the newest events are kept
+    vector_words   room for sizes of collectives, in numbers of 8 bytes; new sizes overwrite the oldest ones
+    string_bytes   room for strings
+    group_slots    for how many groups the progress is kept
+
     Raises ValueError if a size is not an even number or is out of range.
     """
 
@@ -202,11 +222,13 @@ MAX_BYTES = Geometry(**_LARGEST).file_bytes
 class Identity:
     """The process that wrote a witness.
 
+    run_id           the id that all witnesses of one run share
+    boot_id          Linux's boot id of the host; "" if unknown
     pid              0 until the rank has opened the file that its launcher made
     pid_start_ticks  when the process started, in clock ticks since boot; distinguishes processes that reuse a pid
     pid_namespace    inode number of the pid namespace in which ``pid`` is valid; 0 = unknown
     wall_offset_ns   wall time minus monotonic time on the writer's host
-    knows            the aspects that the writer's recorder writes
+    knows            what the writer's recorder writes, for example the order of the collectives and the locks
     """
 
     rank: int
@@ -240,7 +262,10 @@ class Identity:
 
 
 def column(records: bytes | memoryview, field: str) -> list[int]:
-    """Return the values of one field in all packed records. Unpacking whole records would take many times longer."""
+    """Return the values of one field of `Event` in all packed records.
+
+    Unpacking whole records would take many times longer.
+    """
     code, place = COLUMNS[field]
     values: Any = memoryview(records).cast(code)
     picked: list[int] = values[place :: RECORD.size // values.itemsize].tolist()
@@ -259,7 +284,7 @@ def unguarded(word: int) -> int | None:
 
 
 def pack_header(writer: Identity, shape: Geometry) -> bytes:
-    """Pack the header of a witness with its checksum, and after it the aspects that the recorder writes."""
+    """Pack the header of a witness with its checksum, and after it ``writer.knows``."""
     body = HEADER.pack(
         MAGIC, VERSION, RECORD.size, writer.rank, writer.num_ranks,
         shape.ring_records, shape.vector_words, shape.string_bytes, shape.group_slots,
@@ -271,19 +296,26 @@ def pack_header(writer: Identity, shape: Geometry) -> bytes:
 
 
 def pack_heartbeat(now_ns: int, name: int, count: int) -> bytes:
-    """Pack a heartbeat with its checksum. name: string number of the heartbeat's name; count: heartbeats so far."""
+    """Pack a heartbeat with its checksum.
+
+    name    number of the string in the witness that has the heartbeat's name
+    count   number of heartbeats so far
+    """
     body = HEART.pack(now_ns, name, count, 0)[: -CRC.size]
     return body + CRC.pack(zlib.crc32(body))
 
 
 def pack_group_name(name: int, members: int) -> bytes:
-    """Pack the first part of a group's slot: the string numbers of name and members, and their checksum."""
+    """Pack the first fields of a group's slot (its 128 bytes in the witness), with their checksum.
+
+    name, members   the numbers of the strings in the witness that have the group's name and its members
+    """
     body = GROUP_NAME.pack(name, members, 0)[: -CRC.size]
     return body + CRC.pack(zlib.crc32(body))
 
 
 def pack_string(text: bytes) -> bytes:
-    """Pack one string for the string area: length, checksum and bytes of the text."""
+    """Pack one string as a witness stores it: length, checksum and bytes of the text."""
     return STRING.pack(len(text), zlib.crc32(text, len(text))) + text
 
 

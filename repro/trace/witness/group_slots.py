@@ -1,4 +1,4 @@
-"""Parse the slot that a witness file has for each group: name, members, last issue, last completion."""
+"""Parse the group slots of a witness: 128 bytes for each group, with its name, members, last issue, last completion."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class GroupTrace:
 
     members  global ranks in group order; () if they are not known
     issued   sequence number of the collective that the rank issued last; 0 if there is none
-    left     the highest sequence number of a completed collective; 0 if there is none
-    last     the event that records the collective issued last
+    left     the highest sequence number of a collective that is complete on this rank; 0 if there is none
+    last     the event that records the collective issued last; None if there is none, or if it cannot be read
     """
 
     name: str
@@ -52,7 +52,9 @@ class GroupTrace:
 def parse_groups(
     data: bytes, shape: Geometry, strings: list[str], ring: Ring, live: Live, problems: Problems
 ) -> tuple[GroupTrace, ...]:
-    """Return the progress of the rank in each group, by group index. Damaged slots are reported to ``problems``.
+    """Return how far the rank has come in each group, from the 128 bytes (slot) that the witness has for each group.
+
+    The index in the result is the index of the group in the file. Damaged slots are reported to ``problems``.
 
     ring   the newest events; they can be newer than those in the slots
     live   the writer's counters. A slot that lacks an event which the writer has counted is damaged
@@ -73,7 +75,11 @@ def parse_groups(
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """The bytes of one group's slot and their offset in the file."""
+    """The 128 bytes of a witness that describe the progress in one group.
+
+    at      offset of these bytes in the file
+    index   index of the group in the file
+    """
 
     data: bytes
     at: int
@@ -83,11 +89,14 @@ class _Slot:
     def trace(
         self, strings: list[str], ring: Ring, issued: Event | None, left: Event | None, counted: int
     ) -> GroupTrace:
-        """Combine the slot with the newest events in the ring, because the writer updates the ring before the slot.
+        """Return how far the rank has come in this group, from these bytes and from the newest events.
 
-        issued    the newest event in the ring that issues a collective of this group
-        left      the newest event in the ring that completes a collective of this group
-        counted   how many events the writer has counted (the first counter of the area LIVE)
+        The events are needed, because the writer stores an event in the ring before it updates the bytes of the group.
+
+        ring      the newest events
+        issued    the newest event that issues a collective of this group; None if ``ring`` has none
+        left      the newest event that says that a collective of this group is complete; None if ``ring`` has none
+        counted   how many events the rank had recorded completely, according to the counter in the file
         """
         name, members = self._names(strings)
         left_seq = self._left(left, counted)
@@ -111,10 +120,13 @@ class _Slot:
         return strings[name], _members(strings[members])
 
     def _left(self, left: Event | None, counted: int) -> int:
-        """Return the sequence number of the last completed collective: the higher of the numbers in slot and ring.
+        """Return the highest sequence number of a collective of this group that is complete on this rank.
 
-        left     the newest event in the ring that completes a collective of this group
-        counted  how many events the writer has counted
+        It is the higher of two numbers: the one in these bytes, and the one of ``left``.
+
+        left     the newest event that says that a collective of this group is complete, or None
+        counted  how many events the rank had recorded completely. If ``left`` is one of them, but these bytes have a
+                 lower number, the bytes are damaged
         """
         in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
         in_ring = left.seq if left is not None else 0
@@ -127,12 +139,14 @@ class _Slot:
         return max(in_slot or 0, in_ring)
 
     def _last(self, ring: Ring, issued: Event | None, counted: int) -> Event | None:
-        """Return the slot's copy of the event that issued the group's last collective; None if it is damaged or empty.
+        """Return the event that issued the group's last collective, from the copy of its record in these bytes.
+
+        Return None if the copy is damaged or empty.
 
         ring     the newest events
-        issued   the newest event in the ring that issues a collective of this group
-        counted  how many events the writer has counted. The writer updates the slot before it counts the event, so a
-                 slot that lacks a counted event is damaged
+        issued   the newest event in ``ring`` that issues a collective of this group, or None
+        counted  how many events the rank had recorded completely. If ``issued`` is one of them, but the copy is of an
+                 older event, these bytes are damaged
         """
         record = self.data[LAST_AT : LAST_AT + RECORD.size]
         event = Event._make(RECORD.unpack(record)) if is_whole(record) else None
@@ -150,9 +164,9 @@ class _Slot:
         return event
 
     def _may_hold(self, event: Event, ring: Ring) -> bool:
-        """Whether ``event``, which was read from this slot, can belong there.
+        """Whether ``event``, which was read from these bytes, issues a collective of this group.
 
-        It can if it issues a collective of this group, and the ring has no different event with the same number.
+        False also if ``ring`` has a different event with the same number.
         """
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
@@ -162,9 +176,9 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """Return, for each group index, the newest event that issues a collective, and one that completes a collective.
+    """Return, for each group index, two events: the newest one that issues a collective, and one that completes one.
 
-    The second event is the completion of the highest sequence number. Only the newest _RECENT events of the ring are
+    The second event is the completion of the highest sequence number. Only the newest _RECENT events of ``ring`` are
     searched; None stands for an event that is not among them.
     """
     newest: dict[int, tuple[Event | None, Event | None]] = {}

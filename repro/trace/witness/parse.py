@@ -77,7 +77,13 @@ class Problems:
 
 
 class Live(NamedTuple):
-    """The four counters in the area LIVE, in which the writer counts what it has written. A damaged counter is None."""
+    """Four counters in a witness, in which the writer counts what it has written. A damaged counter is None.
+
+    events         events that are recorded completely
+    vector_words   numbers of 8 bytes in the ring of size vectors, with overwritten ones
+    strings        strings
+    groups         groups with a slot, that is, whose progress is stored
+    """
 
     events: int | None
     vector_words: int | None
@@ -87,7 +93,11 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """The newest events of a witness that have no gap between them, oldest first. A damaged record is a gap."""
+    """The newest events of a witness that have no gap between them, oldest first. A damaged record is a gap.
+
+    records   the packed events
+    torn      whether an incomplete record follows, which its writer had not finished
+    """
 
     records: bytes
     torn: bool = False  # whether an incomplete record follows the last one
@@ -156,7 +166,10 @@ def parse_live(data: bytes, problems: Problems) -> Live:
 
 
 def parse_heartbeat(data: bytes, problems: Problems) -> tuple[int, int]:
-    """Return the time in ns and the name (as string number) of the last heartbeat; (0, 0) if none is readable."""
+    """Return two values of the last heartbeat: its time in ns, and the number of the string that has its name.
+
+    Return (0, 0) if no heartbeat is readable.
+    """
     at_ns, name, _, check = HEART.unpack_from(data, HEART_AT)
     body = data[HEART_AT : HEART_AT + HEART.size - CRC.size]
     if check == zlib.crc32(body):

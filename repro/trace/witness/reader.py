@@ -40,6 +40,8 @@ class Signature(NamedTuple):
 class Witness:
     """The events that one rank recorded, and how far it has come in each group.
 
+    writer       the process that wrote the file, from the header
+    ring         the readable events, packed
     last         the newest readable event
     num_events   number of the newest readable event; events are counted from 1, so overwritten events count, too
     first_event  number of the oldest readable event; if it is above 1, older events were overwritten
@@ -85,7 +87,7 @@ class Witness:
 
     @property
     def has_free_slots(self) -> bool:
-        """Whether the file has unused group slots, and therefore a slot for every group that the rank has used."""
+        """Whether the file has room for the progress of more groups, so that it has the progress of each used group."""
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
@@ -135,8 +137,7 @@ class Witness:
     def sizes(self, vector: int, num_sizes: int) -> tuple[int, ...]:
         """Return the sizes of an event's collective, in rows or elements; () if they cannot be read.
 
-        vector, num_sizes: the fields of the event with these names. A single size is ``vector`` itself; for more sizes,
-        ``vector`` is the offset of a size vector.
+        vector, num_sizes: the fields of the event with these names
         """
         if num_sizes <= 1:
             return (vector,) * num_sizes

@@ -51,16 +51,16 @@ class Tails:
         return witnesses, refused
 
     def all_done(self) -> bool:
-        """Whether every rank has finished all its work."""
+        """Whether every rank has recorded that all its work is done."""
         return len(self._tails) == self._num_ranks and all(self._last_is(Kind.DONE))
 
     def done(self) -> set[int]:
-        """Return the ranks that have finished all their work."""
+        """Return the ranks that have recorded that all their work is done."""
         events = ((rank, tail.last_event()) for rank, tail in self._tails.items())
         return {rank for rank, event in events if event is not None and event.kind == Kind.DONE}
 
     def any_failed(self) -> bool:
-        """Whether a rank has failed with an error."""
+        """Whether a rank has recorded that it failed with an error."""
         return any(self._last_is(Kind.FAILED))
 
     def last_event_ns(self) -> int:
