@@ -49,7 +49,7 @@ class RunData:
     description  the content of run.json; None if this file is missing or damaged
     named        what config.json says about the run; empty fields without a config.json
     verdict      the content of verdict.json; an empty verdict if this file is missing or damaged
-    lanes        for each rank, the spans of its witness
+    lanes        rank -> the time spans of its witness, such as steps and collectives
     labels       the texts of these spans
     missing      a sentence for each file that is missing or damaged
     place        the path to show in the commands of the report instead of ``root``; "" to show ``root``
@@ -85,7 +85,7 @@ class RunData:
         return hangs
 
     def span_ns(self) -> tuple[int, int]:
-        """Return the first and last time that the report shows, in ns of the shared clock.
+        """Return the first and last time that the report shows, in ns of the clock that all ranks share.
 
         The first time is that of the first event. The last time is that of the verdict or, if all ranks finished, of
         the last event. The result is (0, 1) if no rank recorded an event.
@@ -260,9 +260,10 @@ def headline(verdict: Document) -> str:
 
 
 def siblings(root: Path, data: RunData) -> list[Path]:
-    """Return the runs beside ``root`` that differ from it only in their variant: the newest run of each variant.
+    """Return the runs in the same folder as ``root`` that have another variant and the same settings otherwise.
 
-    Only runs with a verdict.json count. The result is [] if the run at ``root`` has no readable run.json.
+    Of several runs of one variant, only the newest one is returned. Only runs with a verdict.json count. The result is
+    [] if the run at ``root`` has no readable run.json.
     """
     described = data.description
     if described is None or not described.family:
@@ -282,6 +283,9 @@ def siblings(root: Path, data: RunData) -> list[Path]:
 
 
 def describe(label: Label) -> str:
-    """Return the label of a span as text, for the trace and the pictures: "ep all_gather_v layers.0.moe"."""
+    """Return what happened in a time span, for the trace and the pictures: "ep all_gather_v layers.0.moe".
+
+    label   the parts of this text
+    """
     parts = (label.group, label.name, label.layer) if label.kind in ("call", "async") else (label.name,)
     return " ".join(part for part in parts if part)

@@ -1,7 +1,7 @@
 """Convert a rank's witness to time spans (phases, steps, collectives, locks, builds) on a clock that all ranks share.
 
-A lane is the row of one rank in the timeline. A lane keeps five numbers for each span, so that hundreds of ranks fit
-into memory.
+A lane is the row of one rank in the timeline, with all its time spans. It keeps five numbers for each span, so that
+hundreds of ranks fit into memory.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _MOST_SIZES = 16
 
 
 class Label(NamedTuple):
-    """The text of a span.
+    """The text of a time span, in parts.
 
     kind   phase, step, call, async (an asynchronous call), lock (the rank waits for a lock), held (the rank holds a
            lock), build or failed
     name   the name of the phase, step, lock or build; for a collective, its operation
     note   further details, such as the sizes of a collective
-    site   the place in the code that called a collective
+    site   the place in the code that called a collective: "file:line function"
     """
 
     kind: str
@@ -40,10 +40,12 @@ class Label(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One span. Times are in ns of the shared clock; ``end_ns`` is OPEN if the span has no end.
+    """One time span of a rank: a phase, a step, a collective, a wait for a lock, a held lock, a build, or a failure.
 
-    label  number of the span's `Label` in `Labels`
-    seq    number of the collective in its group; 0 for other spans
+    Times are in ns of the clock that all ranks share (`SharedClock`). If the span never ended, ``end_ns`` is OPEN (-1).
+
+    label  index of the span's text in `Labels.table`
+    seq    sequence number of the collective in its group; 0 for other spans
     step   number of the step to which the span belongs; -1 if there is none
     """
 
@@ -55,7 +57,7 @@ class Span(NamedTuple):
 
 
 class Labels:
-    """The distinct labels of all ranks. A span refers to its label by number."""
+    """The distinct texts of the time spans of all ranks. A span refers to its text by the index in ``table``."""
 
     def __init__(self) -> None:
         self.table: list[Label] = []
@@ -71,11 +73,12 @@ class Labels:
 
 @dataclass(slots=True)
 class Lane:
-    """The spans of one rank, ordered by their begin, as five columns: the fields of `Span`.
+    """The time spans of one rank, such as steps and collectives, in one row of the timeline.
 
-    groups       for each group name, (members, number of collectives that the rank issued)
-    first_event  number of the oldest event that the witness still has
-    last_ns      time of the last event
+    starts ... steps   a column for each field of `Span`, with one number for each span, ordered by their begin
+    groups       name of a group -> (members, number of collectives that the rank issued in it)
+    first_event  number of the oldest event that the witness still has; the first event that was recorded has number 1
+    last_ns      time of the last event, in ns of the clock that all ranks share
     done         whether the rank finished all its work
     problems     a line for each part of the witness that could not be read
     """
@@ -100,7 +103,7 @@ class Lane:
         return map(Span, self.starts, self.ends, self.labels, self.seqs, self.steps)
 
     def open(self, start_ns: int, label: int, seq: int = 0, step: int = -1) -> int:
-        """Begin a span, and return its index for :meth:`close`."""
+        """Begin a time span, and return its index for :meth:`close`. The arguments are the fields of `Span`."""
         self.starts.append(start_ns)
         self.ends.append(OPEN)
         self.labels.append(label)
@@ -114,7 +117,10 @@ class Lane:
 
 
 class SharedClock:
-    """Converts a rank's monotonic time to a clock that all ranks share. All ranks of a host get the same offset."""
+    """Converts a rank's monotonic time to a clock that all ranks share: the wall clock.
+
+    The offset between the two clocks is the same for all ranks of a host, so their times stay comparable.
+    """
 
     def __init__(self) -> None:
         self._offsets: dict[str, int] = {}
@@ -126,9 +132,9 @@ class SharedClock:
 
 
 def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
-    """Return the spans of one witness.
+    """Return the time spans of one witness.
 
-    labels: the labels of all ranks; those of this witness are added
+    labels: the texts of the time spans of all ranks; those of this witness are added
     clock: converts the times; pass the same clock for all ranks
     """
     lane = Lane(witness.rank, witness.writer.hostname, first_event=witness.first_event, problems=witness.problems)
@@ -185,7 +191,7 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
 
 
 def _call_names(witness: Witness, labels: Labels) -> Callable[[str, Event], int]:
-    """Return a function that maps (kind of span, event) to the number of its label. Equal collectives share a label."""
+    """Return a function from ("call" or "async", the event of a collective) to the number of its text in ``labels``."""
     numbers: dict[tuple[str, int, int, tuple[int, ...]], int] = {}
 
     def name(kind: str, event: Event) -> int:
@@ -203,7 +209,7 @@ def _call_names(witness: Witness, labels: Labels) -> Callable[[str, Event], int]
 
 
 def name_sizes(sizes: tuple[int, ...]) -> str:
-    """Format a vector of sizes. If it has too many sizes for a line, give only their number, range and sum."""
+    """Format the sizes of a collective. If they are too many for a line, give only their number, range and sum."""
     if not sizes:
         return ""
     if len(sizes) <= _MOST_SIZES:

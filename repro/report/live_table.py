@@ -59,7 +59,9 @@ class LiveTable:
         self._drawn_ns = 0
 
     def show(self, tails: list[Tail]) -> None:
-        """Redraw the table unless it was drawn recently; the watcher calls this at every poll.
+        """Redraw the table, unless it was drawn less than REFRESH_S seconds ago.
+
+        The watcher calls this whenever it has read the witnesses.
 
         tails: for each rank, the reader of its witness
         """

@@ -23,7 +23,11 @@ from repro.watch.document import Document
 
 @dataclass
 class Display:
-    """How a run shows its progress: the watcher calls ``show`` at every poll, and ``notice`` with a line of text."""
+    """How a run shows its progress.
+
+    show     called whenever the watcher has read the witnesses, with the reader of each rank's witness
+    notice   called with a line of text to print
+    """
 
     show: Callable[[list[Tail]], None] = lambda tails: None
     notice: Callable[[str], None] = lambda text: None
@@ -55,7 +59,10 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def summary(console: Console, documents: Sequence[Document]) -> None:
-    """Print a row for each variant of a scenario, then sentences: where ranks are, and which ranks wait for which."""
+    """Print a row for each variant of a scenario, then sentences: where ranks are, and which ranks wait for which.
+
+    documents   the verdict.json of each run
+    """
     say(console, f"{documents[0].scenario}, {documents[0].num_ranks} ranks")
     table = make_table("variant", *_COLUMNS, right=_NUMBERS)
     for document in documents:
@@ -67,7 +74,10 @@ def summary(console: Console, documents: Sequence[Document]) -> None:
 
 
 def overview(console: Console, documents: Sequence[Document]) -> None:
-    """Print a row for each run of several scenarios, then sentences about the runs with an unexpected verdict."""
+    """Print a row for each run of several scenarios, then sentences about the runs with an unexpected verdict.
+
+    documents   the verdict.json of each run
+    """
     num_scenarios = len({document.scenario for document in documents})
     say(console, f"{num_scenarios} scenarios, {documents[0].num_ranks} ranks, seed {documents[0].seed}")
     table = make_table("scenario", "variant", *_COLUMNS, right=_NUMBERS)
@@ -132,5 +142,5 @@ def outcome(document: Document) -> str:
 
 
 def waits(document: Document) -> list[str]:
-    """Return a sentence for each place at which ranks wait for other ranks."""
+    """Return a sentence for each collective or lock in which ranks wait for other ranks."""
     return shorten([shorten_rank_lists(wait.words()) for wait in document.waits if wait.awaited])

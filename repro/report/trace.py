@@ -47,9 +47,9 @@ def _track(label: Label) -> str:
 
 
 def _tracks(data: RunData, lane: Lane) -> dict[str, int]:
-    """Return, for the name of each track, its number. The trace calls this number a thread id.
+    """Return a dict from the name of each track of a rank to the track's number, which the trace calls a thread id.
 
-    The tracks of phases and steps have the lowest numbers, so a viewer shows these tracks first.
+    A track is a line in the viewer. Those of phases and steps have the lowest numbers, so they come first.
     """
     names = {_track(data.labels.table[number]) for number in set(lane.labels)}
     order = [*_OWN_TRACKS.values()]
@@ -100,9 +100,9 @@ def _spans(data: RunData, lane: Lane, start_ns: int, end_ns: int, skip: int) -> 
 
 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
-    """Replace an event with a duration by two events, one for its begin and one for its end.
+    """Replace an event of the trace that has a duration by two events, one for its begin and one for its end.
 
-    Call this for spans that can overlap: the format does not allow events with a duration to overlap partly in a track.
+    Call this for time spans that can overlap: events with a duration must not overlap partly in one track of a rank.
 
     identity: a number by which a viewer finds the two events of a span
     """
@@ -114,8 +114,11 @@ def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
 def _waiting_flows(data: RunData, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
     """Yield the arrows of the verdict's wait-for graph.
 
-    For each place at which ranks wait, an arrow leads from one of these ranks to one of the ranks that they wait for. A
-    viewer draws arrows between spans, so a rank without an open call or lock has no arrow.
+    For each collective or lock in which ranks wait, an arrow leads from one of these ranks to one of the ranks that
+    they wait for. A viewer draws arrows between time spans, so a rank without an unfinished call or wait for a lock has
+    no arrow.
+
+    start_ns, end_ns   the first and last time that the report shows
     """
     stuck = _stuck_spans(data)
     for number, wait in enumerate(data.verdict.waits, start=1):

@@ -18,7 +18,7 @@ def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, job: JobRecor
     """Return the bug report as Markdown.
 
     headline: the title of the report
-    job: the records of `evidence`
+    job: the same records as in `evidence`, sorted by kind
     apart: for each path that the user gave, the headline of the diagnosis of this path alone; shown as a table
     """
     lines = [f"# Hang: {headline}", "", *diagnosis.summary, ""]

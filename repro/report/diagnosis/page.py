@@ -32,7 +32,10 @@ class TreeRow:
 
 
 def page(diagnosis: Diagnosis, evidence: Evidence, job: JobRecords) -> str:
-    """Render a self-contained HTML page. The template escapes all text from the evidence."""
+    """Render a self-contained HTML page. The template escapes all text from the evidence.
+
+    job   the same records as in `evidence`, sorted by kind
+    """
     roles = ("worker", "engine", "front end")
     stacks = [looks[-1] for role in roles for looks in job.main_stacks(role).values() if looks]
     return templates.render(

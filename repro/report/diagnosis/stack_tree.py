@@ -18,10 +18,11 @@ MAX_DEPTH = 120
 
 @dataclass(slots=True)
 class Node:
-    """A frame of the tree.
+    """A frame of the tree into which the stacks of all processes are merged.
 
-    names   the processes whose stacks have this frame, below the same outer frames
-    ends    the processes among `names` whose innermost frame is this frame
+    names      the processes whose stacks have this frame, below the same outer frames
+    ends       the processes among `names` whose innermost frame is this frame
+    children   frame -> the node of this frame, for each frame that this frame calls
     """
 
     frame: str
@@ -32,8 +33,9 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the tree: consecutive frames that all processes of `names` share, and the depth of their branch.
+    """A line of the tree of stacks: consecutive frames that all processes of `names` share, outermost frame first.
 
+    depth   how many lines of outer frames are above these frames; 0 for the outermost line
     ends    the processes whose innermost frame is the last of these frames
     """
 

@@ -1,6 +1,7 @@
-"""Prepare the data for the page's script: names and the wait-for graph as JSON, each rank's lane as columns of numbers.
+"""Prepare the data for the page's script: names and the wait-for graph as JSON, time spans as columns of numbers.
 
-Each lane is an HTML element of its own. So the script unpacks a lane only when the lane becomes visible.
+The time spans of each rank are in an HTML element of their own. So the script unpacks them only when the rank's row in
+the timeline becomes visible.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _NEVER = 0xFFFFFFFF
 
 
 def script_data(data: RunData) -> dict[str, Any]:
-    """Return the data as JSON values.
+    """Return all data that the page's script needs, apart from the time spans of the ranks, as JSON values.
 
     Times are whole numbers of units since the first event. The value "unit" is the length of a unit in ns.
     """
@@ -46,15 +47,17 @@ def script_data(data: RunData) -> dict[str, Any]:
 
 
 def pack_lanes(data: RunData) -> Iterator[tuple[int, str]]:
-    """Yield, for each rank, (rank, the columns of its lane, deflated and in base64).
+    """Yield, for each rank, (rank, its time spans as columns of numbers, deflated and in base64).
 
-    There are five columns of 32-bit integers. Each column has one number for each span:
+    There are five columns of 32-bit integers. Each column has one number for each time span:
 
     1. the start, minus the start of the previous span
-    2. the length
-    3. the label
-    4. the sequence number
-    5. the step + 1
+    2. the length; 2**32 - 1 if the span never ended
+    3. the index of the span's text in ``script_data(data)["labels"]``
+    4. the sequence number of the collective, 0 for other spans
+    5. the step + 1; 0 outside a step
+
+    Starts and lengths are in the units of :func:`script_data`.
     """
     start_ns, unit_ns = data.span_ns()[0], _unit_ns(data)
     for lane in data.lanes.values():

@@ -36,10 +36,10 @@ _SCRIPTS = (
 
 @dataclass(frozen=True)
 class Card:
-    """A card for one of several runs side by side.
+    """A box on the page that shows one of several runs side by side.
 
     kind      the CSS class for the colour of the verdict
-    picture   the lanes of the run
+    picture   a small timeline of the run
     link      the address of the run's report; "" for the run of this page
     """
 
@@ -99,7 +99,7 @@ def script() -> Markup:
 
 
 def _strip(data: RunData) -> list[tuple[str, str]]:
-    """Return the (name, value) pairs in the line under the page's headline, such as backend and number of ranks."""
+    """Return the (name, value) pairs in the line under the page's headline, such as ("backend", "gloo")."""
     verdict = data.verdict
     stall_s, total_s = verdict.seconds.stall_to_verdict, verdict.seconds.total
     expected = verdict.matches_expected
@@ -118,7 +118,7 @@ def _strip(data: RunData) -> list[tuple[str, str]]:
 
 
 def _cards(data: RunData, others: Sequence[RunData]) -> list[Card]:
-    """Return cards for this run and the others, in the order control, fault, fix; empty if there are no others."""
+    """Return a card for this run and each other run, in the order control, fault, fix; [] if there are no others."""
     runs = sorted([data, *others], key=lambda run: _VARIANT_ORDER.get(run.verdict.variant, len(_VARIANT_ORDER)))
     return [
         Card(

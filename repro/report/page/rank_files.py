@@ -33,7 +33,7 @@ class RankText:
 
 
 def stacks(data: RunData) -> list[RankText]:
-    """Return the Python stack of each rank's main thread."""
+    """Return the Python stacks of the ranks' main threads. Ranks with equal stacks share one."""
     return _merge(data, lambda rank: main_stack(read_text(data.run_dir.stack(rank))))
 
 
@@ -46,7 +46,7 @@ def launcher_log(data: RunData) -> str:
 
 
 def environments(data: RunData) -> list[RankText]:
-    """Return, for each rank, the software that it loaded: versions and paths."""
+    """Return which software the ranks loaded: versions and paths. Ranks with the same software share one text."""
     return _merge(data, lambda rank: read_text(data.run_dir.environment(rank)))
 
 

@@ -1,6 +1,6 @@
 """Show in columns what the ranks issued around the divergence, the first place where the ranks differ.
 
-The first column is the declared schedule. Each further column is a side: the ranks that issued the same entries.
+The first column is the declared schedule. Each further column is a side: ranks that did the same at the divergence.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ _BEFORE, _AFTER = 4, 5
 
 @dataclass(frozen=True)
 class Row:
-    """One position of the schedule: the declared entry, and the entry that each side issued there; "" means no entry.
+    """A row of the table that compares the declared schedule with what ranks issued around the first difference.
 
-    diverges: for each side, whether its entry differs from the schedule
+    planned    the collective that the schedule has in this row; "" if none
+    issued     the collective that each side issued there; "" if none. A side is a set of ranks that did the same
+    diverges   for each side, whether this differs from the schedule
     """
 
     planned: str
@@ -33,17 +35,17 @@ class Row:
 
     @property
     def cells(self) -> list[tuple[str, bool]]:
-        """Return (issued entry, whether it diverges) for each side."""
+        """Return, for each side, (the collective that it issued, whether this differs from the schedule)."""
         return list(zip(self.issued, self.diverges, strict=True))
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The part of the schedule around the divergence.
+    """The table that compares the declared schedule with what ranks issued around the place where ranks first differ.
 
-    heads    a heading for each side: "ranks 0,6 issued"
+    heads    a heading for each column of issued collectives: "ranks 0,6 issued"
     step     the number of the step that the rows belong to
-    planned  the entry that the schedule has at the divergence; "" if it has none there
+    planned  the collective that the schedule has at the place of the difference; "" if it has none there
     cut      how many earlier rows of the step are left out
     """
 
@@ -64,9 +66,10 @@ class SideBySide:
 
 
 def side_by_side(data: RunData) -> SideBySide | None:
-    """Compare, around the divergence, what each side issued with the declared schedule.
+    """Compare what ranks issued with the declared schedule, around the place where the ranks first differ.
 
-    Returns None if the verdict names no divergence, or if no side's witness gives the step.
+    Of ranks that did the same at this place, one is compared. Returns None if the verdict names no such place, or if
+    the witness of no compared rank has a step.
     """
     sides = [side for side in data.verdict.sides if side.ranks][:MAX_SIDES]
     steps = [_read_step(data, side.ranks[0], side.step) for side in sides]
@@ -101,9 +104,9 @@ def _rows(plan: Sequence[Entry], issued: Sequence[Sequence[Entry]]) -> Iterator[
 
 
 def _divergent(rows: Sequence[Row]) -> int:
-    """Return the index of the first row that diverges.
+    """Return the index of the first row in which ranks issued something that differs from the schedule.
 
-    If no row diverges, return the index of the first entry that only some sides have issued; 0 if there is none.
+    If there is no such row, return the index of the first row that only some ranks have issued; 0 if there is none.
     """
     diverging = (k for k, row in enumerate(rows) if any(row.diverges))
     uneven = (k for k, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1)
@@ -129,10 +132,10 @@ def _read_step(data: RunData, rank: int, number: int) -> Step | None:
 
 
 def _align(plan: Sequence[Entry], issued: Sequence[Entry]) -> tuple[dict[int, list[Entry]], set[int]]:
-    """Align the entries that a side issued with the declared schedule (``plan``).
+    """Align the entries that a rank issued with the declared schedule (``plan``).
 
-    Returns two values: a dict from an index of the plan to the extra entries that the side issued before this index;
-    and the indices of the plan whose entries the side issued.
+    Returns two values: a dict from an index of the plan to the extra entries that the rank issued before this index;
+    and the indices of the plan whose entries the rank issued.
     """
     extras: dict[int, list[Entry]] = {}
     matched: set[int] = set()

@@ -1,4 +1,4 @@
-"""Draw the lanes of some ranks in a time window: bars for collectives, locks and builds."""
+"""Draw what some ranks did in a time window: for each rank a row with bars for collectives, locks and builds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _NARROW_PX = 2.0
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the lanes are in the picture, in pixels. labels: whether to draw the ranks' names and phases."""
+    """Where the rows of the ranks are in the picture, in pixels.
+
+    row_px   height of a row
+    labels   whether to draw the ranks' names and phases
+    """
 
     left: float
     right: float
@@ -26,7 +30,10 @@ class Frame:
 
 
 class Chart:
-    """Draws lanes into an Svg. The attribute ``merged`` says whether some narrow bars were drawn as one bar."""
+    """Draws a row for each rank into an Svg: bars for the collectives, locks and builds in a time window.
+
+    merged   whether some narrow bars were drawn as one bar
+    """
 
     def __init__(self, svg: Svg, data: RunData, window_ns: tuple[int, int], frame: Frame, ranks: Sequence[int]) -> None:
         self._svg, self._data, self._frame, self._ranks = svg, data, frame, ranks
@@ -63,7 +70,10 @@ class Chart:
             self._draw_spans(self._data.lanes[rank], y)
 
     def draw_divergence(self) -> None:
-        """Mark the place where ranks first differ, on the lanes of the first two sides of the divergence."""
+        """Mark the collectives at which ranks first differ.
+
+        If the ranks did more than two different things there, only those that did one of the first two are marked.
+        """
         top = self._frame.top
         for k, side in enumerate(self._data.verdict.sides[:2]):
             for rank in side.ranks:
@@ -153,9 +163,9 @@ def group_names(data: RunData) -> list[str]:
 
 
 def find_call(data: RunData, rank: int, group: str, seq: int) -> int | None:
-    """Return the index of a collective's span in the lane of `rank`; None if the lane has no such span.
+    """Return the index of a collective among the time spans of `rank`; None if it is not among them.
 
-    seq: the number of the collective in `group`
+    seq: the sequence number of the collective in `group`
     """
     lane = data.lanes.get(rank)
     if lane is None:

@@ -55,7 +55,7 @@ class Svg:
     def arrow(self, colour: int, commands: str) -> None:
         """Draw a path with an arrow head.
 
-        colour     number of the colour, from 0; each place at which ranks wait has its own colour
+        colour     number of the colour, from 0; each collective or lock in which ranks wait has a colour
         commands   the path in the syntax of SVG: "M5,5 h10"
         """
         self.path(f"n{colour} arrow", commands).set("marker-end", f"url(#{self._key}-head{colour})")

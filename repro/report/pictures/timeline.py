@@ -1,4 +1,4 @@
-"""Draw timeline.svg and the small strips on the page: lanes of ranks over time, in a light and a dark scheme.
+"""Draw timeline.svg and the small timelines on the page: a row for each rank over time, in a light and a dark scheme.
 
 A group has the same colour in every picture of a run. A call that never returns is hatched, to be visible in print too.
 """
@@ -20,9 +20,9 @@ _RAIL_PX = 46
 
 
 def timeline(data: RunData, width: int = 1200) -> str:
-    """Draw timeline.svg: lanes, the first divergent entry, and which ranks wait for which.
+    """Draw timeline.svg: what ranks did, the collective at which they first differ, and which ranks wait for which.
 
-    The lanes show only the time window of :func:`interesting_ns`.
+    The picture shows only the time window of :func:`interesting_ns`. width: in pixels
     """
     ranks = choose_ranks(data, MAX_ROWS)
     waits = [wait for wait in data.verdict.waits if wait.ranks][:MAX_WAITS]
@@ -48,7 +48,10 @@ def timeline(data: RunData, width: int = 1200) -> str:
 
 
 def strip(data: RunData, width: int = 560) -> str:
-    """Draw the lanes in the window of :func:`interesting_ns` as a small picture, to compare runs side by side."""
+    """Draw what the ranks did as a small picture without text, to compare runs side by side. width: in pixels
+
+    It shows the same time window as :func:`timeline`.
+    """
     ranks = choose_ranks(data, 16)
     row_px = 9 if len(ranks) <= 8 else 6
     svg = Svg(f"strip-{re.sub('[^a-z]', '', data.verdict.variant)}", f"lanes of {_title(data)}")
@@ -58,7 +61,7 @@ def strip(data: RunData, width: int = 560) -> str:
 
 
 def interesting_ns(data: RunData) -> tuple[int, int]:
-    """Return the most interesting time window, in ns of the shared clock.
+    """Return the (first, last) time of the most interesting time window, in ns of the clock that all ranks share.
 
     For a hang: the stall, and a slightly longer time before it. For any other run: from the first step to the end.
     """
@@ -72,9 +75,9 @@ def interesting_ns(data: RunData) -> tuple[int, int]:
 
 
 def choose_ranks(data: RunData, most: int) -> list[int]:
-    """Choose at most ``most`` ranks to draw, some from each place at which ranks wait.
+    """Choose at most ``most`` ranks to draw, some from each set of ranks that are in the same state and collective.
 
-    Ranks are chosen first from places with few ranks, so that a single rank that differs is shown.
+    Ranks are chosen first from small sets, so that a single rank that differs is shown.
     """
     if len(data.lanes) <= most:
         return list(data.lanes)
@@ -96,7 +99,10 @@ def _title(data: RunData) -> str:
 
 
 def _draw_rails(svg: Svg, waits: Sequence[Wait], ranks: Sequence[int], frame: Frame) -> None:
-    """Draw a line for each place at which ranks wait, a dot for each rank there, and arrows for who waits for whom."""
+    """Draw a line for each collective or lock in which ranks wait, a dot on it for each of these ranks, and arrows.
+
+    An arrow leads from one line to another if ranks on the first wait for ranks on the second.
+    """
     middles: dict[int, tuple[float, float]] = {}
     for k, wait in enumerate(waits):
         rows = [ranks.index(rank) for rank in wait.ranks if rank in ranks]

@@ -16,7 +16,10 @@ _MOST_CHARACTERS = {"bold": 34, "mono": 31, "dim small": 40}
 
 
 def draw_waits(data: RunData) -> str:
-    """Draw a box for each place at which ranks wait, and arrows to the ranks they wait for; "" if there is no arrow."""
+    """Draw a box for each collective or lock in which ranks wait, and arrows to the ranks that they wait for.
+
+    Return the SVG; "" if there is no arrow.
+    """
     waits = [wait for wait in data.verdict.waits if wait.ranks][:MAX_WAITS]
     if not any(wait.awaited for wait in waits):
         return ""
@@ -65,7 +68,7 @@ def _name(ranks: Sequence[int]) -> str:
 
 
 def _fit(place: str) -> str:
-    """Shorten the name of a place at which ranks wait. A lock's path keeps its end, which identifies the lock."""
+    """Shorten the name of a lock to the width of a box. It keeps its end, which identifies the lock."""
     most = _MOST_CHARACTERS["mono"]
     if not place.startswith("lock ") or len(place) <= most:
         return place
