@@ -20,6 +20,8 @@ def with_pids(diagnosis: Diagnosis, job: JobRecords) -> Diagnosis:
     If the line with the command names ranks, PID means the processes of these ranks. Otherwise PID means the processes
     of the culprits, or of the suspects if there are no culprits. If no id of these processes is known, PID remains.
     PIDS means the processes of all ranks. If no id or more than MAX_PIDS ids are known, a pgrep command replaces PIDS.
+
+    job   the records of the evidence; some of them give the process ids of ranks
     """
     pids = _pids_by_rank(job)
     named = diagnosis.culprits or diagnosis.suspects

@@ -17,8 +17,8 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
 
     The verdict is `deadlock` if no rank has recorded an event for the quiet window, and `inconclusive` before that.
 
-    cycle   the collectives and locks of the cycle of waits, each with the ranks that wait in it; or the one collective
-            in which ranks wait for a rank that is done
+    cycle   the collectives and locks of the cycle of waits, each with the ranks that wait in it; or only one collective
+            or lock, if ranks wait in it for a rank that is done
     """
     links = _links(cycle)
     lines = [

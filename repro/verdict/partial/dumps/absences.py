@@ -15,6 +15,8 @@ def judge_absence(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
 
     The verdict is `slow` if stacks show that all these members work, apart from members that wait themselves. Otherwise
     it is `inconclusive`. Return None if every member has queued each collective in which a rank waits.
+
+    waits   the unfinished collectives of all ranks, each with the members that have not queued it
     """
     lacking = [wait for wait in waits if wait.missing]
     if not lacking:

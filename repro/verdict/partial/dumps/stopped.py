@@ -1,10 +1,11 @@
 """Find a rank whose host process or device makes no more progress, by the counters in Flight Recorder dumps.
 
-The counters of a group are compared between its members. If a rank has completed fewer operations than the others,
-although it has queued more than it completed, its device makes no more progress. If a rank has queued fewer operations
-than the others and waits for nothing, its host process makes no more progress. One such group is not enough to name a
-rank: the counters must show the same in several groups (CONVINCING_GROUPS). The counters of gloo are not used, because
-they can also differ between members of a healthy group.
+In each group, the recorder counts the operations that the rank has queued, and those that completed. These counters
+are compared between the members of the group. If a rank has completed fewer operations than the others, although it
+has queued more than it completed, its device makes no more progress. If a rank has queued fewer operations than the
+others and waits for nothing, its host process makes no more progress. One such group is not enough to name a rank: the
+counters must show the same in several groups (CONVINCING_GROUPS). The counters of gloo are not used, because they can
+also differ between members of a healthy group.
 """
 
 from __future__ import annotations

@@ -37,7 +37,10 @@ WITH_DATA = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadc
 
 
 def judge_waiting_ranks(job: JobRecords) -> Diagnosis | None:
-    """Judge a job by the collectives in which its ranks wait. None if a rank was not observed or has no stack."""
+    """Judge a job by the collectives in which its ranks wait.
+
+    Return None if this proves nothing, for example because a rank was not observed or has no stack.
+    """
     looks = rank_looks(job)
     size = job.world_size()
     if len(looks) < 2 or (size is not None and len(looks) < size) or any(not look.stacks for look in looks.values()):

@@ -68,7 +68,10 @@ class RankLook:
 
     @property
     def cores(self) -> float:
-        """How many processors the rank and its child processes kept busy, on average, between first and last look."""
+        """How many processors the rank and its child processes kept busy, on average, between first and last look.
+
+        0 if the two looks are less than SHORTEST_S seconds apart.
+        """
         if self.apart_s < SHORTEST_S:
             return 0.0
         before = {child.pid: child.cpu_s for child in self.first.children}
@@ -77,7 +80,10 @@ class RankLook:
 
     @property
     def first_thread_cores(self) -> float:
-        """Which share of one processor the main thread used between the first and the last look: 0 to 1."""
+        """Which share of one processor the main thread used between the first and the last look: 0 to 1.
+
+        0 if the two looks are less than SHORTEST_S seconds apart.
+        """
         if self.apart_s < SHORTEST_S:
             return 0.0
         return max(0.0, self.last.first_thread_cpu_s - self.first.first_thread_cpu_s) / self.apart_s
@@ -113,7 +119,10 @@ class RankLook:
 
     @property
     def same_frames(self) -> bool:
-        """Whether all looks show the same frames of the program itself. The frames of torch may differ."""
+        """Whether all looks show the same frames of the program itself. The frames of torch may differ.
+
+        False if the rank has fewer than two stacks.
+        """
         return len(self.stacks) > 1 and len({program_frames(stack.frames, 6) for stack in self.stacks}) == 1
 
     @property
@@ -172,7 +181,10 @@ def rank_looks(job: JobRecords) -> dict[int, RankLook]:
 
 
 def place_of(stack: Stack) -> str:
-    """Return where a thread is, as text: the innermost frame outside torch, and the next outer frame of the program."""
+    """Return where a thread is, as text: "wait (threading.py:320) < step (train.py:40)".
+
+    These are the innermost frame outside torch, and the next outer frame of the program.
+    """
     own = [frame for frame in stack.frames if "(torch/" not in frame and ".so" not in frame]
     files = [frame for frame in own[1:] if "/" not in frame.rpartition("(")[2]]
     return " < ".join([*own[:1], *files[:1]]) or (stack.frames[0] if stack.frames else "?")
