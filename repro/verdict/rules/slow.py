@@ -19,9 +19,9 @@ processor use and missing events prove little."""
 def slow(case: Case, movers: Sequence[int]) -> Finding:
     """Name the ranks ``movers``, for which other ranks wait, as culprits, and show the evidence that they work.
 
-    A rank whose present state began within the quiet window is not named. The confidence is at most ``likely`` if one
-    of ``movers`` shows no sign of work and is not suspended, or if one of ``movers`` or of the waiting ranks lacked a
-    processor.
+    A rank whose present state began within the quiet window is not named, unless it is suspended or still starts. The
+    confidence is at most ``likely`` if one of ``movers`` shows no sign of work and is not suspended, or if one of
+    ``movers`` or of the waiting ranks lacked a processor.
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}

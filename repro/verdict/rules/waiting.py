@@ -130,7 +130,7 @@ def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
 
 
 def _ranks_with_requests(case: Case, done: set[int], waiting: Sequence[int]) -> list[int]:
-    """Find the waiting ranks that have live requests in a step that no rank of ``done`` has begun.
+    """Find the waiting ranks that have requests in a step that no rank of ``done`` has begun.
 
     Such a rank shows that the ranks of ``done`` stopped too early. It counts only if it declared a schedule for this
     step.
