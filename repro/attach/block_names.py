@@ -21,7 +21,8 @@ _LAYER = 2
 def blocks_compared(witnesses: dict[int, Witness]) -> dict[int, Witness]:
     """Return the witnesses with one common name in place of each block name that only one rank uses.
 
-    A block name that several ranks use is kept, so the judge still compares it.
+    A block name is the name in ``with assert_no_deadlock(name)``; a witness has it as the layer of the collectives. A
+    block name that several ranks use is kept, so the judge still compares it.
 
     witnesses: a dict from rank to the witness of this rank
     """

@@ -78,7 +78,7 @@ class DeadlockError(AssertionError):
 
 @dataclass(frozen=True)
 class Rank:
-    """What a function knows of the rank in which it runs. ``Ranks.run`` passes this object to the function.
+    """The rank in which a function of a test runs. ``Ranks.run`` passes this object to the function.
 
     rank      the number of the rank
     device    the rank's device: the CPU, or with the backend "nccl" the rank's own GPU
@@ -236,7 +236,7 @@ class Ranks:
             os._exit(0)
 
     def _run_rank(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
-        """Run one rank in this process, then wait until the process of the test releases all ranks.
+        """Run one rank in this process, then wait until the process of the test allows the ranks to exit.
 
         A rank that exits before the others would make their collectives fail, and so change the evidence.
         """

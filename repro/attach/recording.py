@@ -36,7 +36,7 @@ lock.
 
 
 class DeviceGroups(Collection[str]):
-    """The names of those groups of a recorded job whose collectives are queued on a device.
+    """The names of those process groups of a recorded job whose collectives are queued on a device.
 
     The ranks write these names into a file while they run, so each use of this collection reads the file again.
     """
@@ -61,10 +61,10 @@ class DeviceGroups(Collection[str]):
 
 
 class RecordedHost(Host):
-    """This host, for the watch over a recorded program. It requests evidence from the ranks by touching a file.
+    """The host of a recorded program's ranks, from which the watcher requests evidence by touching a file.
 
-    In a run of the lab, the host sends signals to the ranks. Here it does not, because a user's program can need these
-    signals itself.
+    In a run of the lab, the watcher sends signals to the ranks instead. It does not do so here, because a user's
+    program can need these signals itself.
     """
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
@@ -103,7 +103,10 @@ def is_recording(run_dir: RunDir) -> bool:
 
 
 def options(run_dir: RunDir) -> WatchOptions:
-    """Return the options of the watch over a recorded job, from the job's run.json. Raises OSError or DamagedFile."""
+    """Return the watcher's settings for a recorded job, such as the quiet window, from the job's run.json.
+
+    Raises OSError or DamagedFile.
+    """
     description = read_description(run_dir.description)
     return WatchOptions(
         description.num_ranks, description.quiet_window_s, description.deadline_s, DeviceGroups(run_dir)
@@ -117,7 +120,13 @@ def watch_of(
     show: Callable[[list[Tail]], None],
     notice: Callable[[str], None],
 ) -> Watch:
-    """Return the watch over a recorded job. See :class:`repro.watch.live.Watch` for the arguments."""
+    """Return the watcher of a recorded job. Its method ``run`` follows the job until there is a verdict.
+
+    job_alive    returns whether the job still runs
+    interrupted  returns whether the watcher must end
+    show         is called several times a second with the readers of the ranks' witnesses, to display the progress
+    notice       prints a line, for example about the waits between ranks
+    """
     return Watch(
         run_dir,
         options(run_dir),
@@ -148,7 +157,7 @@ def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
 
 
 def verdict_of(run_dir: RunDir) -> Verdict:
-    """Judge the files of a recorded job, and return only the verdict."""
+    """Return the verdict on a recorded job, from the job's files."""
     return _explained(run_dir, judge_files(run_dir, options(run_dir), Comparison()).verdict)
 
 

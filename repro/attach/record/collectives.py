@@ -46,9 +46,9 @@ _unread: set[str] = set()
 class _Thread(threading.local):
     """The recorder's state in one thread.
 
-    inside     whether a replaced method runs; what that method calls is not recorded again
-    coalesced  the calls of the coalescing block that is open in this thread, each with the number of its collective in
-               the group; None if no block is open
+    inside     whether a hook of a process group's method runs; collectives that it causes are not recorded again
+    coalesced  the calls of the open coalescing block, in which torch collects collectives to issue them together; each
+               with the number of its collective in the group. None if no block is open
     """
 
     inside = False
@@ -99,7 +99,8 @@ def inside() -> bool:
 class beneath:
     """A ``with`` block in which this thread's collectives are not recorded, because they are part of a recorded call.
 
-    This is a class, because a context manager made from a generator takes as long as the recording itself.
+    For example, vLLM's dispatch is one recorded call, whatever collectives of torch it issues. This is a class, because
+    a context manager made from a generator takes as long as the recording itself.
     """
 
     __slots__ = ()
@@ -112,30 +113,36 @@ class beneath:
 
 
 def _named(name: str, function: Any) -> Any:
-    """Give the code of a hook the name of the method that the hook replaces. This prevents an endless recursion.
+    """Give the code of a hook the name of the method of torch that it replaces, to prevent an endless recursion.
 
-    If the program derived a class from torch's class, the original method (made by pybind11) looks for a Python method
-    that overrides it. It would find and call the hook, which calls the original method again, and so on. But the
-    original method does not look if the frame that calls it has the method's name, and has the object as its first
-    argument.
+    Torch's method is made by pybind11. If the program derived a class from torch's class, torch's method first looks
+    for a Python method of the same name that overrides it. It would find and call the hook, the hook would call torch's
+    method again, and so on. But torch's method does not look if the function that calls it has the method's name, and
+    has the same object as its first argument.
+
+    name: the method's name; function: the hook, which is also returned
     """
     function.__code__ = function.__code__.replace(co_name=name)
     return function
 
 
 def _hook(name: str, method: Method, original: Any) -> Any:
-    """Return the hook of a method: in C if the compiled library exists and can read calls of this method, else in
-    Python."""
+    """Return the hook that replaces torch's method ``original``.
+
+    The hook is in C if the compiled library exists and can read calls of this method, else in Python.
+
+    name: the method's name; method: how to read its arguments
+    """
     slow = _named(name, _recorded(method, original))
     if _library is None or method.compiled is None:
         return slow
 
     def resolve(group: Any, *args: Any, **options: Any) -> tuple[Call, int, bool] | None:
-        """Read a call of the hooked method. The compiled hook calls this if it has not seen a call like this one yet.
+        """Read a call of the hooked method. The hook in C calls this if it has not seen a call like this one yet.
 
-        Returns the recorder's `Call`, the number of frames from the caller of the hook to the call site, and whether
-        the recorder is allowed to ask at any time if the collective is complete. Returns None if the call is not
-        recorded.
+        Returns what the recorder keeps for such calls, the number of frames from the caller of the hook to the call
+        site, and whether the recorder is allowed to ask at any time if the collective is complete. Returns None if the
+        call is not recorded.
         """
         rank = this.current
         read = _read(rank, group, method, args, options) if rank is not None else None

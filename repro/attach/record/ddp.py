@@ -39,7 +39,7 @@ def hook_backward(module: ModuleType) -> None:
 
 
 def _blocking(op: str, original: Any) -> Any:
-    """Wrap a method of DistributedDataParallel that issues collectives in C++ and waits for them.
+    """Return the hook of a method of DistributedDataParallel that issues collectives in C++ and waits for them.
 
     op: the operation's name in the witness; "" for the forward pass, which is recorded only if it rebuilds the buckets
     """
@@ -70,7 +70,9 @@ def _blocking(op: str, original: Any) -> Any:
 
 
 def _rebuilds(wrapper: Any) -> bool:
-    """Count a forward pass of the wrapper. Returns whether this is the second pass, which rebuilds the buckets."""
+    """Count a forward pass of a DistributedDataParallel object. Returns whether it is the second: that rebuilds the
+    buckets.
+    """
     done: int = wrapper.__dict__.get("_hmr_passes", 0)
     wrapper.__dict__["_hmr_passes"] = done + 1
     return done == 1
@@ -120,10 +122,12 @@ def note_wait(rank: Any) -> None:
 
 
 def _collective(rank: Any, name: str, members: list[int], op: str) -> Collective:
-    """Return one collective that stands for all that the reducer issues in the group ``name`` during ``op``.
+    """Return one collective that stands for all that DDP's reducer issues in the group ``name`` during ``op``.
 
     It is not known how many collectives the reducer issues, so the returned collective cannot have a number in the
     group ``name``. It belongs to an extra group, "NAME.ddp", which has the same members.
+
+    members: the ranks of the group, which are recorded as the members of the extra group; [] to record none
     """
     group = f"{name}.ddp"
     if members:

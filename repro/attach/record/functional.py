@@ -56,17 +56,17 @@ def hook(module: ModuleType) -> None:
 def _replace(packet: Any, kind: Any, op: str) -> None:
     """Replace the function that an operator calls, and the function that its default overload calls.
 
-    packet: the operator; kind: the class of the replacements; op: the name of the operator's collective
+    packet: the operator; kind: the class of the replacing objects; op: the name of the operator's collective
     """
     for operator in (packet, packet.default):
         operator._op = kind(operator._op, op)
 
 
 class _Operator:
-    """A replacement for the function that an operator calls.
+    """An object that replaces the function that an operator calls.
 
-    The replacement has the same hash as the original function and is equal to it, so that a dictionary with the
-    original as a key also has an entry for the replacement.
+    The object has the same hash as the function and is equal to it, so that it finds the function's entry in a
+    dictionary.
     """
 
     def __init__(self, original: Any, op: str) -> None:
@@ -106,7 +106,7 @@ class _Operator:
 
 
 class _Issue(_Operator):
-    """A replacement that records a collective.
+    """An object that replaces an operator's function, to record the collective that the operator issues.
 
     The collective counts as completed when the operator wait_tensor has returned for the collective's result.
     """
@@ -143,6 +143,8 @@ def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
 
     The last argument that is a string is the name of the group. If there are several strings, the first one is the
     reduction. If the arguments cannot be read, prints the reason, once for each ``op``, and returns None.
+
+    op: the name of the collective; args: the arguments of the call
     """
     try:
         from torch.distributed.distributed_c10d import _resolve_process_group

@@ -67,9 +67,11 @@ def hook(c10d: ModuleType) -> None:
 
 
 def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> None:
-    """Replace the function ``name`` of c10d by ``make(original)``.
+    """Replace the function ``name`` of c10d by ``make(original)``, where ``original`` is this function.
 
     If torch.distributed has imported the function from c10d, replace it there, too.
+
+    c10d: torch.distributed.distributed_c10d
     """
     original = vars(c10d).get(name)
     replace(c10d, name, make)
@@ -156,9 +158,12 @@ def dist_ranks(group: Any) -> list[int]:
 
 
 def group_of(rank: this.Rank, group: Any) -> _Group:
-    """Return what the recorder knows of a group. The first call for a group also records its name and members.
+    """Return the name and members of a group, and whether it is on the host (CPU).
 
-    rank: the recorded rank of this process, which gets this record
+    The first call for a group also records the name and the members.
+
+    rank: the recorded rank of this process, in whose witness they are recorded
+    group: a process group of torch, or one of its backends
 
     Raises LookupError if torch.distributed does not know the group.
     """
@@ -197,9 +202,10 @@ def _find(group: Any) -> Any:
 def name_group(group: Any, members: list[int]) -> str:
     """Return a name for the group that is the same on all members and unique in this process.
 
-    Several groups can have the same description, for example the groups of one dimension of a device mesh. So the name
-    is the description with the members of the group; for a group of all ranks, the description alone. If another group
-    has the same description and members, a number follows.
+    The name is the group's description (see `describe`; by default torch's attribute ``group_desc``) with the members
+    of the group, because several groups can have the same description, for example the groups of one dimension of a
+    device mesh. For a group of all ranks, the name is the description alone. If another group has the same description
+    and members, a number follows. A group without a description gets torch's own name.
     """
     from repro.verdict.result import list_ranks
 

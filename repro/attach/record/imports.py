@@ -30,7 +30,7 @@ def after_import(hooks: Mapping[str, Hook]) -> None:
 
 
 class _Finder:
-    """Finds a module through the other finders, and wraps the module's loader so that the module's hook is called."""
+    """Finds a module through the other finders, and wraps the module's loader, to call a function after the import."""
 
     def __init__(self, hooks: dict[str, Hook]) -> None:
         self._hooks = hooks
@@ -48,7 +48,7 @@ class _Finder:
 
 
 class _Loader:
-    """A loader that calls the hook of a module after the module's own loader has executed the module."""
+    """A loader that calls the function ``hook`` after the module's own loader has executed the module."""
 
     def __init__(self, loader: Any, hook: Hook) -> None:
         self._loader, self._hook = loader, hook
@@ -68,7 +68,7 @@ class _Loader:
 
 
 def _apply(hook: Hook, module: ModuleType) -> None:
-    """Call the hook of a module. If the hook raises an exception, print that the module is not recorded.
+    """Call ``hook(module)``. If it raises an exception, print that the module is not recorded.
 
     For example, a hook raises an exception if it does not know this version of the module.
     """
@@ -79,7 +79,9 @@ def _apply(hook: Hook, module: ModuleType) -> None:
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace ``owner.name`` by ``make(original)``. Do nothing if the attribute does not exist.
+    """Replace ``owner.name`` by ``make(original)``, where ``original`` is the attribute's value.
+
+    Do nothing if the attribute does not exist.
 
     torch.compile starts no graph inside a function of torch. If the replacement is a Python function, it is marked so
     that torch.compile starts no graph inside it either.

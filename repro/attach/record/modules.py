@@ -21,6 +21,8 @@ def hook(module: ModuleType) -> None:
 
     For a model that torch.compile has compiled, only the name of the whole model is known, because the modules in it
     run as one graph.
+
+    module: torch.nn.modules.module
     """
     if not this.with_modules:
         return
@@ -69,7 +71,7 @@ def hook_pipeline(module: ModuleType) -> None:
 
 
 def hook_schedule(module: ModuleType) -> None:
-    """Hook the pipeline schedules, which send and receive tensors between the passes of the stages.
+    """Hook torch's pipeline schedules, which send and receive tensors between the passes of the stages.
 
     Such a transfer belongs to no single stage, so its record names all stages of the rank.
     """

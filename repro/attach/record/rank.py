@@ -123,11 +123,13 @@ def is_configured() -> bool:
 
 
 def meet_at(meeting: str) -> None:
-    """Set the name of the job to which this process and its forked children belong. meeting: this name
+    """Set the name of the job to which this process and its forked children belong.
 
     Processes record into the same folder if this name, the number of ranks, and torchrun's restart count are equal in
     all of them. Without this call, the name is the rendezvous of the ranks: their init_method, or the address and port
     at which they connect.
+
+    meeting: the name of the job, such as "vllm"
     """
     global _meeting
     _meeting = meeting
@@ -225,7 +227,8 @@ def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
 
 
 def _key(num_ranks: int, meeting: str) -> str:
-    """Return the key of this process's job. All ranks of the job compute the same key; other jobs have other keys.
+    """Return a text that identifies the job of this process. It is the same in all ranks of the job, and in no other
+    job.
 
     meeting: the rendezvous of the ranks; "" if it is the address and port in the environment
     """
@@ -236,7 +239,7 @@ def _key(num_ranks: int, meeting: str) -> str:
 
 
 def _folder_of_job(base: Path, key: str) -> Path:
-    """Return the folder of the job with this key; make it and its subfolders if they do not exist.
+    """Return the folder of the job that ``key`` identifies; make it and its subfolders if they do not exist.
 
     The first job of the recording has the folder ``base``, each later job has ``base/jobs/KEY``.
     """
@@ -252,7 +255,7 @@ def _folder_of_job(base: Path, key: str) -> Path:
 
 
 def _describe(root: Path, num_ranks: int) -> None:
-    """Write run.json, for which the watcher waits, unless the file exists."""
+    """Write run.json into the job's folder ``root``, unless the file exists. The watcher waits for this file."""
     from hybrid_moe_ref.files import write_atomically
     from repro.store.run_dir import RunDir
 

@@ -16,7 +16,8 @@
     guard/      the plug-in that stops a server which would hang
     cells/      the experiment that starts vLLM in many configurations
 
-A rank of vLLM is several processes, and a cycle of waits can run through all of them. The rank has one witness, which
-its worker writes. The witness shows where the worker waits. While the worker is idle, the witness shows where the
-engine and the front end of the rank wait.
+A rank of vLLM is several processes: a front end receives the requests, an engine schedules them, and a worker runs the
+model. A cycle of waits can run through all of them. The rank has one witness, which its worker writes. The witness
+shows where the worker waits. While the worker is idle, the witness shows where the engine and the front end of the rank
+wait.
 """

@@ -1,6 +1,6 @@
-"""The hook of dispatch and combine, in which vLLM's ranks exchange rows.
+"""The hook of dispatch and combine, the collectives by which vLLM's ranks exchange the rows (tokens) of a MoE layer.
 
-The hook records each dispatch and each combine as one collective.
+The hook wraps a method of vLLM, and records each dispatch and each combine as one collective.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from repro.attach.vllm.harmless import Harmless
 
 
 def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the wrapper of a method of GroupCoordinator that exchanges rows.
+    """Return a decorator for a method of vLLM's GroupCoordinator that is a dispatch or a combine, such as all_gatherv.
 
-    A call is recorded as one collective, whatever collectives of torch implement it.
+    The decorated method records each of its calls as one collective, whatever collectives of torch implement it.
 
     op: the name of the recorded collective
     num_tensors: number of the method's positional arguments before ``dim`` and ``sizes``
@@ -68,10 +68,10 @@ def _recorded_exchange(op: str, num_tensors: int, original: Callable[..., Any]) 
 
 
 def _resolve_exchange(op: str, num_tensors: int, group: Any, *args: Any, **options: Any) -> Any:
-    """Read an exchange of rows for the compiled hook.
+    """Read a dispatch or combine for the hook in C, which calls this if it has not seen a call like this one yet.
 
-    Returns the recorder's `Call`, the number of frames from the caller of the hook to the call site, and False: the
-    recorder does not ask later if the exchange is complete. Returns None if this process is no rank.
+    Returns what the recorder keeps for such calls, the number of frames from the caller of the hook to the call site,
+    and False: the recorder does not ask later if the collective is complete. Returns None if this process is no rank.
     """
     at = worker.current
     if at is None:
@@ -85,7 +85,10 @@ def _resolve_exchange(op: str, num_tensors: int, group: Any, *args: Any, **optio
 def _exchange(
     rank: this.Rank, op: str, num_tensors: int, device_group: Any, args: tuple[Any, ...], options: dict[str, Any]
 ) -> Collective:
-    """Return the collective that is recorded for an exchange of rows. args, options: the hooked method's arguments."""
+    """Return the collective that is recorded for a dispatch or combine.
+
+    device_group: the process group of the call; args, options: the hooked method's arguments
+    """
     rows = args[0] if args else options.get("input_")
     position = num_tensors + 1  # the sizes come after the tensors and dim
     sizes = options.get("sizes", args[position] if len(args) > position else None)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Habits:
-    """Learns the schedules of one rank, and keeps them in the rank's `Progress`, which the compiled hooks also read.
+    """Learns the schedules of one rank, and keeps them in ``progress``, which the hooks in C also read.
 
     Call all methods with the rank's lock held.
     """
@@ -48,7 +48,7 @@ class Habits:
         return progress.agreement
 
     def plan(self, kind: Hashable) -> tuple[ScheduleEntry, ...]:
-        """Note the kind of the execution that has begun.
+        """Note what the ranks have agreed on for the execution that has begun (``kind``), such as the graph mode.
 
         Returns the collectives that such an execution issues after the step agreement; () if they are not known.
         """
@@ -64,8 +64,7 @@ class Habits:
             self._recorder.note_entries(None)
 
     def _learn(self, entries: list[ScheduleEntry]) -> None:
-        """Learn from the collectives of an execution: the first is the step agreement, the others are the plan of the
-        execution's kind."""
+        """Learn from the collectives of an execution that has ended. The first is the step agreement."""
         progress, plans = self._progress, self._progress.plans
         if progress.agreement != (first := tuple(entries[:1])):
             progress.agreement = first  # if equal, keep the old object: the recorder recognises a schedule by identity

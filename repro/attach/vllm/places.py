@@ -24,7 +24,9 @@ class Place(NamedTuple):
 
 
 def find(module: ModuleType, names: Iterable[str]) -> Place | None:
-    """Return the place of the first of these names that the module defines; None if the module defines none of them.
+    """Find a function or method of a module that has different names in different versions of the module.
+
+    Returns the first of the names that the module defines, with its class or module; None if the module defines none.
 
     names: "Class.method" or "function"
     """

@@ -12,15 +12,15 @@ from repro.attach.record import compiled
 
 @dataclass
 class Progress:
-    """The progress of a worker. The compiled library has a class with the same fields, which its hooks can read.
+    """How far a worker of vLLM is. The compiled library has a class with the same fields, which its hooks can read.
 
     phase      name of the phase of the rank
     step       number of the last step; -1 before the first
     live       number of this rank's requests in the model execution
     executing  whether the worker executes the model, with requests or as a dummy batch
-    begun      whether the step of this execution has begun
-    agreement  the collectives with which each step begins; () before the first step
-    kind       the kind of this step, on which the ranks have agreed; None before the agreement
+    begun      whether the step of this execution has begun, that is, the execution has reached the step agreement
+    agreement  the collectives with which each step begins (the step agreement); () before the first step
+    kind       the kind of this step: what the ranks have agreed on, such as the graph mode; None before the agreement
     expected   all collectives of this step; None if they are not known
     plans      for each kind of step whose schedule is learned, a pair: the collectives after the agreement, and all
                collectives of the step. When the agreement changes, the second value is None until the next such step

@@ -1,4 +1,7 @@
-"""Correct the verdict on a vLLM server by what the engines did, because the judge's rules know only ranks."""
+"""Correct the verdict on a vLLM server by what the engines did, because the judge's rules know only ranks.
+
+An engine is the process of vLLM that schedules the requests, and tells the workers, which are the ranks, what to do.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 
 
 def qualified(verdict: Verdict, root: Path) -> Verdict:
-    """Return the verdict, corrected by what the engines did.
+    """Return the verdict, corrected by what vLLM's engines (the processes that schedule the requests) did.
 
     A culprit whose engine waits for requests becomes a suspect. If all engines wait for requests, the verdict becomes
     `inconclusive`.
@@ -24,7 +27,7 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
     If culprits are named because they departed from their schedules, the confidence becomes `likely` instead of
     `certain`: vLLM declares no schedule, so the recorder learned the schedules from earlier steps, and the new order of
     collectives can be right. The confidence stays `certain` if the engine of each culprit counted an execution that it
-    did not request.
+    did not request from its worker.
 
     If the verdict is `clean`, or if no witness shows an engine, the verdict is returned as it is.
 

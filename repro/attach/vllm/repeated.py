@@ -1,7 +1,6 @@
-"""Learn which sequence follows each kind of event, from sequences that were equal several times in a row.
+"""Learn which collectives follow each kind of step agreement, from steps that were equal several times in a row.
 
-For the recorder and the guard, an event is a step agreement, its kind is what the ranks agreed on, such as the graph
-mode, and the sequence is the collectives of the execution that follows.
+The kind of a step agreement is what the ranks agreed on, such as the graph mode.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Repeated(Generic[T]):
-    """The expected sequence for each kind of event.
+    """The collectives that are expected in a step, for each kind of step.
 
-    A sequence is expected as soon as it has followed its kind NUM_EQUAL times in a row. If another sequence follows
-    later, nothing is expected after this kind any more.
+    The kind is what the ranks agreed on at the begin of the step, such as the graph mode. A sequence of collectives is
+    expected as soon as NUM_EQUAL steps of a kind in a row had it. If a later step of this kind has another sequence,
+    nothing is expected of this kind any more.
 
     changes  how many times the result of `expected` has changed
     """
@@ -30,12 +30,12 @@ class Repeated(Generic[T]):
         self._varying: set[Hashable] = set()
 
     def of(self, kind: Hashable) -> tuple[T, ...] | None:
-        """Return the sequence that is expected after this kind of event; None if no sequence is expected."""
+        """Return the sequence that is expected of a step of this kind; None if no sequence is expected."""
         entries, count = self._learned.get(kind, ((), 0))
         return entries if count >= NUM_EQUAL else None
 
     def learn(self, kind: Hashable, sequence: Sequence[T]) -> None:
-        """Note that this sequence followed an event of this kind."""
+        """Note that a step of this kind had this sequence of collectives."""
         if kind in self._varying:
             return
         entries, count = self._learned.get(kind, (None, 0))
@@ -50,5 +50,5 @@ class Repeated(Generic[T]):
             self.changes += 1
 
     def expected(self) -> list[tuple[Hashable, tuple[T, ...]]]:
-        """Return all expected sequences, as pairs (kind of event, sequence)."""
+        """Return all expected sequences, as pairs (kind of step, sequence)."""
         return [(kind, entries) for kind, (entries, count) in self._learned.items() if count >= NUM_EQUAL]

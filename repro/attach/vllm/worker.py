@@ -28,7 +28,9 @@ AGREEMENT = "step"
 
 
 class Worker:
-    """The state of this process as a worker."""
+    """What the recorder knows of this process, which is a worker of vLLM: how far it is, and the schedules it has
+    learned.
+    """
 
     def __init__(self, rank: this.Rank, config: Any) -> None:
         self.rank = rank
@@ -61,7 +63,7 @@ class Worker:
     def begin_step(self) -> bool:
         """Begin a step, unless this execution has already begun its step. Returns whether a step was begun.
 
-        Outside an execution, each agreement begins a step.
+        Call this before a step agreement. An agreement outside an execution always begins a step.
         """
         progress = self.progress
         if progress.executing and progress.begun:
@@ -122,7 +124,10 @@ def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the wrapper of a method that is one phase of the start, to record when this phase begins and ends."""
+    """Return a decorator for a method that is one phase of the start, to record when this phase begins and ends.
+
+    name: the name of the phase
+    """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -270,7 +275,7 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the wrapper of a layer's method, to record the layer of each collective.
+    """Return a decorator for a layer's method, to record the layer of each collective.
 
     attribute: the attribute in which the layer has its name
     """
@@ -312,7 +317,10 @@ def _run_within(layer: str, function: Callable[..., Any], *args: Any, **options:
 
 
 def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap MessageQueue.dequeue, to record waits: of an engine for its worker, and of an idle worker for its engine."""
+    """Wrap MessageQueue.dequeue, by which engine and worker receive messages from each other, to record who waits.
+
+    The record shows an engine that waits for its worker, and an idle worker that waits for its engine.
+    """
 
     @wraps(original)
     def dequeue(self: Any, *args: Any, **options: Any) -> Any:

@@ -6,10 +6,10 @@ Python. The witness then has the same bytes, but each collective takes some micr
 a rank record in Python.
 
     checksum.h     the checksum of a record
-    calls.h        groups and calls
+    calls.h        what the recorder keeps for each process group and for each call site of a collective
     tape.h         the writer of the witness
-    options.h      the options of a call
-    read.h         recognises a call
+    options.h      the options of a call of a collective, such as the root rank
+    read.h         reads a call's arguments, and finds what the recorder keeps for this call
     works.h        issued collectives that may be incomplete (torch calls them works)
     exchange.h     the hook of a method by which ranks exchange rows, such as vLLM's all_gatherv
     steps.h        the hook of vLLM's step agreement, and the progress of a worker

@@ -67,7 +67,7 @@ class CompiledRecorder(Recorder):
     def call_at(self, caller: FrameType, collective: Collective) -> tuple[Any, int]:
         """Find the call site of a collective, outwards from the frame ``caller``.
 
-        Returns the recorder's `Call` for this call site, and the number of frames from ``caller`` to it.
+        Returns what the recorder keeps for this call site, and the number of frames from ``caller`` to it.
         """
         depth = self._depth
         call = self._call_from(caller, collective)

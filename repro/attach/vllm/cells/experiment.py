@@ -75,7 +75,8 @@ class Experiment:
     def prepare(self) -> dict[str, Outcome]:
         """Make the folder, or read what an earlier `hmr cells` left in it.
 
-        Returns a dict from the name of each cell with a final outcome to this outcome.
+        Returns the outcomes that are final, because the cell was started and not interrupted: a dict from name of cell
+        to outcome.
 
         Raises OutputError if the folder cannot be written or has other files, ConfigError if the earlier `hmr cells`
         had other settings, and DamagedFile if an outcome cannot be read.
@@ -102,7 +103,8 @@ class Experiment:
         return {name: old for name, old in found.items() if old is not None and old.finished}
 
     def run(self) -> dict[str, Outcome]:
-        """Run the cells that have no final outcome yet. After each cell, write the tables.
+        """Run the cells that have no final outcome yet: that were not started, or were interrupted. After each, write
+        the tables.
 
         Returns a dict from the name of a cell to its outcome, also with the outcomes that an earlier `hmr cells` left.
         """

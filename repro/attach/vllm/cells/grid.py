@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def pair(self) -> str:
-        """Return the name of the pair of a cold and a warm cell: the name of this cell without its cache."""
+        """Return what the names of this cell and of the other cell of its cold and warm pair have in common."""
         return self.name.rpartition("-")[0]
 
     def words(self) -> tuple[str, str, str, str]:

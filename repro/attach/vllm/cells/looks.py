@@ -15,7 +15,7 @@ BUNDLE_S = 180.0
 
 
 def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
-    """Run `collect` on the job of a process. Returns (answer, ""), or (None, why there is no answer).
+    """Run `collect` on the job of a process. Returns (verdict, ""), or (None, why there is no verdict).
 
     to: the folder into which `collect` writes
     """
@@ -37,10 +37,10 @@ def bundle(run: Path, to: Path) -> str:
 
 
 def _run(words: list[str], limit_s: float) -> tuple[str, str]:
-    """Run a command of `hmr`. Returns its standard output, and a text that says why it failed, if it failed.
+    """Run a command of `hmr`. Returns its standard output, and the reason to print if the command failed.
 
-    This text is why the command did not run to its end, else the last line of its standard error, else its exit code.
-    The text is not empty after a success either, so the caller must find out by other means whether the command failed.
+    The reason is why the command did not run to its end, else the last line of its standard error, else its exit code.
+    There is a reason after a success, too, so the caller must find out by other means whether the command failed.
 
     words: the name of the command and its arguments; limit_s: after this many seconds the command is ended
     """

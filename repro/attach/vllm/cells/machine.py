@@ -21,7 +21,7 @@ class Machine:
 
     gpus         compute capability of each GPU; () without an NVIDIA GPU
     vllm         version of vLLM in this Python; "" if this Python has no vLLM
-    recorder     whether this Python offers the entry point of the recorder to vLLM
+    recorder     whether the recorder's plug-in is installed in this Python, where vLLM finds it
     prebuilt     whether FlashInfer finds its kernels already compiled (package flashinfer-jit-cache)
     py_spy       whether `collect` can take stacks
     """

@@ -20,7 +20,7 @@ FILE = "outcome.json"
 class Answer:
     """What the recorder or `collect` says about a server.
 
-    verdict    a class of repro.verdict.classes
+    verdict    the verdict's class, such as "deadlock", see repro.verdict.classes
     sentences  where the ranks wait
     """
 
@@ -56,10 +56,10 @@ class Outcome:
     seconds   from the start of the server until `state` was known
     silent_s  the longest time, in seconds, in which no rank recorded an event
     looked    the verdicts of `collect`, one for each run of `collect`
-    cache     the cache folder
+    cache     the folder with the compiled kernels of this start; "" if the cell did not run
     partial   whether this warm start used the cache of a cold start whose server did not become ready
     bundles   names of the zip files that `bundle` wrote
-    reason    why the cell did not run
+    reason    why the cell did not run; "" if it ran
     notes     what went wrong in the experiment itself
     """
 

@@ -80,5 +80,5 @@ def _escaped(text: str) -> str:
 
 
 def reasons(outcomes: Iterable[Outcome]) -> list[str]:
-    """Return a line for each note of the outcomes, about what went wrong in the experiment itself."""
+    """Return a line for each problem of the experiment itself that the outcomes have in ``notes``."""
     return [f"{outcome.name}: {note}" for outcome in outcomes for note in outcome.notes]

@@ -122,6 +122,8 @@ class Trial:
     def _watch(self, record: RunDir) -> Document | None:
         """Watch until the server is ready, hangs, ends, or reaches its time limit.
 
+        record: the folder of the recording
+
         Returns the content of verdict.json; None if no rank was recorded.
         """
         while not record.description.exists():
@@ -154,8 +156,10 @@ class Trial:
     def _tick(self, tails: Sequence[Tail]) -> None:
         """Check whether the user ended the experiment, and whether the server is ready or has reached its time limit.
 
-        If no rank has recorded an event for ``window_s`` seconds, run `collect`. The watch calls this several times a
-        second. tails: the readers of the witnesses of all ranks
+        If no rank has recorded an event for ``window_s`` seconds, run `collect`. The watcher calls this several times a
+        second.
+
+        tails: the readers of the witnesses of all ranks
         """
         now_s = time.monotonic()
         if self.interrupted():
@@ -185,6 +189,8 @@ class Trial:
         """Return the time of the last event of any rank, in seconds of the monotonic clock.
 
         If no rank has an event, return the time when the server's log last grew.
+
+        tails: the readers of the witnesses of all ranks; now_s: the current time of this clock
         """
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns:
@@ -197,6 +203,8 @@ class Trial:
         """Whether all ranks that have a witness are in the phase `load`, in which they read the checkpoint.
 
         In this phase it is normal that no rank records an event for a long time.
+
+        tails: the readers of the witnesses of all ranks
         """
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns != self._loads_at[0]:

@@ -1,8 +1,8 @@
-"""Hooks for vLLM's EngineCore, which write its progress into a file (:mod:`repro.attach.vllm.processes.notes`).
+"""Hooks for vLLM's engine (EngineCore), which write its progress into a file (see `repro.attach.vllm.processes.notes`).
 
-An engine asks the other engines "is anyone unfinished?" by an all-reduce in a group of engines. The worker, which
-writes the witness, cannot see this all-reduce. So the file shows how many of these questions the engine has begun and
-ended.
+An engine is the process that schedules the requests for one or more workers. It asks the other engines "is anyone
+unfinished?" by an all-reduce in a group of engines. The worker, which writes the witness, cannot see this all-reduce.
+So the file shows how many of these questions the engine has begun and ended.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def first_worker(config: Any) -> int:
 
 
 def note_request() -> None:
-    """Note that the engine has requested a model execution."""
+    """Note that the engine has requested an execution of the model from its worker."""
     global _requested
     _requested = True
 
@@ -88,8 +88,8 @@ def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 def counting(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which the engine calls once after each execution.
 
-    The wrapper counts all calls. It also counts the calls before which the engine had requested no execution, and the
-    waves: a wave ends when this method says that no engine has unfinished requests.
+    The wrapper counts all calls. It also counts the calls before which the engine had requested no execution from its
+    worker, and the waves: a wave ends when this method says that no engine has unfinished requests.
     """
 
     @wraps(original)
@@ -110,9 +110,10 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ParallelConfig.sync_dp_state, to note when the question "is anyone unfinished?" begins and ends.
+    """Wrap ParallelConfig.sync_dp_state, by which an engine asks the other engines "is anyone unfinished?".
 
-    In vLLM 0.20 the method is called has_unfinished_dp.
+    The wrapper counts how many of these questions have begun and how many have ended. In vLLM 0.20 the method is called
+    has_unfinished_dp.
     """
 
     @wraps(original)

@@ -1,8 +1,8 @@
 """Hooks for vLLM's front end: the process that starts the engine, sends it requests, and gets the outputs.
 
-The hooks write what the front end does into a notes file. In offline use (class LLM), each rank has a front end: the
-process that created the LLM. In a server, one API process is the front end of several engines; the name of its notes
-file contains the rank of the first of these engines.
+The hooks write what the front end does into a small file (the notes file). In offline use (class LLM), each rank has a
+front end: the process that created the LLM. In a server, one API process is the front end of several engines; the name
+of its notes file contains the rank of the first of these engines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def after_fork() -> None:
 
 
 def begin(config: Any) -> None:
-    """If the server has several data-parallel ranks, create the notes file of this process. config: ParallelConfig."""
+    """If the server has several data-parallel ranks, create the file in which this front end notes what it does.
+
+    config: vLLM's ParallelConfig
+    """
     global current, _owner_pid
     if _owner_pid == os.getpid():
         return
@@ -78,7 +81,7 @@ def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _activity:
-    """A ``with`` block that writes an activity into the notes of this process, if the process has notes."""
+    """A ``with`` block that notes what this front end does within the block, such as that it waits for outputs."""
 
     def __init__(self, activity: Activity) -> None:
         self._activity = activity

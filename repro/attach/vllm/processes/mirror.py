@@ -1,8 +1,11 @@
 """Record in a worker's witness what the engine and the front end of the same rank do.
 
-The worker records the engine's questions ("is anyone unfinished?") when the next message of the engine arrives. While
-the worker is idle, its background thread records the question in which the engine waits. So the witness has all waits
-of the rank in order, and its last event shows where the rank waits now.
+The engine and the front end write what they do into files, which the worker reads. When a message of the engine
+arrives, the worker records the questions "is anyone unfinished?" that the engine has asked the other engines since the
+last record. While no message arrives, the worker's background thread records what the engine waits for: the answer to
+such a question, or requests. If the engine waits for requests, the thread also records what the front end does.
+
+So the witness has all waits of the rank in order, and its last event shows where the rank waits now.
 """
 
 from __future__ import annotations
@@ -45,12 +48,14 @@ IDLE_NS = 200_000_000
 
 
 class Mirror:
-    """Records one engine in the witness of its first worker.
+    """Records in the witness of a worker what the worker's engine does. The worker is the first worker of its engine.
 
     Call all methods with the rank's lock held, because the background thread can record at any time.
 
-    first_workers  the rank of each engine's first worker; the witness shows these ranks as the members of the group
-                   of engines
+    progress       how far the worker is
+    habits         learns the collectives of the worker's executions
+    first_workers  the rank of each engine's first worker; the witness shows these ranks as the members of the group of
+                   engines
     since_ns       when the worker began to wait for a message of its engine (time.monotonic_ns); 0 if it does not wait
     """
 
@@ -68,7 +73,11 @@ class Mirror:
         rank.recorder.groups({GROUP: first_workers})
 
     def woken(self) -> None:
-        """Note that a message of the engine has arrived: the worker is not idle. Record the engine's new questions."""
+        """Note that a message of the engine has arrived, so that the worker is not idle.
+
+        Also record the questions "is anyone unfinished?" that the engine has asked the other engines since the last
+        record.
+        """
         self.since_ns = 0
         if self._idle:
             self._idle = ""
@@ -78,9 +87,11 @@ class Mirror:
             self.catch_up()
 
     def note_idle(self) -> None:
-        """If the worker is idle, record the engine's new questions, and for what the engine waits.
+        """If the worker is idle, record what its engine waits for.
 
-        A worker is idle if it has waited for a message of its engine for IDLE_NS nanoseconds.
+        The engine can wait for the other engines' answer to "is anyone unfinished?", or for requests. If it waits for
+        neither, record that the worker waits for the engine. A worker is idle if it has waited for a message of its
+        engine for IDLE_NS nanoseconds.
         """
         if not self.since_ns or time.monotonic_ns() - self.since_ns < IDLE_NS:
             return
@@ -94,7 +105,7 @@ class Mirror:
             self._rank.recorder.phase(idle)
 
     def _front_end(self) -> str:
-        """Return the last part of the idle phase's name, such as ", front end waits for outputs".
+        """Return the end of the name of an idle worker's phase, such as ", front end waits for outputs".
 
         Returns "" if the front end does nothing that is in the table FRONT_ENDS, or if it is not known what it does.
         """
@@ -103,9 +114,10 @@ class Mirror:
         return FRONT_ENDS.get(Activity(self._front[Note.ACTIVITY]), "") if self._front is not None else ""
 
     def catch_up(self) -> None:
-        """Record the engine's new questions "is anyone unfinished?", in order.
+        """Record each question "is anyone unfinished?" that the engine has asked the other engines since the last
+        record.
 
-        Each question is recorded as a collective that belongs to no step.
+        A question is recorded as a collective that belongs to no step.
         """
         if self._notes is None:
             self._notes = open_notes(Path(self._rank.root), self._rank.rank)
@@ -131,7 +143,7 @@ class Mirror:
                 recorder.leave(QUESTION, self._asked)
 
     def _declare_left_out(self, notes: Notes) -> None:
-        """Record each step that the engine counted but did not request from its worker.
+        """Record each step that the engine counted although it requested no execution for it from its worker.
 
         Such a step is declared with the step agreement as its schedule. No agreement is recorded for it, so the judge
         sees that this rank left the agreement out.

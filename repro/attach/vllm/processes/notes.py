@@ -1,4 +1,4 @@
-"""The notes file of an EngineCore or a front end: eight numbers that say what the process does.
+"""The notes file of an engine or a front end of vLLM: eight numbers by which this process says what it does.
 
 The worker of the same rank reads these numbers. There is no lock, so the writer can change some numbers while the
 worker reads them. Each single number is correct. A front end writes only its process id and its activity.
@@ -15,15 +15,15 @@ BYTES = 64
 
 
 class Note(enum.IntEnum):
-    """The index of each number in the file.
+    """The index of each number in a notes file, by which an engine or a front end of vLLM says what it does.
 
     PID        process id of the writer
-    COUNTED    executions that the engine's loop has counted, over all waves
+    COUNTED    number of executions of the model that the engine's loop has counted, over all waves
     SKIPPED    how many of the COUNTED executions the engine did not request from its worker
     FIRST      the number, from 1, of the first execution that the engine counted but did not request; 0 if there is
                none
-    WAVES      waves that have ended
-    ASKED      questions "is anyone unfinished?" that the engine has begun
+    WAVES      number of waves that have ended
+    ASKED      how many times the engine has begun to ask the other engines "is anyone unfinished?"
     ANSWERED   how many of these questions have ended
     ACTIVITY   what the process is doing, an Activity
     """
@@ -54,7 +54,10 @@ class Activity(enum.IntEnum):
 
 
 class Notes:
-    """The numbers in one notes file. ``notes[Note.ASKED]`` reads or sets one number."""
+    """The numbers in one notes file, by which an engine or a front end of vLLM says what it does.
+
+    ``notes[Note.ASKED]`` reads or sets one number.
+    """
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self.numbers = memoryview(buffer).cast("B")[:BYTES].cast("q")
@@ -71,17 +74,20 @@ ENGINE, FRONT = "engine", "front"
 
 
 def path_of(root: Path, rank: int, kind: str = ENGINE) -> Path:
-    """Return the path of the notes file of an engine, or of this engine's front end.
+    """Return the path of the file in which an engine, or the front end of this engine, notes what it does.
 
-    rank: the rank of the engine's first worker; kind: ENGINE or FRONT
+    root: the folder of the job; rank: the rank of the engine's first worker; kind: ENGINE or FRONT
     """
     return root / "events" / f"rank{rank:03d}.{kind}"
 
 
 def create(root: Path, rank: int, kind: str = ENGINE) -> Notes:
-    """Create the notes file of this process. Raises FileExistsError if another process has created the file.
+    """Create the file in which this process notes what it does.
 
-    rank: the rank of the engine's first worker; kind: ENGINE or FRONT, whichever this process is
+    Raises FileExistsError if another process has created the file.
+
+    root: the folder of the job; rank: the rank of the engine's first worker; kind: ENGINE or FRONT, whichever this
+    process is
     """
     descriptor = os.open(path_of(root, rank, kind), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -94,7 +100,10 @@ def create(root: Path, rank: int, kind: str = ENGINE) -> Notes:
 
 
 def open_notes(root: Path, rank: int, kind: str = ENGINE) -> Notes | None:
-    """Open the notes file of an engine or a front end (``kind``), to read it. Returns None if it does not exist yet."""
+    """Open the file in which an engine or a front end notes what it does. Returns None if it does not exist yet.
+
+    root: the folder of the job; rank: the rank of the engine's first worker; kind: ENGINE or FRONT
+    """
     try:
         descriptor = os.open(path_of(root, rank, kind), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
