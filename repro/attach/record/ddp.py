@@ -70,8 +70,9 @@ def _blocking(op: str, original: Any) -> Any:
 
 
 def _rebuilds(wrapper: Any) -> bool:
-    """Count a forward pass of a DistributedDataParallel object. Returns whether it is the second: that rebuilds the
-    buckets.
+    """Count a forward pass of a DistributedDataParallel object. Returns whether it is the second.
+
+    The second forward pass rebuilds the buckets.
     """
     done: int = wrapper.__dict__.get("_hmr_passes", 0)
     wrapper.__dict__["_hmr_passes"] = done + 1

@@ -227,8 +227,7 @@ def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
 
 
 def _key(num_ranks: int, meeting: str) -> str:
-    """Return a text that identifies the job of this process. It is the same in all ranks of the job, and in no other
-    job.
+    """Return a text that identifies the job of this process. It is equal in all ranks of the job, and in no other job.
 
     meeting: the rendezvous of the ranks; "" if it is the address and port in the environment
     """

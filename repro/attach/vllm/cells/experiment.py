@@ -103,8 +103,7 @@ class Experiment:
         return {name: old for name, old in found.items() if old is not None and old.finished}
 
     def run(self) -> dict[str, Outcome]:
-        """Run the cells that have no final outcome yet: that were not started, or were interrupted. After each, write
-        the tables.
+        """Run the cells that were not started yet, or were interrupted. After each cell, write the tables.
 
         Returns a dict from the name of a cell to its outcome, also with the outcomes that an earlier `hmr cells` left.
         """

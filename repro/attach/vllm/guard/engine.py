@@ -1,6 +1,7 @@
-"""Hooks of an EngineCore, which counts its executions of the model and runs a guard thread.
+"""Hooks of vLLM's engine (EngineCore), the process that schedules requests for one or more workers.
 
-The counts are on a board, which is memory that the engine shares with its workers.
+The hooks start a guard thread in the engine, and count the executions of the model. The counts are on the engine's
+board, which is memory that the engine shares with its workers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def after_fork() -> None:
 
 
 def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._init_data_parallel, to make the board and the guard thread before the workers start."""
+    """Wrap DPEngineCoreProc._init_data_parallel, to call `begin` before the engine starts its workers."""
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
@@ -50,7 +51,9 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def begin(engine: Any, config: Any) -> None:
-    """Make the board, and start the guard thread, which watches the other processes.
+    """Make the memory that this engine will share with its workers, and start the guard thread.
+
+    The guard thread watches the other processes.
 
     engine: vLLM's EngineCore in this process; config: vLLM's ParallelConfig
     """
@@ -141,10 +144,12 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _count(engine: Any, mine: Board) -> None:
-    """Count one execution on ``mine``, the engine's board, and check that the engine requested this execution.
+    """Count one execution of the model, and check that the engine requested this execution from its worker.
 
-    If the engine did not request it from its worker, raise Refused in the mode ``agree``, and print a line in the mode
-    ``observe``. In vLLM's sleep mode an engine correctly requests no execution: then nothing is counted.
+    If it did not, raise Refused; with HMR_GUARD=observe only print a line. In vLLM's sleep mode an engine correctly
+    requests no execution: then nothing is counted.
+
+    engine: vLLM's EngineCore; mine: the memory with the counts, which the engine shares with its workers
     """
     mine[Field.COUNTED] += 1
     requested, counted = mine.executions()
@@ -161,9 +166,10 @@ def _count(engine: Any, mine: Board) -> None:
 
 
 def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ParallelConfig.sync_dp_state, to note when the question "is anyone unfinished?" begins and ends.
+    """Wrap ParallelConfig.sync_dp_state, by which an engine asks the other engines "is anyone unfinished?".
 
-    In vLLM 0.20 the method is called has_unfinished_dp. The board gets the notes.
+    The wrapper counts how many of these questions have begun and how many have ended, in the memory that the engine
+    shares with its workers. In vLLM 0.20 the method is called has_unfinished_dp.
     """
 
     @wraps(original)

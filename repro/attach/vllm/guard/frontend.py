@@ -1,6 +1,7 @@
-"""The hook of a front end: if an engine ended with the guard's exit code, vLLM's server ends with this code, too.
+"""The hook of a front end, the process that started the engines.
 
-If a user's own program started the engines, the hook does not end this program, which gets vLLM's EngineDeadError.
+If an engine ended with the guard's exit code, the hook makes vLLM's server end with this code, too. If a user's own
+program started the engines, the hook does not end this program, which gets vLLM's EngineDeadError.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def _watch(engines: Sequence[Any]) -> None:
 
 
 def leave(stop: Stop, wait: Callable[[float], None] = time.sleep) -> None:
-    """Wait GRACE_S seconds for vLLM's own shutdown, then end this process with the guard's exit code."""
+    """Wait GRACE_S seconds for vLLM's own shutdown, then end this process with the guard's exit code.
+
+    stop: prints why, and ends the process; wait: sleeps for a number of seconds
+    """
     stop.say(f"the guard ended an engine; the engine's log says why. The server ends with exit code {EXIT_CODE}")
     atexit.register(stop.leave)  # the main thread may end during this wait, and would end the process with code 0
     wait(GRACE_S)

@@ -28,7 +28,7 @@ class Hook(NamedTuple):
     names      names of the attribute in different versions, "Class.method" or "function"; the first that exists is
                replaced
     make       makes the replacement from the original
-    shows      what the guard sees by this hook
+    shows      what the guard does not see without this hook
     versions   versions of vLLM that are known to have the attribute
     essential  whether the ranks cannot compare their steps without this hook
     """

@@ -90,8 +90,10 @@ def guarded(call: Callable[..., Any], *args: Any) -> Any:
 def join(config: Any) -> None:
     """Take part in the start vote, in which all ranks compare their settings. If they agree, switch on the guard.
 
-    If they do not agree, raise Refused in the mode ``agree``; print why the guard is off in the mode ``observe``. With
-    one data-parallel rank there is no vote, and the guard is off. config: VllmConfig
+    If they do not agree, raise Refused; with HMR_GUARD=observe, only print why the guard is off. With one data-parallel
+    rank there is no vote, and the guard is off.
+
+    config: VllmConfig
     """
     global current, guard_thread, _ranks_per_engine
     import torch.distributed as dist
@@ -141,7 +143,7 @@ def join(config: Any) -> None:
 def raise_or_say(stop: Stop, why: str) -> None:
     """Handle a rank that cannot take part in the start vote, for the reason ``why``.
 
-    In the mode ``agree`` raise Refused, in the mode ``observe`` only print that the guard is off.
+    Raise Refused; with HMR_GUARD=observe, only print that the guard is off. stop: prints the line
     """
     if not stop.agrees:
         stop.say(f"off: {why}")
@@ -182,9 +184,10 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing_always(requested: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a wrapper for a method that always runs the model.
+    """Return a decorator for a method that always runs the model, to note when this execution begins and ends.
 
-    requested: True for Worker.execute_dummy_batch; False for a phase of the start, whose executions no engine counts
+    requested: whether the engine requests and counts these executions. True for Worker.execute_dummy_batch; False for a
+    phase of the start
     """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,7 +220,8 @@ def _execute(guard: Guard, requested: bool, original: Callable[..., Any], *args:
 class Distributed:
     """A replacement for the module torch.distributed in those modules of vLLM that issue C1, the step agreement.
 
-    It adds the guard's rows to the all-reduce of C1, and passes everything else on to torch.distributed.
+    It adds two rows to the all-reduce of C1, by which the ranks compare themselves, and passes everything else on to
+    torch.distributed.
     """
 
     def __init__(self, dist: Any) -> None:
@@ -260,7 +264,7 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a wrapper for a method of vLLM that issues one collective.
+    """Return a decorator for a method of vLLM that issues one collective, so that the guard checks this collective.
 
     op: the name of the collective; attribute: the attribute in which the method's object has the process group
     """
@@ -284,7 +288,9 @@ def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[.
 
 
 def calling(op: str) -> Callable[[Any], Any]:
-    """Return a wrapper for a method of torch's ProcessGroup, for collectives that vLLM's own classes do not issue.
+    """Return a decorator for a method of torch's ProcessGroup, so that the guard checks the method's collective.
+
+    This is for collectives that vLLM's own classes do not issue.
 
     op: the name of the collective
     """
@@ -305,7 +311,7 @@ def calling(op: str) -> Callable[[Any], Any]:
 
 
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a wrapper for a layer's method, to note which layer runs.
+    """Return a decorator for a layer's method, to note which layer runs.
 
     attribute: the attribute in which the layer has its name
     """

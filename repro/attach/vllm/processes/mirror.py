@@ -114,10 +114,9 @@ class Mirror:
         return FRONT_ENDS.get(Activity(self._front[Note.ACTIVITY]), "") if self._front is not None else ""
 
     def catch_up(self) -> None:
-        """Record each question "is anyone unfinished?" that the engine has asked the other engines since the last
-        record.
+        """Record each question "is anyone unfinished?" that the engine has asked since the last record.
 
-        A question is recorded as a collective that belongs to no step.
+        The engine asks the other engines. Each question is recorded as a collective that belongs to no step.
         """
         if self._notes is None:
             self._notes = open_notes(Path(self._rank.root), self._rank.rank)

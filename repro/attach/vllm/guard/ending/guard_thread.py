@@ -1,7 +1,8 @@
 """The guard's thread in each worker and engine, which ends the process if the main thread does not.
 
-The thread learns from the store that the ranks must stop, and sees which processes have ended. The main thread can be
-blocked in a collective or in torch's store, and then cannot end the process.
+The thread reads in torch's store, through which the processes exchange data, that the ranks must stop. It also sees
+which processes have ended. The main thread can be blocked in a collective or in the store, and then cannot end the
+process.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ In this time all other processes can read in the store that this process ends no
 class GuardThread:
     """The guard's thread of one process.
 
+    The store is torch's store, through which the processes of the server exchange data.
+
+    stop       ends this process when a rank has refused to go on
     connect    returns a connection to the store; None while the address of the store is not known
     processes  the processes that this process announces to the others: first itself; an engine also announces its front
                end
     expected   the names of all processes of the server
     exit_code  takes the id of a process and returns its exit code; None if it still runs or the code is not known
-    guard      the guard of this process if it is a worker, else None
+    guard      compares what this worker issues with what the other ranks issue; None if this process is not a worker
     """
 
     def __init__(
@@ -115,7 +119,7 @@ class GuardThread:
         """Announce that an exception ends this process, and stop the ranks that would wait for it.
 
         If this process is an engine and one of its workers has ended, announce the end of the worker instead, because
-        this end caused the exception. In the mode ``observe``, do nothing.
+        this end caused the exception. With HMR_GUARD=observe, do nothing.
 
         sentence: what to announce about the exception
         """
@@ -135,9 +139,11 @@ class GuardThread:
         return next((gone(process, code) for process, code in codes.items() if code is not None), "")
 
     def refuse_here(self, sentence: str) -> None:
-        """Stop all ranks and raise Refused; in the mode ``observe`` only print the sentence.
+        """Stop all ranks and raise Refused. With HMR_GUARD=observe, only print the sentence.
 
         Only the main thread calls this method.
+
+        sentence: why the ranks stop
         """
         if not self.stop.agrees:
             self.stop.observe(sentence)
@@ -162,16 +168,17 @@ class GuardThread:
         self._peers.close()
 
     def look(self) -> None:
-        """Read the store and check the other processes, once.
+        """Read torch's store, through which the processes exchange data, and check the other processes, once.
 
-        - If a rank has refused, begin to stop this process.
-        - If a process has asked for the states of all ranks, and this process is a worker: post the state of its rank,
-          and refuse if the posted states differ.
+        - If a rank has stopped all ranks, begin to stop this process.
+        - If a process has asked for the states of all ranks, and this process is a worker: write the state of its rank
+          (such as its last collectives) into the store, and stop all ranks if the states in the store differ.
         - If this process is a worker that has waited in an execution for more than WAIT_S seconds, ask for the states
           of all ranks.
-        - If a process has ended without announcing this, or if a host is down, refuse.
+        - If a process has ended without announcing this, or if a host is down, stop all ranks.
 
-        Raises torch's DistNetworkError if the store does not answer.
+        With HMR_GUARD=observe, this method stops nothing, and only prints why it would. Raises torch's DistNetworkError
+        if the store does not answer.
         """
         if self._meeting is None:
             self._meeting = self._connect()
@@ -198,9 +205,10 @@ class GuardThread:
     # -- where the ranks are ------------------------------------------------------------------------------------------
 
     def _call(self, meeting: Meeting, guard: Guard) -> None:
-        """Post the state of this rank, and ask the other ranks to post theirs. Call this when this rank waits.
+        """Write the state of this rank into the store, and ask the other ranks to write theirs.
 
-        Do nothing if the last such request was a short time ago. The longer this rank waits, the less often it asks.
+        Call this when this rank waits. Do nothing if the last such request was a short time ago. The longer this rank
+        waits, the less often it asks.
         """
         if self._clock() - self._called_s < min(max(guard.waits_s() / 2, 0.5), MAX_WAIT_CALL_S):
             return
@@ -249,8 +257,8 @@ class GuardThread:
     def _without_store(self, error: Exception) -> None:
         """Handle a store that no longer answers. Its server runs in the worker of rank 0, which has probably ended.
 
-        If this worker has announced a normal end, do nothing. Otherwise stop this process; in the mode ``observe`` only
-        print the reason.
+        Do nothing if this process is that worker, or if this process or that worker has announced a normal end.
+        Otherwise stop this process; with HMR_GUARD=observe only print the reason.
 
         error: the exception of the last call of the store
         """
@@ -301,6 +309,6 @@ def _is_gone(error: Exception) -> bool:
 def front_end_of(rank: int) -> Process:
     """Return the front end that started this engine. Call this in an engine: its front end is the parent process.
 
-    rank: the rank of the engine's first worker, by which a message names the front end
+    rank: the rank of the engine's first worker; the name of the returned process has this rank
     """
     return Process.of(f"front end of rank {rank}", rank, os.getppid())

@@ -24,7 +24,7 @@ SILENT_S = 15.0
 
 @dataclass(frozen=True)
 class Process:
-    """One process of the server.
+    """One process of the vLLM server.
 
     name   a unique name: "worker of rank 1"
     rank   the rank of a worker; for an engine or a front end, the rank of the engine's first worker
@@ -55,7 +55,7 @@ class Process:
 
 
 class Peers:
-    """Watches the other processes of the server, for this process."""
+    """Watches the other processes of the server, to find out which have ended."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -100,7 +100,10 @@ class Peers:
         return [process.name for process in self._far]
 
     def beat(self, name: str, number: str) -> None:
-        """Note the heartbeat of a process on another host. number: the number that the process wrote last"""
+        """Note the heartbeat of a process on another host. If it differs from the last one, the process is alive.
+
+        name: the name of the process; number: its heartbeat in torch's store, which it changes twice a second
+        """
         process = self.known[name]
         if process in self._far and self._far[process][0] != number:
             self._far[process] = number, self._clock()

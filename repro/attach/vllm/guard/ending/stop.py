@@ -1,4 +1,4 @@
-"""End this process after a refusal of the guard: print the reason, save it in a file, let vLLM shut down, and exit.
+"""End this process when a rank has refused to go on: print the reason, save it in a file, let vLLM shut down, and exit.
 
 If the main thread is blocked in a collective, it cannot raise an exception. Then the guard's thread ends the process.
 """
@@ -39,12 +39,13 @@ class Refused(RuntimeError):
 
 
 class Stop:
-    """Ends this process after a refusal, and tells the user why.
+    """Ends this process when a rank has refused to go on, and tells the user why.
 
     who      the name of the process in its log lines: "rank 1", "engine of rank 1"
-    agrees   whether the mode is ``agree``, in which the guard stops the process; in the mode ``observe`` it only prints
+    agrees   True with HMR_GUARD=agree: the guard stops the process. False with HMR_GUARD=observe: the guard only prints
     leave    is called with the exit code, to end the process
-    tell     is called once, at the refusal; an engine uses it to notify its front end, which has no guard thread
+    tell     is called once, when this process begins to stop; an engine uses it to notify its front end, which has no
+             guard thread
     wait     sleeps for a number of seconds
     """
 
@@ -100,11 +101,11 @@ class Stop:
             util.Finalize(None, self.leave, exitpriority=-1000)
 
     def explain(self, error: Exception) -> None:
-        """Wait at most EXPLAIN_S seconds for a refusal, and raise Refused if one comes.
+        """Wait at most EXPLAIN_S seconds until the guard stops the ranks, and raise Refused if it does.
 
         Call this when a collective has failed with ``error``. If another process has ended, the collective fails at
         once, because the connections to that process break. The guard's thread learns the reason only a moment later.
-        In the mode ``observe``, this does nothing.
+        With HMR_GUARD=observe, this does nothing.
         """
         if isinstance(error, Refused) or not self.agrees:
             return
@@ -115,12 +116,15 @@ class Stop:
             self._wait(POLL_S)
 
     def refused(self) -> Refused:
-        """Return the exception to raise after a refusal, as soon as TELL_S seconds have passed since the refusal."""
+        """Return the exception to raise after `begin`, as soon as TELL_S seconds have passed since then.
+
+        In this time, the other processes can read the reason.
+        """
         self._wait(max(0.0, self._since_s + TELL_S - self._clock()))
         return Refused(self.sentence)
 
     def due(self) -> bool:
-        """Whether the process must be ended, because GRACE_S seconds have passed since a refusal."""
+        """Whether the process must be ended, because GRACE_S seconds have passed since `begin`."""
         return bool(self.sentence) and self._clock() - self._since_s >= GRACE_S
 
     def leave(self) -> None:
@@ -135,7 +139,7 @@ class Stop:
 
         If neither variable is set, save nothing.
 
-        what: "refused", or "observed" in the mode ``observe``
+        what: "refused", or "observed" with HMR_GUARD=observe
         """
         folder = os.environ.get("HMR_GUARD_DIR") or os.environ.get("HMR_RECORD")
         if not folder:

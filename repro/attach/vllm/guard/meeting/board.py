@@ -1,4 +1,4 @@
-"""The board: numbers in memory that an EngineCore shares with its workers.
+"""The board: numbers in memory that an engine of vLLM shares with its workers.
 
 The engine creates the memory and puts its path into an environment variable, which its workers inherit. The memory is a
 memfd, which is no file on a disk, so nothing is left when the processes have ended.
@@ -20,16 +20,19 @@ _HOST_BYTES = 256
 
 
 class Field(enum.IntEnum):
-    """The index of each number on the board. The engine writes all numbers but PORT, which a worker writes.
+    """The index of each number on the board, which is memory that an engine of vLLM shares with its workers.
+
+    The engine writes all numbers but PORT, which a worker writes.
 
     ENGINE     process id of the engine
-    REQUESTED  model executions that the engine requested from its workers
-    COUNTED    executions that the engine's loop has counted, over all waves
+    REQUESTED  how many executions of the model the engine has requested from its workers
+    COUNTED    how many executions the engine's loop has counted, over all waves
     LEFT_OUT   the number, from 1, of the first execution that the engine counted but did not request; 0 if there is
                none
-    ASKED      how many questions "is anyone unfinished?" the engine has begun to ask the other engines
+    ASKED      how many times the engine has begun to ask the other engines "is anyone unfinished?"
     ANSWERED   how many of these questions have ended
-    PORT       the port of the store of the workers, 0 until a worker has written it; the host is at the offset _HOST
+    PORT       the port of torch's store, to which the workers are connected; 0 until a worker has written it. The host
+               is at the offset _HOST
     FIRST      the first index of a ring buffer of RING numbers: index FIRST + N % RING has the value that COUNTED had
                when the engine requested execution N
     """
@@ -45,7 +48,10 @@ class Field(enum.IntEnum):
 
 
 class Board:
-    """The board of one engine. ``board[Field.COUNTED]`` reads or sets a number."""
+    """The numbers in the memory that one engine of vLLM shares with its workers.
+
+    ``board[Field.COUNTED]`` reads or sets a number.
+    """
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self._bytes = memoryview(buffer)
@@ -64,7 +70,10 @@ class Board:
         self[Field.REQUESTED] = number
 
     def counted_at(self, number: int) -> int:
-        """Return how many executions the engine had counted when it requested execution ``number``; -1 if unknown."""
+        """Return how many executions the engine had counted when it requested execution ``number``, counted from 1.
+
+        Returns -1 if this is not known, because the execution is too old or has not been requested.
+        """
         requested_since = self[Field.REQUESTED] - number
         return self[Field.FIRST + number % RING] if number > 0 and 0 <= requested_since < RING else -1
 
@@ -84,13 +93,13 @@ class Board:
         return self[Field.ASKED], answered
 
     def meet_at(self, host: str, port: int) -> None:
-        """Write host and port of the store, so that the engine can connect to it."""
+        """Write host and port of torch's store, which the workers use, so that the engine can connect to it."""
         text = host.encode()[:_HOST_BYTES]
         self._bytes[_HOST : _HOST + len(text)] = text
         self[Field.PORT] = port
 
     def meeting(self) -> tuple[str, int] | None:
-        """Return host and port of the store; None while no worker has written them."""
+        """Return host and port of torch's store, which the workers use; None while no worker has written them."""
         port = self[Field.PORT]
         if not port:
             return None
@@ -98,7 +107,10 @@ class Board:
 
 
 def create() -> Board:
-    """Create the board of this engine, which its later child processes can open by `inherited`. Raises OSError."""
+    """Create the memory that this engine shares with its workers. Its later child processes open it by `inherited`.
+
+    Raises OSError.
+    """
     descriptor = os.memfd_create("hmr_guard")  # stays open, because the workers open its path in /proc
     os.ftruncate(descriptor, BYTES)
     os.environ[VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -108,7 +120,10 @@ def create() -> Board:
 
 
 def inherited() -> Board | None:
-    """Return the board of the engine that started this process; None if there is no board or it cannot be opened."""
+    """Open the memory that the engine which started this process shares with its workers.
+
+    Returns None if there is no such memory or it cannot be opened.
+    """
     path = os.environ.get(VARIABLE)
     if not path:
         return None

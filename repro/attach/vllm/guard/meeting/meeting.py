@@ -1,16 +1,16 @@
 """The keys in the store of vLLM's workers by which the processes of all ranks exchange data.
 
     refusal         the sentence with which a rank stops all ranks; a later refusal does not replace it
-    calls           how many times a process has asked all others to read the store and to post their state
-    post/R          the state of rank R
+    calls           how many times a process has asked all others to read the store and to write their state
+    post/R          the state of rank R, such as its last collectives
     process/N       pid, start time and host of the process with the name N, see :mod:`peers`
     left/N          set if process N ends normally
     beat/N          the heartbeat of process N, a number that N changes twice a second; processes on other hosts read it
     TOPIC/R         the ballot of rank R in the vote TOPIC, see :mod:`vote`
     TOPIC/decision  the decision of this vote
 
-Each thread of the guard has its own connection to the store. vLLM's connection cannot be shared: while vLLM waits for
-a key, which can take long, every other request over this connection waits, too.
+Each thread of the guard has its own connection to the store. vLLM's connection cannot be shared: while vLLM waits for a
+key, which can take long, every other request over this connection waits, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ POLL_S = 0.02
 
 
 class Meeting:
-    """One thread's access to the store. Any method raises RuntimeError if the store does not answer."""
+    """One thread's connection to torch's store, through which the processes of a vLLM server exchange data.
+
+    Any method raises RuntimeError if the store does not answer.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -76,20 +79,23 @@ class Meeting:
         return self.first("refusal", sentence)
 
     def news(self) -> tuple[str, int]:
-        """Return the sentence of the first refusal ("" if there is none), and the number of calls of `add_call`."""
+        """Return the sentence with which a rank has stopped all ranks, and a number of calls.
+
+        The sentence is "" if no rank has done this. The number says how many times any process has called `add_call`.
+        """
         refusal, calls = self._store.multi_get(["refusal", "calls"])
         return refusal.decode(), int(calls)
 
     def call(self, post: Post) -> None:
-        """Post the state of this rank, and ask all other ranks to post theirs."""
+        """Write the state of this rank (``post``) into the store, and ask all other ranks to write theirs."""
         self.post(post)
         self.add_call()
 
     def add_call(self) -> None:
         """Ask the guard threads of all processes to read the store soon.
 
-        Each thread then reads which processes have ended normally. The threads of workers also post the state of their
-        rank, and compare all posted states.
+        Each thread then reads which processes have ended normally. The threads of workers also write the state of their
+        rank into the store, and compare the states of all ranks.
         """
         self._store.add("calls", 1)
 
@@ -97,7 +103,7 @@ class Meeting:
         self._store.set(f"post/{post.rank}", post.text())
 
     def posts(self, ranks: Iterable[int]) -> list[Post]:
-        """Return the last posted state of each of these ranks. A rank that has posted none is left out."""
+        """Return the state that each of these ranks last wrote into the store. A rank that wrote none is left out."""
         texts = self._store.multi_get([f"post/{rank}" for rank in ranks])
         return [Post.read(text.decode()) for text in texts if text]
 
@@ -106,7 +112,8 @@ class Meeting:
     ) -> list[str]:
         """Wait at most ``deadline_s`` seconds until all keys are set. Returns the keys that are still not set.
 
-        ``check`` is called again and again during the wait. It can raise an exception to end the wait.
+        check: is called again and again during the wait; it can raise an exception to end the wait
+        clock: returns the time in seconds
         """
         missing, until = list(keys), clock() + deadline_s
         while missing := [key for key in missing if not self._store.check([key])]:

@@ -40,11 +40,11 @@ _AG_RS = f"--all2all-backend {WITH_HOOKS[0]}"
 
 
 def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict[str, Any]:
-    """Return the ballot of this rank in the start vote, which `judge` reads:
+    """Return what this rank says in the start vote, in which all ranks compare their settings. `judge` reads it:
 
     same     the versions and settings that must be equal on all ranks
-    engine   ``has_engine``: whether this worker found the board of its engine
-    missing  ``missing``: the essential hooks that this vLLM lacks
+    engine   ``has_engine``: whether this worker found the memory that its engine shares with it
+    missing  ``missing``: the attributes without which the ranks cannot compare their steps, and which this vLLM lacks
     refuses  why the guard does not support the configuration; "" if it does
 
     config: VllmConfig; mode: the value of HMR_GUARD
@@ -59,7 +59,7 @@ def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict
 def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
     """Return the sentence with which the ranks refuse to start; "" if they are allowed to start.
 
-    ballots: a dict from rank to the ballot of this rank
+    ballots: a dict from rank to what this rank says in the start vote (the result of `ballot`)
     """
     for rank, said in sorted(ballots.items()):
         if said["refuses"]:

@@ -36,6 +36,7 @@ def decide(
     The result is the same on all ranks: "" if all ranks go on, else one sentence that says why they do not. If a rank
     has waited for ``deadline_s`` seconds and there is no decision yet, this rank decides that the ranks do not go on.
 
+    meeting     the connection to torch's store, through which the ranks exchange the ballots
     topic       the name of the vote: "start" or "prepare"
     ballot      what this rank reports to ``judge``, a mapping that JSON can represent
     deadline_s  how many seconds this rank waits: rank 0 for all ballots, another rank for the decision
@@ -68,7 +69,10 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def differences(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Return a line for each field of the ballots in which the ranks differ: which ranks have which value."""
+    """Return a line for each field of the ballots in which the ranks differ: which ranks have which value.
+
+    ballots: a dict from rank to what this rank says in the vote
+    """
     lines = []
     for name in sorted({name for ballot in ballots.values() for name in ballot}):
         sides: dict[str, list[int]] = {}

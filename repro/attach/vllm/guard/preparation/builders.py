@@ -71,9 +71,11 @@ BUILDERS = (
 
 
 def chosen(model: Any) -> Iterator[Builder]:
-    """Yield the builders that the model needs, then those that HMR_GUARD_BUILDERS names. Raises BuilderError.
+    """Yield the builders of kernels that the model uses, then those that HMR_GUARD_BUILDERS names.
 
-    model: None if it is not known; then only HMR_GUARD_BUILDERS counts
+    model: the torch.nn.Module of this rank; None if it is not known, then only HMR_GUARD_BUILDERS counts
+
+    Raises BuilderError.
     """
     for builder in BUILDERS:
         if model is not None and builder.wanted(model):

@@ -49,8 +49,10 @@ def loading(original: Callable[..., Any]) -> Callable[..., Any]:
 def prepare(guard: Guard, model: Any) -> None:
     """Build the kernels that the model needs, then wait until all ranks have built theirs.
 
-    Raises Refused if a build failed on a rank, or if a rank did not finish in time. In the mode ``observe``, only
-    prints what would be built. model: the model of this rank; None if it is not known
+    Raises Refused if a build failed on a rank, or if a rank did not finish in time. With HMR_GUARD=observe, only prints
+    what would be built.
+
+    guard: the guard of this worker; model: the torch.nn.Module of this rank, None if it is not known
     """
     stop, began_s = guard.stop, time.monotonic()
     deadline_s = float(os.environ.get("HMR_GUARD_BUILD_DEADLINE") or DEADLINE_S)
@@ -122,7 +124,7 @@ class _Waiting:
 
 
 def _lock_of(builder: Builder) -> Path:
-    """Return the path of the builder's lock, which is the same for all processes of this user on this host."""
+    """Return the path of the build lock of a builder. All processes of this user on this host have the same path."""
     folder = Path(tempfile.gettempdir()) / f"hmr-guard-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder / f"{digest_of(builder.name):016x}.lock"

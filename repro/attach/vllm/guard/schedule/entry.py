@@ -34,7 +34,10 @@ class Entry(NamedTuple):
 
 @functools.lru_cache(maxsize=65536)
 def entry_of(group: str, op: str, layer: str) -> Entry:
-    """Return the entry with these fields. For the same arguments, the same object is returned."""
+    """Return the record of a collective. For the same arguments, the same object is returned.
+
+    layer: the layer that issues the collective; "" outside a layer
+    """
     return Entry(group, op, layer, digest_of(f"{group}\0{op}\0{layer}"))
 
 

@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 
 class Guard:
-    """The guard of one worker.
+    """Compares what a worker of vLLM issues with what the other ranks issue, and stops the ranks before they hang.
 
     members    the ranks of the DP group that issues C1, in the order of C1's columns
-    meeting    the connection to the store for the thread that runs the model
-    board      the board of this rank's engine; None if the engine has no board
+    meeting    a connection to torch's store, for the thread that runs the model
+    stop       ends this process when a rank has refused to go on
+    board      the memory that this rank's engine shares with its workers; None if there is none
     num_ranks  the number of ranks of the server; 0 means the number of ``members``
     """
 
@@ -89,9 +90,9 @@ class Guard:
         self._idle_since_s = self._clock()
 
     def watches(self) -> bool:
-        """Whether a collective that this thread issues now counts as an entry.
+        """Whether the guard compares a collective that this thread issues now.
 
-        It does not count if another hooked call issues it, or if this is not the thread that runs the model.
+        It does not if another hooked call issues the collective, or if this is not the thread that runs the model.
         """
         return not self.inside and threading.get_ident() == self.thread
 
@@ -105,10 +106,12 @@ class Guard:
         return self._run(call)
 
     def agree(self, group: str, rows: Any, reduce: Callable[[Any], None]) -> None:
-        """Issue a step agreement (C1) with the guard's two rows added. Raises Refused if the ranks differ.
+        """Issue a step agreement (C1) with two more rows, by which the ranks compare themselves.
 
-        rows    vLLM's tensor, int32[any number of rows, ranks], in which this rank has filled its own column; on
-                return it has the sum over all ranks
+        Raises Refused if the ranks differ.
+
+        rows    vLLM's tensor, int32[any number of rows, ranks], in which this rank has filled its own column; on return
+                it has the sum over all ranks
         reduce  all-reduces a tensor in place
         """
         import torch
@@ -169,10 +172,10 @@ class Guard:
         self._held = None
 
     def _explain(self) -> None:
-        """Find the first difference between what the ranks issued, and refuse.
+        """Find the first difference between what the ranks issued, and stop all ranks.
 
-        Every rank calls this after an agreement whose digests differ. If the ranks find no difference, print this, go
-        on, and from now on leave the engines' counts of executions out of the digest.
+        Every rank calls this after a step agreement whose digests differ. If the ranks find no difference, print this,
+        go on, and from now on do not compare how many executions the engines have counted.
         """
         until, called_s = self._clock() + EXPLAIN_S, -CALL_S
         posts: list[Post] = []
@@ -194,7 +197,10 @@ class Guard:
         )
 
     def refuse(self, sentence: str) -> None:
-        """Stop all ranks and raise Refused; in the mode ``observe`` only print the sentence."""
+        """Stop all ranks and raise Refused. With HMR_GUARD=observe, only print the sentence.
+
+        sentence: why the ranks stop
+        """
         if not self.stop.agrees:
             self.stop.observe(sentence)
             return
@@ -213,7 +219,7 @@ class Guard:
     # -- any thread ---------------------------------------------------------------------------------------------------
 
     def post(self) -> Post:
-        """Return the state of this rank, for the other ranks."""
+        """Return the state of this rank, such as its last collectives, with which the other ranks compare theirs."""
         held, board = self._held, self._board
         first, entries = self.stream.last()
         number = first + len(entries)

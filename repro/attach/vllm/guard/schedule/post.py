@@ -1,4 +1,4 @@
-"""The state that each rank posts in the store when the ranks differ or wait, and how to find the first difference."""
+"""The state that each rank writes into torch's store when the ranks differ or wait, and the first difference of states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Post:
-    """The state of one rank. An entry is a collective: (group, operation, layer).
+    """The state of one rank, which the rank writes into torch's store for the other ranks.
+
+    An entry is a collective: (group, operation, layer). Entries are numbered from 0, from the start vote on. An engine
+    is the process of vLLM that schedules requests and requests executions of the model.
 
     first        the number of the first entry in `entries`
     entries      the last entries that the rank has issued
@@ -25,8 +28,8 @@ class Post:
     counted      how many executions the engine had counted when it requested the rank's last execution; -1 if unknown.
                  Normally this is `execution` - 1
     left_out     the number of the first execution that the engine counted but did not request; 0 if there is none
-    questions    how many questions "is anyone unfinished?" of the engine have begun, and how many have ended; (0, 0) if
-                 unknown
+    questions    how many times the engine has begun to ask the other engines "is anyone unfinished?", and how many of
+                 these questions have ended; (0, 0) if unknown
     waits_s      for how many seconds the rank has issued no new entry; 0 if the rank does not run the model
     asks_s       for how many seconds the worker has been idle while its engine waits for the answer to a question; 0 if
                  the engine does not wait for an answer
@@ -68,7 +71,7 @@ class Post:
 
 
 def difference(posts: Sequence[Post]) -> str:
-    """Return a sentence about the first difference between the ranks that sent these posts; "" if there is none."""
+    """Return a sentence about the first difference between the states of the ranks; "" if there is none."""
     return _left_out(posts) or _entries(posts) or _asks(posts)
 
 
@@ -82,8 +85,8 @@ def _left_out(posts: Iterable[Post]) -> str:
 def left_out(rank: int, number: int, counted: int, requested: int) -> str:
     """Return the sentence about an engine that counted an execution, but did not request it from its worker.
 
-    rank: the rank of the engine's first worker; number: the number of that execution; counted, requested: how many
-    executions the engine has counted and requested
+    rank: the rank of the engine's first worker; number: the number of that execution, from 1; counted, requested: how
+    many executions the engine has counted and requested
     """
     return (
         f"rank {rank} left out execution {number}: its engine counted {counted} executions and requested {requested} "
