@@ -11,7 +11,7 @@ import os
 
 
 def register() -> None:
-    """Install the recorder's hooks in this process. Exceptions never reach the server."""
+    """Install the recorder's hooks in this process. If this fails, print why; no exception reaches the server."""
     directory = os.environ.get("HMR_RECORD")
     if not directory:
         return

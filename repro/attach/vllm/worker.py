@@ -28,7 +28,7 @@ AGREEMENT = "step"
 
 
 class Worker:
-    """What the recorder knows of this process, a worker of vLLM: how far it is, and the schedules that it has learned."""
+    """What the recorder knows of this process, a worker of vLLM: how far it is, and which schedules it has learned."""
 
     def __init__(self, rank: this.Rank, config: Any) -> None:
         self.rank = rank

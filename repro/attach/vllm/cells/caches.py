@@ -33,8 +33,8 @@ MARK = ".made-by-repro-cells"
 def make(root: Path, pair: str) -> Path:
     """Make a new, empty cache folder below ``root`` for a cold start. Raises OSError.
 
-    pair: what the names of the cold and the warm start have in common, such as "dp8ep8-jit-triton". The folder gets
-    this name, with a number after it if the name is taken
+    pair: the cell's name without "cold" or "warm", such as "dp8ep8-jit-triton". The folder gets this name, with a
+    number after it if the name is taken
     """
     for number in range(1, 1000):
         folder = root / (pair if number == 1 else f"{pair}.{number}")

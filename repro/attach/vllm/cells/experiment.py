@@ -75,8 +75,7 @@ class Experiment:
     def prepare(self) -> dict[str, Outcome]:
         """Make the folder, or read what an earlier `hmr cells` left in it.
 
-        Returns the outcomes that are final, because the cell was started and not interrupted: a dict from name of cell
-        to outcome.
+        Returns a dict from the name of a cell to its outcome, with those cells that were started and not interrupted.
 
         Raises OutputError if the folder cannot be written or has other files, ConfigError if the earlier `hmr cells`
         had other settings, and DamagedFile if an outcome cannot be read.

@@ -56,7 +56,9 @@ class Cell:
 
     @property
     def pair(self) -> str:
-        """Return what the names of this cell and of the other cell of its cold and warm pair have in common."""
+        """Return the name of this cell without "cold" or "warm". The cold and the warm cell of a pair have it in
+        common.
+        """
         return self.name.rpartition("-")[0]
 
     def words(self) -> tuple[str, str, str, str]:

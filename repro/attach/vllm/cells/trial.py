@@ -227,6 +227,8 @@ class Trial:
         """Pack the recording, and the folder that the last `collect` wrote. Returns the names of the zip files.
 
         If the user interrupted the experiment, pack nothing.
+
+        record: the folder of the recording
         """
         if self._state == outcome.INTERRUPTED:
             return ()

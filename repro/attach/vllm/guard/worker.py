@@ -141,9 +141,9 @@ def join(config: Any) -> None:
 
 
 def raise_or_say(stop: Stop, why: str) -> None:
-    """Handle a rank that cannot take part in the start vote, for the reason ``why``.
+    """Raise Refused, because this rank cannot take part in the start vote. With HMR_GUARD=observe, only print why.
 
-    Raise Refused; with HMR_GUARD=observe, only print that the guard is off. stop: prints the line
+    stop: prints the line, and ends this process after a refusal; why: why the rank cannot take part
     """
     if not stop.agrees:
         stop.say(f"off: {why}")

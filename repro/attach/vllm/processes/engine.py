@@ -52,7 +52,7 @@ def note_request() -> None:
 
 
 def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._init_data_parallel, to create the notes file before the engine creates its group."""
+    """Wrap DPEngineCoreProc._init_data_parallel, to call `begin` before the engine creates its group."""
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:

@@ -255,7 +255,7 @@ class GuardThread:
         return bool(left)
 
     def _without_store(self, error: Exception) -> None:
-        """Handle a store that no longer answers. Its server runs in the worker of rank 0, which has probably ended.
+        """Handle torch's store when it no longer answers. Its server, in the worker of rank 0, has probably ended.
 
         Do nothing if this process is that worker, or if this process or that worker has announced a normal end.
         Otherwise stop this process; with HMR_GUARD=observe only print the reason.

@@ -1,7 +1,7 @@
 """Find out which processes of the other ranks have ended.
 
-A process on this host is watched by a pidfd, so a slow or suspended process never counts as ended. A process on
-another host is watched by its heartbeat, a number in the store: each process changes its own number twice a second.
+A process on this host is watched by a pidfd, so a slow or suspended process never counts as ended. A process on another
+host is watched by its heartbeat, a number in torch's store: each process changes its own number twice a second.
 """
 
 from __future__ import annotations

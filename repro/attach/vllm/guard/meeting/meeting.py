@@ -1,4 +1,4 @@
-"""The keys in the store of vLLM's workers by which the processes of all ranks exchange data.
+"""The keys in torch's store by which the processes of all ranks exchange data.
 
     refusal         the sentence with which a rank stops all ranks; a later refusal does not replace it
     calls           how many times a process has asked all others to read the store and to write their state

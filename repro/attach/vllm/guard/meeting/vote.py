@@ -1,4 +1,4 @@
-"""A vote of all ranks through the store, before they communicate: all go on, or all get the same sentence.
+"""A vote of all ranks through torch's store, before they communicate: all go on, or all get the same sentence.
 
 Every rank writes a ballot. Rank 0 reads all ballots and writes the decision. A rank that waits longer than its deadline
 writes a negative decision. Only the first decision counts, and only rank 0 can write a positive one, after it has read

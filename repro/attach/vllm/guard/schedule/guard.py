@@ -3,11 +3,11 @@
 At each step agreement (C1) a rank adds two rows with one digest to vLLM's tensor. The digest covers the collectives
 that the rank has issued since the last agreement, the schedules that it has learned, and how many executions of the
 model its engine has counted. So all ranks see all digests. If the digests differ, the ranks compare their last
-collectives through the store, and stop with an error message about the first difference.
+collectives through torch's store, and stop with an error message about the first difference.
 
 A schedule has the collectives that the rank issued after earlier agreements of the same kind. Before a rank issues a
-collective that is not the next one of its schedule, the rank waits until each other rank has posted the collective that
-it issues at this position. If all ranks post the same collective, all go on; else they stop.
+collective that is not the next one of its schedule, the rank waits until each other rank has written into the store
+which collective it issues at this position. If this is the same collective on all ranks, all go on; else they stop.
 """
 
 from __future__ import annotations
