@@ -56,9 +56,7 @@ class Cell:
 
     @property
     def pair(self) -> str:
-        """Return the name of this cell without "cold" or "warm". The cold and the warm cell of a pair have it in
-        common.
-        """
+        """Return this cell's name without "cold" or "warm". The other cell of the pair has the same."""
         return self.name.rpartition("-")[0]
 
     def words(self) -> tuple[str, str, str, str]:

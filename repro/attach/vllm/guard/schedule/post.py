@@ -1,4 +1,7 @@
-"""The state that each rank writes into torch's store when the ranks differ or wait, and the first difference of states."""
+"""The state of a rank in torch's store, and how to find the first difference between the states of all ranks.
+
+Each rank writes its state when the ranks differ or when a rank waits.
+"""
 
 from __future__ import annotations
 
