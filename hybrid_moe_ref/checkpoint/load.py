@@ -111,7 +111,10 @@ def _warn_without_mtp(folder: Path, num_layers: int) -> None:
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
-    """List the tensors that `model` needs from a checkpoint. Names and shapes depend on the checkpoint's format."""
+    """List the tensors that `model` needs from a checkpoint, with the parameter that each of them fills.
+
+    Names and shapes depend on the checkpoint's format.
+    """
     needed: list[Piece] = []
     slices: dict[str, Slice] = getattr(model, "slices", {})
     multimodal = any(name.startswith("model.language_model.") for name in shards.names)
@@ -147,7 +150,11 @@ def _last(name: str) -> str:
 
 
 def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards: Shards) -> list[Piece]:
-    """List the tensors of one layer's experts. parts: for each matrix of an expert, the part that the model holds"""
+    """List the checkpoint's tensors for the experts of one layer, with the parameter that each of them fills.
+
+    name    the name of the experts in the checkpoint, such as "model.layers.0.mlp.experts"
+    parts   for "gate_up_proj" and "down_proj", the matrices of an expert: the part that the model holds
+    """
     first = experts.first_expert
     held = range(first, first + experts.num_local)
     needed: list[Piece] = []
@@ -180,12 +187,13 @@ _GROUPED = {
 
 
 def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> list[Piece]:
-    """List the pieces of a GDN layer's projections, for a checkpoint of Qwen3-Next.
+    """List the checkpoint's tensors for a GDN layer's projections, for a checkpoint of Qwen3-Next.
 
     Qwen3-Next stores these projections in two tensors, each with one block of rows for each key head. A block has the
     rows [q | k | v | z] or [b | a] of this key head and its value heads.
 
-    slices: for each projection, the rows that this rank holds
+    name     the name of the layer in the checkpoint
+    slices   for each projection, the rows that this rank holds
     """
     K = net.key_dim
     values, per_head = slices["in_proj_z"].full_shape[0], slices["in_proj_b"].full_shape[0]
@@ -198,7 +206,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     k, v = (k[0] - M * K, k[1] - M * K), (v[0] - 2 * M * K, v[1] - 2 * M * K)
 
     def piece(kind: str, linear: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
-        """Make the piece that fills the weight of the projection `linear`.
+        """Return which rows of a stored tensor fill the weight of the projection `linear`.
 
         kind   the name of the stored tensor: "in_proj_qkvz" or "in_proj_ba"
         parts  the arguments (held, size, offset) of `_in_blocks` for each of q, k, v, z, b and a that the weight has
@@ -337,7 +345,10 @@ def _num_blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fill(target: Tensor, piece: Piece, shards: Shards) -> None:
-    """Fill one parameter a few rows at a time, so that little more than the model is in memory."""
+    """Fill one parameter from the tensor that `piece` describes, a few rows at a time.
+
+    So little more than the model is in memory.
+    """
     cuts = dict(piece.part.cuts) if piece.part else {}
     ranges = cuts.pop(0, None)
     quantised = shards[piece.name].dtype == FLOAT8

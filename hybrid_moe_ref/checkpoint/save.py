@@ -106,9 +106,11 @@ def tensors(model: "HybridMoE", family: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _grouped(name: str, net: GatedDeltaNet) -> Iterator[tuple[str, Tensor]]:
-    """Reorder a GDN layer's projections as Qwen3-Next stores them.
+    """Yield the (name, tensor) pairs of a GDN layer's projections as Qwen3-Next stores them, in two tensors.
 
-    For each key head: a block [q | k | v of its value heads | z of its value heads], and a block [b | a].
+    For each key head, one has a block [q | k | v of its value heads | z of its value heads], the other a block [b | a].
+
+    name: the name of the layer in the checkpoint
     """
     heads, keys = net.num_key_heads, net.num_key_heads * net.key_dim
     q, k, v = net.in_proj_qkv.weight.split([keys, keys, net.num_value_heads * net.value_dim])

@@ -60,6 +60,8 @@ def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, 
     """Compute the attention of those sequences of the batch that have equally many new tokens (a `Group`).
 
     No gradient flows through a cache, because the cache gets detached keys and values.
+
+    past: the cached keys and values of these sequences; None if they are not cached
     """
     if past is None:
         return attend(q_BTQD, k_BTKD, v_BTKD, group)
@@ -78,7 +80,14 @@ def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, 
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:
-    """Compute causal softmax attention: a query at position p sees the keys 0 to p of its sequence."""
+    """Compute causal softmax attention: a query at position p sees the keys 0 to p of its sequence.
+
+    q_BTQD           queries [B sequences, T new tokens of each, Q query heads, D head dim]
+    k_BSKD, v_BSKD   keys and values [B sequences, S earlier and new tokens, K KV heads, D head dim]
+    group            these sequences, with the positions of the new tokens
+
+    Returns [B, T, Q, D].
+    """
     q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSKD, v_BSKD))
     T, S = q.shape[2], k.shape[2]
     if T == S:

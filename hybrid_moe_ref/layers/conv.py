@@ -24,7 +24,11 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def forward(self, x_TC: Tensor, past: StatePast, part: Part) -> Tensor:
-        """Convolve rows [T, C] to [T, C], and update `past.conv_PWC`."""
+        """Convolve T rows of C channels, [T, C] to [T, C], and store each sequence's last rows in `past.conv_PWC`.
+
+        past   the cached rows of the sequences, from which the convolution continues
+        part   the sequences to which the rows belong
+        """
         y_TC: Tensor = causal_conv.prefill(
             x_TC, self.weight[:, 0], self.bias, past.conv_PWC, past.slots_B, part.cu_seqlens_X
         )

@@ -14,7 +14,7 @@ _LINEAR_FORWARD = nn.Linear.forward
 
 
 def project(x_NH: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Return the output [N, O] of each module for the same rows."""
+    """Return the output [N, O] of each module for the same N rows. O is the number of outputs of the module."""
     if not has_global_hooks() and all(map(is_plain_linear, linears)):
         outputs: list[Tensor] = linear.project(x_NH, [module._parameters["weight"] for module in linears])
         return outputs

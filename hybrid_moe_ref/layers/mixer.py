@@ -30,7 +30,7 @@ class Mixer(nn.Module):
         return torch.cat(outputs)[batch.order_N] if outputs else torch.empty_like(x_NH)
 
     def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
-        """Mix the rows of one part of the batch, one sequence after another. Returns rows [T, H].
+        """Mix the T rows [T, H] of one part of the batch, one sequence after another. Returns rows [T, H].
 
         pasts: one view of the cache for each `Group` of the part; empty if the part is not cached
         """

@@ -95,7 +95,12 @@ class Experts(nn.Module):
         return part
 
     def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
-        """Return, for each row, the weighted sum over those chosen experts that this module has; 0 if it has none."""
+        """Return, for each row, the weighted sum over those chosen experts that this module has; 0 if it has none.
+
+        x_NH         N rows, one for each token, of hidden size H
+        weights_NK   the weights of the K experts that the router chose for each token
+        ids_NK       the ids of these experts, among all experts of the layer
+        """
         local_NK = ids_NK - self.first_expert
         y_NH: Tensor = self.mlp(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
         return y_NH

@@ -16,7 +16,9 @@ from hybrid_moe_ref.batch import Part
 
 
 def rotary_table(part: Part, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine [T, R] for the position of each row of a part of the batch.
+    """Return cosine and sine [T, R] for the T rows of a part of the batch, at the position of each row.
+
+    R is half of ``rotary_dim``, because two dimensions share an angle.
 
     The table is computed in float32 (float64 if `dtype` is float64), and cast to `dtype`. `part` keeps the table for
     the other layers.
@@ -35,6 +37,10 @@ def _frequencies(rotary_dim: int, theta: float, dtype: torch.dtype, device: torc
 
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotate each pair of dimensions by its angle; copy the other dimensions of the head."""
+    """Rotate each pair of dimensions by its angle; copy the other dimensions of the head.
+
+    x_THD            T rows of H heads with D dimensions
+    cos_TR, sin_TR   the result of `rotary_table`: R angles for each row
+    """
     y_THD: Tensor = rope.rotate(x_THD, cos_TR, sin_TR)
     return y_THD

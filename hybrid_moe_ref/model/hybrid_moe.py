@@ -158,7 +158,7 @@ class HybridMoE(nn.Module):
         return self
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Return the logits [B, T, V] of whole sequences, without a cache."""
+        """Return the logits [B, T, V] of B whole sequences of T tokens, without a cache. V is the vocabulary size."""
         B, T = _sizes(tokens_BT)
         if not tokens_BT.is_meta:
             self.check_tokens(tokens_BT)
@@ -168,7 +168,7 @@ class HybridMoE(nn.Module):
     def step(self, tokens_N: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
         """Run the layers over the tokens of a batch, and add the tokens to the cache, if there is one.
 
-        Returns the hidden states [N, H], for `logits`.
+        Returns the hidden states [N, H] of the N tokens, for `logits`.
 
         Raises ValueError for a batch or cache that does not fit, CacheExhausted if the cache has too few pages.
         """
@@ -208,7 +208,7 @@ class HybridMoE(nn.Module):
         return hidden_NH
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Return the logits [..., V] of hidden states [..., H]."""
+        """Return the logits [..., vocabulary size] of hidden states [..., hidden size]."""
         (logits_NV,) = project(hidden_NH.view(-1, hidden_NH.shape[-1]), self.lm_head)
         return logits_NV.view(*hidden_NH.shape[:-1], logits_NV.shape[-1])
 

@@ -42,11 +42,12 @@ class MTP(nn.Module):
     def forward(
         self, embedded_NH: Tensor, hidden_NH: Tensor, batch: Batch, pasts: list[list[Past]] | None = None
     ) -> Tensor:
-        """Return hidden states [N, H]: for the row at position i, the state that predicts token i + 2.
+        """Return hidden states [N tokens, H hidden]: for the row at position i, the state that predicts token i + 2.
 
         embedded_NH  the embedding of token i + 1
         hidden_NH    for the first draft, the model's hidden state at position i; for later drafts, the result of this
                      method for the previous draft
+        pasts        for each block of this layer, its views of the cache; None: the rows are not cached
         """
         both = torch.cat([self.pre_fc_norm_embedding(embedded_NH), self.pre_fc_norm_hidden(hidden_NH)], dim=-1)
         x_NH = self.fc(both)

@@ -80,6 +80,11 @@ class Communicator(RankGroups):
     ) -> Communicator:
         """Join the job and create its groups. Without a ``store``, use torchrun's environment variables.
 
+        backend    torch.distributed's backend, such as "gloo" or "nccl"
+        device     the device of the tensors that this rank sends
+        observer   gets a call before and after each collective
+        timeout_s  time limit for joining, and for each collective
+
         Raises the error of torch.distributed if a peer does not join within ``timeout_s``.
         """
         device = torch.device(device)
@@ -182,7 +187,11 @@ class Communicator(RankGroups):
         dist.destroy_process_group()
 
     def all_reduce(self, group: str, x: Tensor, reduce_op: str = "sum", *, layer: str = "") -> Tensor:
-        """Reduce ``x`` in place over ``group``; every rank ends with the result. reduce_op: sum, min or max."""
+        """Reduce ``x`` in place over ``group``. Every rank ends with the result, which is returned, too.
+
+        reduce_op  sum, min or max
+        layer      the module to which the collective belongs, for the observer; "" for none
+        """
         event = Collective(group, "all_reduce", layer, (x.numel(),), _name(x.dtype), reduce_op)
         self._enter(event)
         pg = self._groups[group]
@@ -201,7 +210,10 @@ class Communicator(RankGroups):
     ) -> list[Tensor]:
         """Gather the rows of several tensors at once: each [N, ...] becomes [S, ...], with the ranks in group order.
 
+        N is this rank's number of rows, and S is the sum of ``sizes``.
+
         sizes             ``sizes[r]`` is the number of rows of group rank r, equal for all tensors
+        layer             the module to which the collective belongs, for the observer; "" for none
         broadcast_uneven  if the sizes are uneven, let each rank broadcast its rows instead of one all-gather, as vLLM
                           and TensorRT-LLM do
 
@@ -228,7 +240,9 @@ class Communicator(RankGroups):
     def reduce_scatter_v(self, group: str, x_SH: Tensor, sizes: Sequence[int], *, layer: str = "") -> Tensor:
         """Sum x_SH over ``group`` and return this rank's rows of the sum, [N, H].
 
-        sizes: ``sizes[r]`` is the number of rows that group rank r gets
+        x_SH    rows for all ranks in group order, [sum of ``sizes``, hidden size]
+        sizes   ``sizes[r]`` is the number of rows that group rank r gets; N is this rank's
+        layer   the module to which the collective belongs, for the observer; "" for none
 
         Raises ValueError if the number of rows of ``x_SH`` is not the sum of the agreed sizes.
         """
@@ -248,6 +262,9 @@ class Communicator(RankGroups):
         """Return the texts of all ranks of ``group``, in group order.
 
         This takes two collectives, so use it only rarely.
+
+        text    this rank's text
+        layer   the module to which the collectives belong, for the observer; "" for none
         """
         mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         lengths = torch.zeros(len(self.members(group)), dtype=torch.int64)
@@ -266,7 +283,7 @@ class Communicator(RankGroups):
             self._strict.check(event, self.members(event.group))
 
     def _wait(self, group: str, work: dist.Work) -> None:
-        """Wait for a collective. Meanwhile check whether another rank has stopped the job.
+        """Wait for a collective (``work``). Meanwhile check whether another rank has stopped the job.
 
         Under NCCL this check does not happen, because ``wait`` returns at once and only orders streams.
         """

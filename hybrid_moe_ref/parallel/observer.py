@@ -56,7 +56,11 @@ class Observer(Protocol):
         """Called when the rank enters a phase of its start or service (load, page_setup, ..., serve)."""
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
-        """Called when a step begins. schedule: the collectives of the step; num_live: this rank's live requests"""
+        """Called when a step begins.
+
+        schedule   the collectives that this rank will issue in the step
+        num_live   how many requests of this rank are not finished
+        """
 
     def enter(self, collective: Collective) -> None:
         """Called just before the collective is issued."""

@@ -12,13 +12,16 @@ from torch import Tensor
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Pack tensors [N, ...] of any dtype into uint8[N, B]."""
+    """Pack tensors [N, ...] of any dtype into uint8[N, B]: a row has the B bytes of the same row of all tensors."""
     parts = [_as_bytes(x) for x in tensors]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def unpack(packed_NB: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Undo `pack`: return one tensor [N, ...] for each tensor of `like`, with its dtype and row shape."""
+    """Undo `pack`: return one tensor [N, ...] for each tensor of `like`, with its dtype and row shape.
+
+    packed_NB: N rows of B bytes, as `pack` returns them
+    """
     unpacked, column = [], 0
     for x in like:
         width = x.shape[1:].numel() * x.element_size()

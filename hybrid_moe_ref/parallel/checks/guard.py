@@ -49,13 +49,16 @@ class ScheduleGuard:
         self._schedule = (*(self._schedule or ()), *schedule)
 
     def agree(self, group: str, sizes: Sequence[int]) -> None:
-        """Set the sizes that each all_gather_v and reduce_scatter_v of ``group`` must have in this step."""
+        """Set the sizes that each all_gather_v and reduce_scatter_v of ``group`` must have in this step.
+
+        sizes: ``sizes[r]`` is the number of rows of group rank r
+        """
         self._sizes[group] = tuple(sizes)
 
     def stop_others(self, error: Exception) -> None:
         """Make the other ranks raise ScheduleMismatch with the text of `error`.
 
-        Does nothing if `error` is a `Stopped`, because this error was published before.
+        Does nothing if `error` is a `Stopped`, the type of the errors that stop all ranks.
         """
         if not isinstance(error, Stopped):
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))

@@ -51,6 +51,8 @@ class StrictComparison:
     def check(self, collective: Collective, members: Sequence[int]) -> None:
         """Return as soon as every member is about to issue the same collective.
 
+        members: the global ranks of the collective's group
+
         Raises ScheduleMismatch on every member if one member is about to issue a different collective, or does not
         arrive within `patience_s` seconds. If a rank stops the job meanwhile, raises the error with which it stopped
         the job. If `lost` returns an error, raises this error.

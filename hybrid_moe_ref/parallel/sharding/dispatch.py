@@ -28,7 +28,8 @@ class ForwardContext:
     """What the layers know about the other ranks in the current step. The engine sets `sizes` before the model runs.
 
     sizes           agreed number of tokens of each dp rank in this step
-    tp_size         number of ranks that run the same tokens. Each of these ranks dispatches its chunk of the tokens
+    tp_size         number of ranks that run the same tokens. Each of these ranks dispatches only its part of these
+                    tokens (see `chunk_sizes`)
     schedule        the collectives that one forward pass issues, in order
     draft_schedule  the collectives of one pass of the draft layer
     """
@@ -51,7 +52,7 @@ class ForwardContext:
 
 
 def chunk_sizes(num_rows: int, num_chunks: int) -> tuple[int, ...]:
-    """Return the number of rows of each chunk, in order. Chunks differ by at most one row, and can be empty."""
+    """Split rows into chunks: return the number of rows of each. Chunks differ by at most one row, and can be empty."""
     each, more = divmod(num_rows, num_chunks)
     return tuple(each + (index < more) for index in range(num_chunks))
 
@@ -67,6 +68,9 @@ class AllGatherReduceScatter:
     """The hooks before (dispatch) and after (combine) the experts of a layer, like vLLM's AgRsAll2AllManager.
 
     With hooks, the modules of the experts and the names of their parameters stay as in the single-process model.
+
+    context   has the numbers of tokens in the current step
+    layer     the name of the layer's MoE in events and schedules, such as "layers.0.moe"
     """
 
     comm: Communicator
@@ -75,21 +79,32 @@ class AllGatherReduceScatter:
 
     @classmethod
     def plan(cls, layer: str) -> tuple[ScheduleEntry, ...]:
-        """Return the collectives that one layer issues in a forward pass, in order."""
+        """Return the collectives that one layer, such as "layers.0.moe", issues in a forward pass, in order."""
         return ScheduleEntry("ep", "all_gather_v", layer), ScheduleEntry("ep", "reduce_scatter_v", layer)
 
     def install(self, experts: nn.Module) -> tuple[ScheduleEntry, ...]:
-        """Register the hooks, and return the collectives that they issue in a forward pass, in order."""
+        """Register the hooks on a layer's experts. Returns the collectives that the hooks issue in a forward pass."""
         experts.register_forward_pre_hook(self.dispatch)
         experts.register_forward_hook(self.combine)
         return self.plan(self.layer)
 
     def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Gather the rows of all ranks: (x_NH, weights_NK, ids_NK) -> (x_SH, weights_SK, ids_SK)."""
+        """Gather the tokens of all ranks before the experts run. This is a forward pre-hook of ``experts``.
+
+        args: (x_NH, weights_NK, ids_NK) of this rank's N tokens: their rows of hidden size H, and the weights and ids
+        of the K experts that the router chose for each token
+
+        Returns (x_SH, weights_SK, ids_SK): the same of the S tokens of all ranks.
+        """
         return tuple(self.comm.all_gather_v("ep", args, self.context.ep_sizes, layer=self.layer))
 
     def combine(self, experts: nn.Module, args: object, partial_SH: Tensor) -> Tensor:
-        """Sum the contributions of all ranks, and keep this rank's rows: partial_SH -> y_NH."""
+        """Sum the contributions of all ranks, and keep this rank's tokens. This is a forward hook of ``experts``.
+
+        partial_SH: what this rank's experts contribute to each of the S tokens of all ranks, [S, hidden size]
+
+        Returns y_NH: the sum for each of this rank's N tokens.
+        """
         return self.comm.reduce_scatter_v("ep", partial_SH, self.context.ep_sizes, layer=self.layer)
 
 
@@ -106,7 +121,7 @@ class SumOverRanks:
         return (ScheduleEntry("tp", "all_reduce", self.layer),)
 
     def combine(self, module: nn.Module, args: object, partial_NH: Tensor) -> Tensor:
-        """Sum over the tp group: partial_NH -> y_NH, on every rank."""
+        """Sum partial_NH, the module's output for N tokens on this rank, over the tp group. Every rank gets the sum."""
         return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
 
 

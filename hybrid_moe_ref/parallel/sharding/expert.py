@@ -26,9 +26,13 @@ from hybrid_moe_ref.parallel.sharding.shares import experts_per_rank
 def apply_expert_parallel(
     model: HybridMoE, comm: Communicator, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter
 ) -> ForwardContext:
-    """In every layer and draft layer, replace the experts by this rank's shard. Returns the context for the layers.
+    """In every layer and draft layer, replace the experts by this rank's shard.
 
     If the model is on the meta device, no rank ever holds all experts.
+
+    backend: the class of the hooks that exchange tokens before and after the experts (C2 and C3)
+
+    Returns the context of the layers. Set its `sizes` before each forward pass.
 
     Raises ConfigError if the experts cannot be divided evenly over the ranks.
     """

@@ -37,12 +37,14 @@ def apply_layout(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """Reduce `model` to this rank's part. Returns the context of the layers, which has the schedule of a forward pass.
+    """Reduce `model` to this rank's part.
 
     The model should be on the meta device, so that no rank ever holds the whole model.
 
-    backend  the EP backend
-    adder    the hook that sums the output of a module over the tp group
+    backend  the class of the hooks that exchange tokens before and after the experts (C2 and C3)
+    adder    the class of the hook that sums the output of a module over the tp group
+
+    Returns the context of the layers: it has the schedule of a forward pass, and gets the numbers of tokens of a step.
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """
@@ -72,6 +74,9 @@ def load_part(
     """Load this rank's part of a checkpoint folder. Returns the model and the context of its layers.
 
     Rows of which this rank holds nothing are not read from the files.
+
+    backend  the class of the hooks that exchange tokens before and after the experts (C2 and C3)
+    dtype    dtype of the parameters; None: the dtype in which the checkpoint was saved
     """
     contexts: list[ForwardContext] = []
 

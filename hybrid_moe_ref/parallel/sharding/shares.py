@@ -32,7 +32,12 @@ sequence      every ep rank has some whole experts, and every tp rank sends its 
 
 
 def expert_sharing(parallel: ParallelConfig) -> ExpertSharing:
-    """Return how the ranks of a layout with tp_size > 1 share the routed experts."""
+    """Return how the ranks of a layout with tp_size > 1 share the routed experts.
+
+    "intermediate"   every tp rank has a part of every expert
+    "expert"         every tp rank has some whole experts
+    "sequence"       every ep rank has some whole experts, and receives tokens of other tp groups
+    """
     if not parallel.expert_parallel:
         return "intermediate"
     return "expert" if parallel.dp_size == 1 else "sequence"
@@ -64,6 +69,8 @@ class Place:
 
 def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "intermediate") -> ModelConfig:
     """Return the configuration with the sizes of one rank's part of the model and of the cache.
+
+    experts: how the ranks share the routed experts, as `expert_sharing` returns it
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """
@@ -109,7 +116,9 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
 
 
 def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
-    """Return, for the name of each parameter of a mixer, the part that the rank at `place` holds.
+    """Return, for the name of each split parameter of a mixer, the part that the rank at `place` holds.
+
+    The part is a tuple of (dimension, the index ranges that the rank holds), one for each dimension that is cut.
 
     kind: "A" (gated attention), "G" (Gated DeltaNet) or "M" (Mamba-2)
     """
@@ -117,7 +126,10 @@ def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
 
 
 def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """Return, for each parameter name of a dense MLP or shared expert, the part that the rank at `place` holds."""
+    """Return, for each parameter name of a dense MLP or shared expert, the part that the rank at `place` holds.
+
+    The part is a tuple of (dimension, the index ranges that the rank holds), one for each dimension that is cut.
+    """
     held = place.share(intermediate_size)
     return {
         "gate_proj.weight": rows(held),
@@ -129,7 +141,8 @@ def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
     """Return, for each parameter name of the routed experts, the part that the rank at `place` holds.
 
-    A parameter has the weights of all experts, stacked. Each expert is split along its intermediate dimension.
+    A parameter has the weights of all experts, stacked. Each expert is split along its intermediate dimension. The part
+    is a tuple of (dimension, the index ranges that the rank holds), one for each dimension that is cut.
     """
     held = place.share(intermediate_size)
     return {
@@ -139,12 +152,12 @@ def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def rows(*held: Range) -> Cuts:
-    """Return the cut that keeps the ranges `held` of a projection's outputs, which are rows of its weight."""
+    """Return what to keep of a projection's weight: the ranges `held` of its outputs, which are rows of the weight."""
     return ((0, held),)
 
 
 def columns(*held: Range) -> Cuts:
-    """Return the cut that keeps the ranges `held` of a projection's inputs, which are columns of its weight.
+    """Return what to keep of a projection's weight: the ranges `held` of its inputs, which are columns of the weight.
 
     The outputs of all ranks must then be summed.
     """

@@ -100,13 +100,21 @@ class SplitNorm:
     def keep_mean_square(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
         """Append the mean square of the input of this rank's norm to `mean_squares`, for `combine`.
 
-        The norm runs once for each part of the step's batch, for example once for the decoding sequences.
+        A forward hook of ``norm``. The norm runs once for each part of the step's batch, for example once for the
+        decoding sequences.
+
+        args: the input of the norm, and the gate
         """
         x, gate = (widen(z) for z in args)
         self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))
 
     def combine(self, mixer: nn.Module, args: tuple[Any, ...], partial_NH: Tensor) -> Tensor:
-        """Sum over the tp group: partial_NH -> y_NH, on every rank."""
+        """Sum partial_NH, the mixer's output for N tokens on this rank, over the tp group, and correct the norm.
+
+        A forward hook of ``mixer``. Every rank gets the result.
+
+        args: the inputs of the mixer; the second one is the batch
+        """
         (N, H), batch = partial_NH.shape, args[1]
         square_N = partial_NH.new_zeros(N, dtype=wide(partial_NH.dtype))
         for part, square in zip(batch.parts, self.mean_squares, strict=True):
@@ -123,7 +131,14 @@ class SplitNorm:
 
 @dataclass(frozen=True)
 class SequenceChunks:
-    """The hooks before and after an MoE, which let it run on only this rank's chunk of the rows."""
+    """The hooks before and after an MoE, which let it run on only this rank's chunk of the rows.
+
+    All ranks of a tp group have the same rows (one for each token). A chunk is the part that one of these ranks
+    computes.
+
+    context   has the numbers of tokens in the current step
+    layer     the name of the MoE in events and schedules, such as "layers.0.moe"
+    """
 
     comm: Communicator
     context: ForwardContext
@@ -136,7 +151,7 @@ class SequenceChunks:
         return (ScheduleEntry("tp", "all_gather_v", self.layer),)
 
     def take(self, moe: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        """Take this rank's chunk of the rows x_NH."""
+        """Return this rank's chunk of the rows x_NH, the only item of ``args``. A forward pre-hook of ``moe``."""
         (x_NH,), agreed = args, self.context.sizes[self.comm.group_rank("dp")]
         if x_NH.shape[0] != agreed:
             raise ValueError(
@@ -145,7 +160,7 @@ class SequenceChunks:
         return (x_NH.split(self._sizes(agreed))[self.comm.group_rank("tp")],)
 
     def gather(self, moe: nn.Module, args: object, chunk: Tensor) -> Tensor:
-        """Gather the chunks of all tp ranks: this rank's chunk of y -> y_NH."""
+        """Gather the outputs of all tp ranks: this rank's ``chunk`` -> all rows y_NH. A forward hook of ``moe``."""
         sizes = self._sizes(self.context.sizes[self.comm.group_rank("dp")])
         return self.comm.all_gather_v("tp", [chunk], sizes, layer=self.layer)[0]
 
@@ -166,10 +181,11 @@ def apply_tensor_parallel(
     them. `model.config` becomes the configuration of the rank's part, so that a cache made from this configuration has
     only the rank's heads. `model.slices` gets the part of each parameter that the rank holds.
 
-    experts  how the ranks share the routed experts. With "sequence", the layers send tokens to the ranks of other tp
-             groups. With the other two values, they do not, because each tp group holds all experts.
-    backend  the EP backend; used only with "sequence"
-    adder    the hook that sums the output of a module over the tp group
+    experts  how the ranks share the routed experts. "intermediate": a rank has a part of each expert. "expert" and
+             "sequence": a rank has some whole experts. Only with "sequence", the layers send tokens to the ranks of
+             other tp groups; otherwise each tp group holds all experts.
+    backend  the class of the hooks that exchange tokens (C2 and C3); used only with "sequence"
+    adder    the class of the hook that sums the output of a module over the tp group
 
     Returns the context of the layers. With "sequence", set its `sizes` before each forward pass.
 
@@ -239,7 +255,7 @@ class _Sharding:
         self._replace(path, part, mlp_cuts(intermediate_size, self.place))
 
     def _experts(self) -> tuple[Experts, dict[str, Cuts]]:
-        """Return a module for this rank's part of a layer's experts, and the cuts of its parameters."""
+        """Return a module for this rank's part of a layer's experts, and which part of each parameter it holds."""
         number, hidden, width = self.whole.num_experts, self.whole.hidden_size, self.whole.moe_intermediate_size
         with torch.device("meta"):
             if self.experts == "intermediate":
@@ -251,7 +267,10 @@ class _Sharding:
         return part, {name: rows((first, first + count)) for name, _ in part.named_parameters()}
 
     def _replace(self, path: str, part: nn.Module, cuts: Mapping[str, Cuts]) -> None:
-        """Replace the module at `path` by `part`, and give `part` this rank's share of the old module's parameters."""
+        """Replace the module at `path` by `part`, and give `part` this rank's share of the old module's parameters.
+
+        cuts: for the name of each parameter that is split, which part of it the rank holds
+        """
         whole = self.model.get_submodule(path)
         for name, local in list(part.named_parameters()):
             full = whole.get_parameter(name)
