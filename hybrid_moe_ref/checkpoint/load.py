@@ -111,7 +111,7 @@ def _warn_without_mtp(folder: Path, num_layers: int) -> None:
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
-    """List the tensors that `model` needs from a checkpoint, with the parameter that each of them fills.
+    """List the tensors that `model` needs from a checkpoint, with the parameter that each of them fills on this rank.
 
     Names and shapes depend on the checkpoint's format.
     """
@@ -150,7 +150,7 @@ def _last(name: str) -> str:
 
 
 def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards: Shards) -> list[Piece]:
-    """List the checkpoint's tensors for the experts of one layer, with the parameter that each of them fills.
+    """List the checkpoint's tensors for the experts of one layer, with the parameter that each fills on this rank.
 
     name    the name of the experts in the checkpoint, such as "model.layers.0.mlp.experts"
     parts   for "gate_up_proj" and "down_proj", the matrices of an expert: the part that the model holds
