@@ -29,8 +29,9 @@ def escape_lines(text: str, limit: int = 4000) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Format a number with its noun: ``1 run``, ``2 runs``."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    """Format a number with its noun: ``1 run``, ``2 runs``, ``2 processes``."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def _picture(match: re.Match[str]) -> str:

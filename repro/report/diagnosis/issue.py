@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from repro.ingest.read import Evidence
 from repro.report.diagnosis import stack_tree
+from repro.store.text import counted
 from repro.trace.foreign.records import RecorderDump, Stack
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.job_records import JobRecords
@@ -65,7 +66,7 @@ def _tree(job: JobRecords) -> list[str]:
     if twice:
         others = stack_tree.name_all(moved) if moved else "none"
         lines += [
-            f"Of the {len(twice)} processes that were observed twice, these were at a different place in the last "
+            f"Of {counted(len(twice), 'process')} observed twice, these were at a different place in the last "
             f"observation than in the first: {others}.",
             "",
         ]

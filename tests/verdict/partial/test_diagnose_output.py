@@ -90,7 +90,7 @@ def test_a_process_without_a_role_is_counted_once_among_those_that_were_looked_a
         for rank in range(3)
     }
     main(["diagnose", "--out", str(tmp_path / "out"), str(write(tmp_path / "in", looks))])
-    assert "Of the 3 processes that were observed twice" in (tmp_path / "out" / "ISSUE.md").read_text()
+    assert "Of 3 processes observed twice" in (tmp_path / "out" / "ISSUE.md").read_text()
 
 
 def test_nothing_makes_the_terminal_longer_than_25_lines_and_the_first_line_says_who(tmp_path):

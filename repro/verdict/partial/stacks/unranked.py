@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from repro.store.text import counted
 from repro.trace.foreign.records import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.job_records import JobRecords, is_main
@@ -33,7 +34,7 @@ def judge_unranked(job: JobRecords) -> Diagnosis | None:
     )
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (f"The stacks show {len(last)} processes, but not which rank each process is.",
+        (f"The stacks show {counted(len(last), 'process')}, but not which rank each process is.",
          *(f"{_named(stacks)}: {where}." for where, stacks in ordered[:MOST_PLACES])),
         tuple(f"{_named(stacks)}: {stacks[0].frames[0]} ({stacks[0].source})" for _, stacks in ordered[:MOST_PLACES]
               if stacks[0].frames),
