@@ -6,9 +6,9 @@ smallest multiple of 16 that makes the page at least as large as the largest sta
 page.
 
 Layers of one kind form groups of at most `group_size` layers. `group_size` is the number of layers of the rarest kind.
-The i-th layers of all groups share byte buffer i. A page number belongs to one group of one sequence, and stands for
-the same range of bytes in every buffer. So a sequence takes one page for each recurrent group, and ceil(length /
-tokens) pages for each attention group.
+The i-th layers of all groups share byte buffer i, a part of the device's memory. A page number stands for the same
+range of bytes in every buffer. While it is in use, it belongs to one group of one sequence. So a sequence takes one
+page for each recurrent group, and ceil(length / tokens) pages for each attention group.
 """
 
 from collections import Counter
@@ -41,7 +41,10 @@ class StateSize:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind that share page numbers. Layer `layers[i]` stores its part of each page in byte buffer i.
+    """Layers of one kind that share page numbers.
+
+    Layer `layers[i]` stores its part of each page in byte buffer i. Groups of all kinds use the same byte buffers, but
+    a page belongs to only one group at a time.
 
     kind: "A" (attention), "G" (GDN) or "M" (Mamba-2)
     layers: indices of the layers in the model

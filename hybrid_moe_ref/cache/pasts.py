@@ -98,10 +98,12 @@ class StatePast:
     def zeros(
         cls, num_sequences: int, conv_shape: tuple[int, ...], ssm_shape: tuple[int, ...], like: Tensor
     ) -> "StatePast":
-        """Make a view with two new pools of zeros, for a run of the model without a cache.
+        """Return a view of `num_sequences` new sequences, whose conv inputs and recurrent states are zero.
+
+        The view has pools of its own, so the model can run without a cache.
 
         conv_shape, ssm_shape   shapes of one sequence's conv inputs and of its recurrent state
-        like                    tensor that gives the device, and the dtype of the conv inputs
+        like                    a tensor: the new pools are on its device, and the conv inputs have its dtype
         """
         conv_BWC = like.new_zeros(num_sequences, *conv_shape)
         ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide(like.dtype))

@@ -101,7 +101,7 @@ class Tuning:
         tuner.use(chosen)
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
-        """Return this rank's saved choice (a tactic for each number of rows); None if it has none that can be used."""
+        """Return this rank's saved choice (a tactic for each number of rows); None if no usable choice was saved."""
         return tuner.load(f"rank{tuner.rank}.json", tuner.key)
 
     def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:

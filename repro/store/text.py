@@ -24,7 +24,7 @@ def escape_control_characters(text: object, limit: int = 400) -> str:
 
 
 def escape_lines(text: str, limit: int = 4000) -> str:
-    """Apply :func:`escape_control_characters` to each line of a text. ``limit`` applies to each line."""
+    """Apply :func:`escape_control_characters` to each line of a text, and cut each line to ``limit`` characters."""
     return "\n".join(escape_control_characters(line, limit) for line in text.split("\n"))
 
 

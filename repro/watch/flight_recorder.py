@@ -2,9 +2,10 @@
 
 PyTorch records the collectives of a rank in its Flight Recorder, and our recorder records them in the witness. If the
 dump of the Flight Recorder and the witness show the same pending collective, the rank's position is certain. If the
-dump shows a pending collective of the same group with a higher number, dump and witness do not contradict each other:
-the Flight Recorder counts separately each collective that one call consists of. If the dump has no collective of this
-group, the dump is ignored. In all other cases the dump contradicts the witness, and the rank's position is not known.
+dump shows a pending collective of the same group with a higher number, dump and witness do not contradict each other,
+because the two count differently: for a call that consists of several collectives, the Flight Recorder counts each of
+them. If the dump has no collective of this group, the dump is ignored. In all other cases the dump contradicts the
+witness, and the rank's position is not known.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class RecorderCheck:
     contradicted: dict[int, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """Return a sentence for the ranks in ``agree`` and one for the ranks in ``ahead``."""
+        """Return at most two sentences: one for ``agree``, one for ``ahead``. An empty list has none."""
         lines = []
         if self.agree:
             lines.append(f"{name_ranks(self.agree)}: the Flight Recorder has the same collective pending")
@@ -47,11 +48,11 @@ class RecorderCheck:
 
 
 def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderCheck:
-    """Compare the Flight Recorder dump of each rank that waits in a collective with the rank's witness.
+    """Compare, for each rank that waits in a collective, its Flight Recorder dump with its witness.
 
     A dump that has no entry of the collective's group is ignored.
 
-    positions   where each rank is, according to its witness
+    positions   where each rank is, according to its witness; ranks that do not wait in a collective are skipped
     """
     check = RecorderCheck()
     for position in positions:
@@ -74,7 +75,9 @@ def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderChe
 
 
 def _read_entries(dump: Path) -> list[tuple[str, int, bool]]:
-    """Read (group, sequence number, whether the collective has completed) of each entry; [] if no dump can be read.
+    """Read (group, sequence number, whether the collective has completed) of each entry of a dump.
+
+    Returns [] if the dump is missing or cannot be read.
 
     The field ``retired`` shows the completion. The field ``state`` does not: on gloo it stays "scheduled".
     """

@@ -27,7 +27,7 @@ class Notices:
     """Decides which lines a watcher prints, so that no line is printed again and again.
 
     notice          prints a line
-    remark          returns a line about a verdict that is not final, or "". Equal lines are printed only once
+    remark          returns a line about a verdict that is not final, or "" for no line. Equal lines are printed once
     quiet_window_s  the quiet window: the caller calls `silence` when no rank has recorded an event for this long
     """
 
@@ -40,10 +40,12 @@ class Notices:
         self._builds_ns = 0
 
     def silence(self, verdict: Verdict) -> None:
-        """After a quiet window, print the waits between ranks and the remark about the verdict, if they are new.
+        """Print what is new after a quiet window: the line of `remark`, and which ranks wait for which.
 
-        The waits are printed if they have changed since the last time, and if at least one of them is half a quiet
-        window long. The remark is printed if it was never printed before.
+        The line of `remark` is printed if it was never printed before. The waits are printed if two things are true:
+        they have changed since they were last printed, and a rank has waited for at least half a quiet window.
+
+        verdict: the judgement after this quiet window
         """
         if (remark := self._remark(verdict)) and remark not in self._remarks:
             self._remarks.add(remark)

@@ -33,8 +33,8 @@ class Protocol:
     """What the ranks exchange in one vLLM version, for the settings of an engine.
 
     rows      the names of the rows of the tensor that the step agreement C1 reduces, in order
-    interval  number of steps between two questions "is anyone unfinished?", unless `engine.unfinished_interval` names
-              another number
+    interval  number of steps between two questions "is anyone unfinished?"; if `engine.unfinished_interval` is set,
+              that number is used instead
     question  the reduction, such as "max", of the all-reduce that asks this question
     """
 
@@ -106,7 +106,10 @@ class Protocol:
 
 
 class Protocol020(Protocol):
-    """The protocol of vLLM 0.20: in C1 each rank sends the size to which it would pad, and whether it would split."""
+    """The protocol of vLLM 0.20.
+
+    In C1 each rank sends the size to which it would pad its batch, and whether it would split the step in two.
+    """
 
     rows = ("tokens", "padded tokens", "wants microbatch", "graph mode")
     interval = 32
@@ -127,7 +130,11 @@ class Protocol020(Protocol):
 
 
 class Protocol033(Protocol):
-    """The protocol of vLLM 0.33: every rank computes padded size and split from the token counts of all ranks."""
+    """The protocol of vLLM 0.33.
+
+    In C1 each rank sends its number of tokens, and whether it allows to split the step in two. From the numbers of all
+    ranks, every rank computes the size to which all ranks pad, and whether they split the step.
+    """
 
     rows = (
         "tokens", "graph mode", "uniform tokens", "longest query", "allows microbatch", "requests",

@@ -135,9 +135,10 @@ class ModelRunner:
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
     def leave(self) -> None:
-        """Raise ScheduleMismatch if the guard is active: this rank would leave while the other ranks continue.
+        """Call this before this rank stops serving, although the ranks have not agreed that no rank has work left.
 
-        If the guard is inactive (checks="observe"), do nothing, so that the rank leaves.
+        Raises ScheduleMismatch, because the other ranks would wait for this rank for ever. With checks="observe" the
+        guard is off: then do nothing, so that the caller stops serving.
         """
         if self._agree_on_schedules:
             self._comm.guard.leave()

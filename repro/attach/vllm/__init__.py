@@ -4,12 +4,12 @@
     hooks.py    the table: which attribute of vLLM is replaced, in which versions, by what
     worker.py   the hooks of a worker, which is a rank; they record phases, steps and layers
     harmless.py a ``with`` block that catches exceptions of the recorder, so that they do not reach the server
-    habits.py   the schedule that a rank declares: the collectives that its earlier executions of the model issued
-    progress.py the phase, step and learned schedules of a worker; the step agreement's hook in C reads them, too
+    habits.py   declares the schedule of an execution of the model: what `repeated.py` learned from earlier executions
+    progress.py the phase, step and learned schedules of a worker; the hooks that are compiled from C read them, too
     exchange.py the hook of dispatch and combine
     dynamo.py   whether torch.compile traces a hook, which then does nothing
     qualified.py  corrects a verdict by what the engines were doing
-    repeated.py learns an execution's collectives from those of earlier executions
+    repeated.py learns which collectives follow each kind of step agreement; the recorder and the guard use it
     places.py   finds and replaces functions of vLLM by their names
     cpu_ep.py   the entry point of expert parallelism on a CPU
     processes/  the other processes of a rank, engine and front end: their hooks, and the worker's record of them

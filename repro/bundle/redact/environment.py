@@ -112,9 +112,10 @@ def _platform(text: str) -> str:
 
 
 def variable(line: str) -> str | None:
-    """Redact an environment variable, "NAME=value": a value without a known form becomes "(left out)".
+    """Redact an environment variable, "NAME=value".
 
-    Returns None if NAME is not a known variable.
+    Returns the line unchanged if the value is harmless (see `is_value`), else "NAME=(left out)"; None if NAME is not a
+    known variable.
     """
     name, equals, value = line.partition("=")
     if not equals or not (name in NAMES or (name.startswith(PREFIXES) and is_name(name))):

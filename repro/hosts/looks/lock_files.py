@@ -35,7 +35,8 @@ class TableEntry:
 class LockFile:
     """A lock file at one moment.
 
-    kind     flock, fcntl (POSIX), lease, or baton: the existence of the file is the lock, as with torch's FileBaton
+    kind     "flock", "fcntl" (POSIX), "lease" or "baton". A baton is a file whose existence is the lock, as with
+             torch's FileBaton
     holders  pids of the processes that hold the lock; for a baton, of those that have the file open
     waiters  pids that /proc/locks shows as waiting; programs that try the lock again and again are not among them
     hidden   for a baton: number of Python processes whose open files this user is not allowed to see, so that one of
@@ -154,9 +155,11 @@ def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
 
 
 def _openers(status: os.stat_result, table: Iterable[int], proc: Path) -> tuple[list[int], int]:
-    """Return the pids that have a file open, and the number of Python processes with hidden files.
+    """Return the processes of ``table`` (pids) that have a file open; and a number of processes that possibly have.
 
-    This user is not allowed to see the hidden files, so one of these processes possibly has the file open, too.
+    The number counts the Python processes of ``table`` whose open files this user is not allowed to see.
+
+    status   the status of the file, which has its device and inode
     """
     openers, hidden = [], 0
     for pid in table:

@@ -26,7 +26,7 @@ class Row:
 
     planned    the collective that the schedule has in this row; "" if none
     issued     the collective that each side issued there; "" if none. A side is a set of ranks that did the same
-    diverges   for each side, whether this differs from the schedule
+    diverges   for each side, whether what it issued there differs from the schedule
     """
 
     planned: str
@@ -68,8 +68,8 @@ class SideBySide:
 def side_by_side(data: RunData) -> SideBySide | None:
     """Compare what ranks issued with the declared schedule, around the place where the ranks first differ.
 
-    Of ranks that did the same at this place, one is compared. Returns None if the verdict names no such place, or if
-    the witness of no compared rank has a step.
+    Of ranks that did the same at this place, only the first is compared. Returns None if the verdict names no such
+    place, or if the witness of no compared rank can be read and has steps.
     """
     sides = [side for side in data.verdict.sides if side.ranks][:MAX_SIDES]
     steps = [_read_step(data, side.ranks[0], side.step) for side in sides]
@@ -119,7 +119,7 @@ def name_entry(entry: Entry) -> str:
 
 
 def _read_step(data: RunData, rank: int, number: int) -> Step | None:
-    """Return the step of `rank` with this number; its last step if it has no step with this number.
+    """Return the step of `rank` with this number; if the rank has no such step, its last step.
 
     Returns None if the rank's witness has no steps or cannot be read.
     """

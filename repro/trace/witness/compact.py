@@ -22,15 +22,16 @@ from repro.trace.witness.parse import Live, Problems, parse_header, parse_live, 
 def compact(
     data: bytes, name: str, *, writer: Identity | None = None, change: Callable[[str], str] = lambda text: text
 ) -> bytes:
-    """Return the bytes of a shorter witness file, with the events, sizes, strings and groups of ``data``.
+    """Return the bytes of a shorter witness file, with the same events, sizes and groups. Only unused space is dropped.
 
-    data    the bytes of a whole witness file
+    data    the bytes of a witness file
     name    the name of the file, for messages
     writer  the writer in the new header; None: the writer of ``data``
     change  called with each string of the witness; returns the text that replaces the string, for example without
             secrets. If it returns "", the string becomes "?"
 
-    Damage stays visible in the result. If ``data`` is shorter than its header says, it is not shortened further.
+    Damage stays visible in the result. For example, if ``data`` was cut off (it is shorter than its header says), the
+    result has the same length as ``data``.
 
     Raises WitnessError if ``data`` is not a witness, ValueError if the new strings are too long for a witness.
     """
@@ -54,7 +55,10 @@ def compact(
 
 
 def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geometry:
-    """Return the smallest areas in which every record, vector and group slot keeps its offset from the area's start."""
+    """Return the smallest areas of the file that still contain all events and all vectors (lists of sizes).
+
+    Each event and vector keeps its offset in its area.
+    """
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:
         used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)

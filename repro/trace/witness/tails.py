@@ -14,8 +14,8 @@ from repro.trace.witness.parse import WitnessError
 class Tails:
     """The open witnesses of a run, one :class:`Tail` per rank.
 
-    here   the process that follows the witnesses. The methods whose names end in _ns convert times to the monotonic
-           clock of its host; the witnesses that :meth:`read` returns have the times of their own hosts
+    here   the process that follows the witnesses. The methods whose names end in _ns return times on the monotonic
+           clock of this process's host. But the witnesses that :meth:`read` returns have the times of their own hosts
     """
 
     def __init__(self, run_dir: RunDir, num_ranks: int, here: Identity) -> None:
@@ -64,15 +64,21 @@ class Tails:
         return any(self._last_is(Kind.FAILED))
 
     def last_event_ns(self) -> int:
-        """Return the time of the last event of all ranks, heartbeats excluded, in ns; 0 if there is none."""
+        """Return the time of the latest event of any rank, in ns on the clock of `here`; 0 if there is no event.
+
+        Heartbeats are no events.
+        """
         return max((self._here_ns(tail, tail.last_event_ns()) for tail in self._tails.values()), default=0)
 
     def heartbeat_ns(self) -> int:
-        """Return the time of the last heartbeat of all ranks, in ns; 0 if there is none."""
+        """Return the time of the latest heartbeat of any rank, in ns on the clock of `here`; 0 if there is none."""
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
     def waiting_since_ns(self) -> int:
-        """Return when the longest present wait for a collective or a lock began, in ns; 0 if no rank waits."""
+        """Return when the rank that waits longest began to wait, in ns on the clock of `here`; 0 if no rank waits.
+
+        A rank waits for a collective or for a lock.
+        """
         events = ((tail, tail.last_event()) for tail in self._tails.values())
         waits = (Kind.ENTER, Kind.WAIT, Kind.LOCK_WAIT)
         since = (self._here_ns(tail, event.t_ns) for tail, event in events if event is not None and event.kind in waits)

@@ -66,8 +66,8 @@ class RankState:
     def gave_up(self, key: GroupKey, seq: int) -> bool:
         """Whether the rank began to wait for a collective, did not complete it, and went on.
 
-        This happens if the program catches an exception. Return False for an asynchronous collective for which the
-        rank has never waited.
+        This happens if the program catches an exception. If the rank issued the collective asynchronously and has never
+        waited for it, return False.
         """
         if self.left.get(key, 0) >= seq or not self.seen or self.witness is None or self.state in ("dead", "failed"):
             return False
@@ -90,10 +90,10 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """Return the state of the rank; but "hidden" if its witness does not show all of its collectives.
+        """Return the state of a rank for which other ranks wait, as the wait-for graph uses it.
 
-        A rank that is dead, failed or missing keeps this state. The wait-for graph uses the result for a rank for which
-        other ranks wait.
+        If the witness does not show all collectives of the rank, return "hidden", because the rank can be further than
+        its witness shows. But return "dead", "failed" and "missing" even then.
         """
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 

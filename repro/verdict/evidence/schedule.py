@@ -56,11 +56,10 @@ class ScheduleDivergence:
     places: Mapping[int, int]
 
     def comes_after(self, deviation: Deviation) -> bool:
-        """Whether, in a rank's schedule, the place where the schedules differ comes after the place of ``deviation``.
+        """Whether a rank left its own schedule (``deviation``) before the schedules of the ranks began to differ.
 
-        If it does not, the deviation cannot be the cause of the difference.
-
-        deviation   a place where the rank left its declared schedule
+        If not, the deviation came too late to be the cause of the difference. Both places are compared by step, and
+        within a step by the index in the schedule of the rank that deviated.
         """
         place = self.places.get(deviation.rank, deviation.index + 1)
         return (deviation.step, deviation.index) < (self.step, place)
@@ -71,7 +70,8 @@ def first_schedule_divergence(
 ) -> ScheduleDivergence | None:
     """Find the first step, from ``since`` on, for which members of a group declared different schedules.
 
-    If this is so for several groups, take the largest group. Return None if no schedules differ.
+    If the members of several groups declared different schedules for this step, take the largest of these groups.
+    Return None if no schedules differ.
     """
     differing = [
         (at, key, sides)

@@ -107,8 +107,11 @@ class JobRecords:
     def _add_recorders(self, dumps: Sequence[RecorderDump]) -> None:
         """Keep the newest usable dump of each rank and, if there is one, the oldest dump of the same process.
 
-        A dump is not usable if it is older than the dumps of the other ranks, or if its entries have no group, no
-        number or no state. Such a dump would wrongly show that a rank has not queued some operations.
+        A dump is not usable in two cases, in which it would wrongly show that the rank has not queued some operations:
+
+        - It was taken too early: it ends before an operation that another member of the group has completed, and that
+          no member can complete before all members have queued it.
+        - Its entries have no group, no number or no state.
         """
         blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
         if blind:

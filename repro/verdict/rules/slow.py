@@ -19,9 +19,12 @@ processor use and missing events prove little."""
 def slow(case: Case, movers: Sequence[int]) -> Finding:
     """Name the ranks ``movers``, for which other ranks wait, as culprits, and show the evidence that they work.
 
-    A rank whose present state began within the quiet window is not named, unless it is suspended or still starts. The
-    confidence is at most ``likely`` if one of ``movers`` shows no sign of work and is not suspended, or if one of
-    ``movers`` or of the waiting ranks lacked a processor.
+    A rank that has been in its present state for less than the quiet window is not named, because it is too early to
+    call it slow. (But a rank that is suspended or still starts is named.) The confidence is at most ``likely`` in two
+    cases:
+
+    - one of ``movers`` shows no sign of work and is not suspended
+    - one of ``movers``, or one of the waiting ranks, lacked a processor
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}
@@ -52,10 +55,11 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 
 
 def _only_quiet(case: Case, finding: Finding) -> Finding:
-    """Remove each culprit whose state began within the quiet window: it is too early to call this rank slow.
+    """Remove each culprit that has been in its present state for less than the quiet window.
 
-    In a healthy run, too, ranks are outside collectives for short times. A rank that is suspended or that still starts
-    is not removed. If a witness has no times, turn all culprits into suspects.
+    It is too early to call such a rank slow: in a healthy run, too, ranks are outside collectives for short times. A
+    rank that is suspended or that still starts is not removed. If a witness has no times, turn all culprits into
+    suspects.
     """
     if not case.all_know(Knows.TIME):
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
@@ -92,7 +96,8 @@ def signs_of_life(case: Case, rank: int) -> list[str]:
 def may_wait_for_device(case: Case, rank: int) -> bool:
     """Whether a rank that seems to work possibly waits for its device.
 
-    This is so if the rank is outside any collective, has queued collectives on the device, and shows no other work.
+    Returns True if three things are true: the rank is outside any collective, it has queued collectives on its device,
+    and it shows no work (no heartbeat, no build, no lock that it holds).
     """
     rank_state = case.rank_states[rank]
     has_queued = any(key[0] in case.queued and issued for key, issued in rank_state.issued.items())
