@@ -45,9 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder of the recording; default: runs/<utc>-record")
     parser.add_argument("--modules", action="store_true", help="record the module that each collective belongs to")
     parser.add_argument(
-        "--quiet-window", type=float, metavar="S", help="seconds without a collective after which the ranks are judged"
+        "--quiet-window", type=float, metavar="S", help="seconds without an event after which the ranks are judged"
     )
-    parser.add_argument("--end", action="store_true", help="end the program after a verdict that it hangs")
+    parser.add_argument(
+        "--end",
+        action="store_true",
+        help="end the program if it still runs after the verdict deadlock, stall, crash or corrupt",
+    )
     parser.add_argument(
         "--print-env", action="store_true", help="print the environment variables that turn recording on, and exit"
     )
