@@ -164,7 +164,7 @@ def test_metadata_rebuild_fault_is_a_deadlock_of_exactly_the_live_ranks(tmp_path
     assert (document["verdict"], document["cause"]) == ("deadlock", "extra"), context
     assert tuple(document["culprits"]) == expected.culprits, context
     assert document["matches_expected"], context
-    assert in_time(document, 2.5, settings), context
+    assert in_time(run_dir, document, 2.5, settings), context
     for position in document["ranks"]:
         assert position["step"] == expected.step, context
         culprit = position["rank"] in expected.culprits

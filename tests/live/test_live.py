@@ -11,9 +11,11 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from forked import in_time, run_forked
 
+from repro.hosts.processes import is_stopped
 from repro.lab.settings import RunSettings
 from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.file import Tail
@@ -56,30 +58,12 @@ def slow_rank_named(notices, rank):
     return [line for line in notices if line.startswith("slow: ") and f"rank {rank} " in line]
 
 
-@pytest.mark.parametrize(("num_ranks", "repeats"), WAYS)
-def test_a_stopped_rank_is_slow_and_the_run_ends_clean(tmp_path, num_ranks, repeats):
-    for _ in range(repeats):
-        notices: list[str] = []
-
-        def stop(run_dir, pids):
-            def pause():
-                wait_for_step(run_dir, 2, 3)
-                os.kill(pids[2], signal.SIGSTOP)
-                time.sleep(slow_s(num_ranks))
-                os.kill(pids[2], signal.SIGCONT)
-
-            threading.Thread(target=pause, daemon=True).start()
-
-        _, document = run_forked(settings(num_ranks), tmp_path, during=stop, notice=notices.append)
-        assert document["verdict"] == "clean", document
-        assert any("stopped by a signal" in line for line in slow_rank_named(notices, 2)), notices
-
-
-def at_step_three(do):
-    """Make rank 2 do something at the start of step 3; ``do`` may want its recorder."""
+def at_step_three(do, rank=2):
+    """Make a rank do something at the start of step 3; ``do`` may want its recorder."""
+    odd = rank
 
     def in_rank(rank):
-        if rank == 2:
+        if rank == odd:
             begin_step = Recorder.begin_step
 
             def slowly(self, step, schedule, num_live):
@@ -90,6 +74,44 @@ def at_step_three(do):
             Recorder.begin_step = slowly
 
     return in_rank
+
+
+def signal_itself(number):
+    return lambda recorder: os.kill(os.getpid(), number)
+
+
+def said_to_be_stopped(notices, rank):
+    return any("stopped by a signal" in line for line in slow_rank_named(notices, rank))
+
+
+def continued(rank, after_s, notices):
+    """Let a rank that stops itself go on so much later, and not before the watcher has said that it is stopped."""
+
+    def during(run_dir, pids):
+        def go_on():
+            deadline = time.monotonic() + 60
+            while not is_stopped(psutil.Process(pids[rank])) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(after_s)
+            while not said_to_be_stopped(notices, rank) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(pids[rank], signal.SIGCONT)
+
+        threading.Thread(target=go_on, daemon=True).start()
+
+    return during
+
+
+@pytest.mark.parametrize(("num_ranks", "repeats"), WAYS)
+def test_a_stopped_rank_is_slow_and_the_run_ends_clean(tmp_path, num_ranks, repeats):
+    for _ in range(repeats):
+        notices: list[str] = []
+
+        in_rank = at_step_three(signal_itself(signal.SIGSTOP))
+        during = continued(2, slow_s(num_ranks), notices)
+        _, document = run_forked(settings(num_ranks), tmp_path, in_rank=in_rank, during=during, notice=notices.append)
+        assert document["verdict"] == "clean", document
+        assert said_to_be_stopped(notices, 2), notices
 
 
 def spin(seconds):
@@ -119,16 +141,12 @@ def test_a_rank_that_is_busy_with_itself_is_slow_and_the_run_goes_on(tmp_path, d
 @pytest.mark.parametrize(("num_ranks", "repeats"), WAYS)
 def test_a_rank_that_is_killed_is_the_culprit_of_the_crash(tmp_path, num_ranks, repeats):
     for _ in range(repeats):
-
-        def kill(run_dir, pids):
-            wait_for_step(run_dir, 1, 3)
-            os.kill(pids[1], signal.SIGKILL)
-
-        _, document = run_forked(settings(num_ranks), tmp_path, during=kill)
+        in_rank = at_step_three(signal_itself(signal.SIGKILL), rank=1)
+        run_dir, document = run_forked(settings(num_ranks), tmp_path, in_rank=in_rank)
         assert (document["verdict"], document["cause"]) == ("crash", "dead_rank"), document
         assert document["culprits"] == [1], document
         # A death is reported before the quiet window ends, but after the other ranks had time to report.
-        assert in_time(document, settings(num_ranks).quiet_window_s + 1.0, settings(num_ranks)), document
+        assert in_time(run_dir, document, settings(num_ranks).quiet_window_s + 1.0, settings(num_ranks)), document
 
 
 @pytest.mark.full

@@ -88,12 +88,13 @@ def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(programs, tmp_
 @LAUNCHERS
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_an_interrupted_run_writes_its_evidence_first(tmp_path, leaves_nothing, number, launcher):
-    arguments = ("--variant", "control", "--ranks", 2, "--launcher", launcher, "--out", tmp_path)
+    # with the fault it hangs, and so has not ended before the signal comes
+    arguments = ("--variant", "fault", "--ranks", 2, "--quiet-window", 60, "--launcher", launcher, "--out", tmp_path)
     run = subprocess.Popen(command(*arguments), cwd=ROOT)
     try:
         run_dir = _wait_until_serving(tmp_path, 2)
         run.send_signal(number)
-        assert run.wait(15) == INTERRUPTED
+        assert run.wait(60) == INTERRUPTED
     finally:
         run.kill()
     verdict = read_json(run_dir / "verdict.json")
@@ -162,7 +163,7 @@ def test_a_run_listens_on_loopback_alone(tmp_path, leaves_nothing):
         assert set(listening) <= {"127.0.0.1", "::1"}, listening
     finally:
         run.send_signal(signal.SIGINT)
-        run.wait(20)
+        run.wait(60)
 
 
 @pytest.mark.full
@@ -284,7 +285,7 @@ def test_an_interrupt_of_a_plain_torchrun_ends_ranks_that_wait_in_gloo_and_blame
         run_dir = _wait_until_serving(tmp_path, 2)
         time.sleep(1.0)  # until they hang: the quiet window is too long for a verdict
         run.send_signal(signal.SIGINT)
-        run.wait(20)
+        run.wait(60)
     finally:
         run.kill()
         run.wait()

@@ -15,6 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from written import written
 
+from repro.hosts.host import Host
+from repro.hosts.processes import starved_seconds
 from repro.lab.outcome import reference
 from repro.lab.rank.worker import run_rank
 from repro.lab.settings import RunSettings
@@ -49,6 +51,7 @@ def run_forked(
     before(run_dir)
     write_json(run_dir.reference, reference_tokens(_shared(settings)) if with_reference else {})
     pids = [_fork(run_dir, settings, rank, in_rank) for rank in range(settings.num_ranks)]
+    lost_s = _lost_seconds()
     try:
         during(run_dir, pids)
         document = launch.attend(
@@ -59,17 +62,26 @@ def run_forked(
             with contextlib.suppress(ChildProcessError, ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+        _LOST_S[run_dir.root] = _lost_seconds() - lost_s
     return run_dir, written(document)
 
 
-def in_time(document: dict[str, Any], limit_s: float, settings: RunSettings) -> bool:
+_LOST_S: dict[Path, float] = {}
+"""Root of each run -> for how many seconds this process, which watched the run, lacked a processor."""
+
+
+def _lost_seconds() -> float:
+    return starved_seconds(os.getpid()) + Host().stolen_seconds()
+
+
+def in_time(run_dir: RunDir, document: dict[str, Any], limit_s: float, settings: RunSettings) -> bool:
     """Whether the verdict came within ``limit_s`` after the last event.
 
-    Time in which ranks lacked a processor is added.
+    Time in which the watcher or the ranks lacked a processor is added.
     """
     starved = max(document["system"]["starved"].values(), default=0.0)
     patience_s = 10 * settings.quiet_window_s if starved > 0.1 else 0.0
-    return bool(document["seconds"]["stall_to_verdict"] <= limit_s + patience_s)
+    return bool(document["seconds"]["stall_to_verdict"] <= limit_s + patience_s + _LOST_S[run_dir.root])
 
 
 def _shared(settings: RunSettings) -> RunSettings:
