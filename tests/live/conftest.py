@@ -13,6 +13,14 @@ from typing import Any
 import psutil
 import pytest
 
+from repro.hosts.looks import py_spy
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """py-spy reads the symbols of torch, and shares the processors with the other workers of the test run."""
+    monkeypatch.setattr(py_spy, "PATIENCE_S", 60.0)
+
 
 @pytest.fixture
 def leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
