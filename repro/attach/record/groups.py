@@ -205,7 +205,9 @@ def name_group(group: Any, members: list[int]) -> str:
     The name is the group's description (see `describe`; by default torch's attribute ``group_desc``) with the members
     of the group, because several groups can have the same description, for example the groups of one dimension of a
     device mesh. For a group of all ranks, the name is the description alone. If another group has the same description
-    and members, a number follows. A group without a description gets torch's own name.
+    and members, a number follows.
+
+    The default group is "world". A group without a description is "group" with torch's own name.
     """
     from repro.verdict.result import list_ranks
 

@@ -128,8 +128,12 @@ def forward_of_local_experts(
 
     ``forward_torch`` would fail: the experts of other ranks have no local id, and ``forward_torch`` cannot skip them.
 
-    input [tokens, hidden]; topk_weights, topk_ids [tokens, top_k] with global ids. The activation is SiLU. Returns the
-    weighted sum of this rank's experts, [tokens, hidden].
+    layer         vLLM's MoE layer, which has the weights of this rank's experts; their activation is SiLU
+    input         [tokens, hidden]
+    topk_weights  [tokens, top_k], the weights of each token's experts
+    topk_ids      [tokens, top_k], the global ids of these experts
+
+    Returns the weighted sum of this rank's experts, [tokens, hidden].
     """
     import torch
 
@@ -145,10 +149,14 @@ def forward_of_local_experts(
 
 
 def local_experts(weights: Any, ids: Any, expert_map: Any) -> tuple[Any, Any]:
-    """Return the weights and the local expert ids, both [tokens, top_k]. Experts of other ranks get the weight 0.
+    """Translate the global ids of each token's experts into local ids. Experts of other ranks get the weight 0.
 
+    weights     [tokens, top_k], the weights of each token's experts
+    ids         [tokens, top_k], the global ids of these experts
     expert_map  int [num_experts]: the local id of each expert, -1 for an expert of another rank; None without EP, where
                 weights and ids are returned unchanged
+
+    Returns the weights and the local ids, both [tokens, top_k].
     """
     if expert_map is None:
         return weights, ids

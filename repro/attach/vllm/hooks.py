@@ -28,7 +28,7 @@ class Hook(NamedTuple):
     module    the module that defines the attribute
     names     names of the attribute in different versions, "Class.method" or "function"; the first that exists is
               replaced
-    make      makes the replacement from the original
+    make      takes the attribute's value, and returns what replaces it
     shows     what the record lacks without this hook
     versions  versions of vLLM that are known to have the attribute; other versions possibly lack it
     """

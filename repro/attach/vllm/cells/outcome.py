@@ -50,12 +50,12 @@ class Outcome:
     """The outcome of one cell (one start of vLLM).
 
     name      name of the cell
-    state     one of STATES: how the start ended
+    state     how the start ended: one of STATES, such as "ready" or "hung"
     verdict, cause, culprits    the verdict on the start; `verdict` is "" if the cell did not run
     where     a sentence that says where a rank waits; "" if none is known
     seconds   from the start of the server until `state` was known
     silent_s  the longest time, in seconds, in which no rank recorded an event
-    looked    the verdicts of `collect`, one for each run of `collect`
+    looked    the classes of the verdicts of `collect`, one for each run of `collect`
     cache     the folder with the compiled kernels of this start; "" if the cell did not run
     partial   whether this warm start used the cache of a cold start whose server did not become ready
     bundles   names of the zip files that `bundle` wrote
