@@ -37,7 +37,7 @@ def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, .
 
 
 class RankGroups:
-    """The names and members of the groups of one rank. `apply_layout` uses no other part of a `Communicator`."""
+    """The names and members of the groups of one rank. To cut a model to one rank's part needs only these."""
 
     def __init__(self, rank: int, members: Mapping[str, tuple[int, ...]]) -> None:
         self.rank = rank

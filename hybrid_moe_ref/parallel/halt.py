@@ -187,7 +187,7 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 
 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
-    """If this collective has failed, raise its error.
+    """If the collective of ``work`` has failed, raise its error.
 
     If it failed because another rank stopped the job or died, raise the error that says so, instead of the backend's
     error.

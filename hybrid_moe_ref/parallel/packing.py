@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Pack tensors [N, ...] of any dtype into uint8[N, B]: a row has the B bytes of the same row of all tensors."""
+    """Pack tensors [N, ...] of any dtype into uint8[N, B]: row n has the bytes of row n of every tensor, B in all."""
     parts = [_as_bytes(x) for x in tensors]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 

@@ -10,7 +10,7 @@ import enum
 
 
 class Knows(enum.Flag):
-    """The aspects that a file of evidence shows about a rank.
+    """What a file of evidence can show about a rank. Each flag is one aspect.
 
     ORDER       the order and the sequence numbers of the collectives of each group
     COMPLETION  which collectives are complete

@@ -116,7 +116,7 @@ class SumOverRanks:
     layer: str
 
     def install(self, module: nn.Module) -> tuple[ScheduleEntry, ...]:
-        """Register the hook, and return the collective that it issues in a forward pass."""
+        """Register the hook on ``module``, and return the collective that it issues in a forward pass."""
         module.register_forward_hook(self.combine)
         return (ScheduleEntry("tp", "all_reduce", self.layer),)
 

@@ -140,9 +140,9 @@ def _lock_names(opened: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
 
 
 def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
-    """Return the status of a file, first looked up in the process's own mount namespace, then in that of this process.
+    """Return the status of the file that has this path for the process ``pid``; None if there is no such regular file.
 
-    Return None if the file is gone or is not a regular file.
+    The path is looked up in the mount namespace of that process, and if it is not there, in that of `collect`.
     """
     try:
         status = os.stat(f"{proc}/{pid}/root{path}")

@@ -64,7 +64,11 @@ def looks_like(head: str) -> bool:
 
 
 def no_answer(file: str, text: str) -> Note | None:
-    """Return a note if the file of a RAS answer is empty or contains an error of the RAS client; None otherwise."""
+    """Return a record about a missing answer, if the file is empty or contains an error of the RAS client; else None.
+
+    file   name of the file; None is returned if it does not contain "ras"
+    text   content of the file
+    """
     if not re.search(r"ras(?![a-z])", file.rpartition("/")[2].lower()) or len(text) > 4096:
         return None
     why = next((line.strip() for line in text.splitlines() if _NO_ANSWER.search(line)), "")

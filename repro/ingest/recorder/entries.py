@@ -29,9 +29,9 @@ _TRANSFER = re.compile(r"(send|recv) (\d{1,7})(?:->|<-)(\d{1,7})")
 
 
 def knowledge_of(entries: Sequence[Mapping[str, Any]]) -> Knows:
-    """Return which aspects the entries of a dump show, for example ARGUMENTS if the entries have sizes and data types.
+    """Return which facts the entries of a dump show, as flags: for example ARGUMENTS for sizes and data types.
 
-    An aspect counts only if the first and the last entry both show it. The entries between are not examined, because
+    A flag is set only if the first and the last entry both show the fact. The entries between are not examined, because
     torch writes the same fields into all entries of a dump.
     """
     return _shown_by(entries[0]) & _shown_by(entries[-1]) if entries else Knows.ORDER | Knows.COMPLETION

@@ -66,7 +66,11 @@ def rank_of(name: str) -> int | None:
 
 
 def read(data: bytes, file: str, rank: int | None = None) -> RecorderDump:
-    """Read one dump. rank: by default, the number at the end of the file's name.
+    """Read one dump.
+
+    data   the content of the file
+    file   the name of the file
+    rank   the rank that wrote the dump; None: the number at the end of the file's name
 
     Raises NotARecorderDump if the content is something else. Raises DamagedFile ("file:offset: problem") if the dump is
     damaged, or if the rank is not known.

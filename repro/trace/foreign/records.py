@@ -86,10 +86,10 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """The membership of a process in an NCCL communicator, from an NCCL log or from an answer of NCCL's RAS.
+    """One process as a member of one NCCL communicator, from an NCCL log or from an answer of NCCL's RAS.
 
     name        the communicator's id, equal in all its processes
-    pointer     the address by which later log lines of this process name the communicator
+    pointer     the address by which later log lines of this process name the communicator; "" from RAS
     rank        rank in the communicator, not the global rank
     size        number of ranks in the communicator
     bus         PCI address of the GPU, "0000:5d:00"; "" if it is not printed

@@ -22,7 +22,7 @@ def map_file(
 
     run_id   the run id for the header; "" keeps the run id that the launcher wrote
     shape    for a new file: how many events, sizes, strings and groups it has room for; None: the usual room
-    knows    for the header: which aspects the recorder writes, such as steps and locks (see `repro.trace.knowledge`)
+    knows    for the header: what the recorder writes, such as steps and locks (see `repro.trace.knowledge`)
 
     Returns the mapped memory, the description of this process in the header, and the shape of the file. Raises
     WitnessError if the file already has a writer, or was made for another rank.

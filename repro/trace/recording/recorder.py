@@ -125,8 +125,8 @@ class Recorder:
 
         run_id  the id of the run; "" keeps the id that the launcher wrote into the file
         shape   for a new file: how many events, sizes, strings and groups it has room for; None: the usual room
-        knows   the aspects that this recorder writes, such as steps and locks (see `repro.trace.knowledge`). The judge
-                uses no other aspect of this witness
+        knows   what this recorder writes, such as steps and locks (see `repro.trace.knowledge`). The judge concludes
+                nothing from the absence of the rest
 
         Raises WitnessError if the file already has a writer, or was made for another rank.
         """

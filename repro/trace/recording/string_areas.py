@@ -32,7 +32,7 @@ def live_words(buffer: Buffer) -> memoryview:
 
 
 class Strings:
-    """The string area: each text is stored once and gets a number. Thread-safe."""
+    """The strings of a witness: each text is stored once and gets a number, by which records name it. Thread-safe."""
 
     def __init__(self, buffer: Buffer, shape: Geometry) -> None:
         self._buffer = buffer
@@ -46,8 +46,8 @@ class Strings:
     def intern(self, text: str) -> int:
         """Return the number of a text. Store the text if it is new.
 
-        Returns LOST_STRING if the area is full, or if this is called in a signal handler that interrupted the storing
-        of another new text.
+        Returns LOST_STRING if the file has no room left for strings, or if this is called in a signal handler that
+        interrupted the storing of another new text.
         """
         number = self._numbers.get(text)
         if number is not None:
@@ -97,10 +97,10 @@ class Vectors:
         self._storing = False
 
     def store(self, sizes: tuple[int, ...]) -> int:
-        """Store a size vector and return its offset. Thread-safe.
+        """Store the sizes of a collective and return their offset. Thread-safe.
 
-        Returns NO_VECTOR if the vector is empty or longer than the ring, or if this is called in a signal handler that
-        interrupted the storing of another vector.
+        Returns NO_VECTOR if there are no sizes or more than fit into the ring buffer, or if this is called in a signal
+        handler that interrupted the storing of other sizes.
         """
         if not sizes or len(sizes) + 1 > self._room:
             return NO_VECTOR

@@ -211,7 +211,10 @@ def parse_vectors(
 ) -> dict[tuple[int, int], bytes]:
     """Return the bytes of the size vectors that are neither overwritten nor damaged, by (offset, number of sizes).
 
-    stored   how many words the writer has stored since the file was created; None if the counter is damaged
+    A size vector has the sizes of one collective.
+
+    stored   how many 8-byte words of size vectors the writer has stored since the file was created; None if the counter
+             is damaged
     named    the vectors that records refer to: (offset, number of sizes) of each
     """
     vectors = {}
@@ -320,9 +323,9 @@ def _may_be_torn(record: memoryview, number: int) -> bool:
 
 
 def _number(record: memoryview, slot: int, capacity: int) -> int:
-    """Return the number of the event at an index (``slot``) of the ring buffer; 0 if there is no intact event.
+    """Return the number of the event at the index ``slot`` of a ring buffer of ``capacity`` records.
 
-    Also returns 0 if the number of the event belongs to a different index.
+    Return 0 if there is no intact event, or if the number of the event belongs to a different index.
     """
     if not is_whole(record):
         return 0

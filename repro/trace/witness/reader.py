@@ -48,7 +48,8 @@ class Witness:
     complete     False if the file is damaged, its last record is incomplete, or the members of a group are unknown
     damaged      whether some bytes do not match their checksums, so that no certain conclusion is possible
     problems     a line for each problem of the file: "rank003.wit:38912: damage: …"
-    vectors      a dict from (offset, number of sizes) to the bytes of a size vector, for the vectors that records name
+    vectors      a dict from (offset, number of sizes) to the packed sizes of a collective, for collectives with more
+                 than one size
     """
 
     name: str
@@ -121,7 +122,10 @@ class Witness:
         return self.strings[string] if string < len(self.strings) else "?"
 
     def signature(self, sig: int) -> Signature:
-        """Return the signature of a collective. sig: the field ``sig`` of an event of this collective."""
+        """Return the fields of a collective that must be equal on all ranks.
+
+        sig: the field ``sig`` of an event of this collective
+        """
         signature = self._signatures.get(sig)
         if signature is None:
             signature = self._signatures[sig] = _signature(self.text(sig))
