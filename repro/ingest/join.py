@@ -26,7 +26,7 @@ class _Ranks:
 
     of_process   the rank of each (host, pid)
     of_bus       the rank of each (host, PCI address of a GPU)
-    members      the entry of a process in an NCCL communicator, by (host, pid, address of the communicator)
+    members      what a log shows about a process in an NCCL communicator, by (host, pid, address of the communicator)
     groups       the group with its global ranks, by the name of its NCCL communicator
     """
 
@@ -143,7 +143,7 @@ def _key(member: Member) -> _Key:
 
 
 def _is_one_communicator(rows: Sequence[Member]) -> bool:
-    """Whether these members can be of one communicator: all have its `size`, and no rank has two processes."""
+    """Whether these members can be of one communicator: all have the same `size`, and no rank has two processes."""
     processes: dict[int, _Key] = {}
     return all(row.size == rows[0].size and processes.setdefault(row.rank, _key(row)) == _key(row) for row in rows)
 

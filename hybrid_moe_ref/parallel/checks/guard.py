@@ -76,7 +76,7 @@ class ScheduleGuard:
         self._refuse(mistake)
 
     def leave(self) -> None:
-        """Raise ScheduleMismatch on all ranks: this rank would stop serving, although the ranks did not agree to stop."""
+        """Raise ScheduleMismatch on all ranks: this rank would stop serving, but the ranks have not agreed to stop."""
         self._refuse(f"would leave after step {self._step}, but the ranks have not agreed that no rank has work left")
 
     def finish(self) -> None:
