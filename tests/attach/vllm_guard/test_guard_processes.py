@@ -68,8 +68,10 @@ def test_a_killed_worker_ends_all_processes_with_its_name(serve, tmp_path):
     killed_s = float((tmp_path / "killed").read_text())
     assert served.codes == [86, 86], served.logs[-3000:]
     for sentences in served.refusals():
+        assert len(sentences) == 1, served.logs[-3000:]
         (sentence,) = sentences
-        assert sentence.startswith("rank 1 is gone: its worker (pid ") and sentence.endswith("was ended by SIGKILL")
+        assert sentence.startswith("rank 1 is gone: its worker (pid "), served.logs[-3000:]
+        assert sentence.endswith("was ended by SIGKILL"), served.logs[-3000:]
     print(f"all gone {served.ended_s - killed_s:.2f} s after the kill, load {os.getloadavg()[0]:.0f}")
 
 
