@@ -35,7 +35,7 @@ class RecorderCheck:
     contradicted: dict[int, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """Return at most two sentences: one for ``agree``, one for ``ahead``. An empty list has none."""
+        """Return at most two sentences: one for ``agree``, one for ``ahead``; none if a list is empty."""
         lines = []
         if self.agree:
             lines.append(f"{name_ranks(self.agree)}: the Flight Recorder has the same collective pending")

@@ -59,6 +59,8 @@ class Notices:
     def is_build_check_due(self, now_ns: int, waiting_since_ns: int) -> bool:
         """Whether the watcher should now check which rank builds a kernel.
 
+        True if a rank has waited for at least PATIENCE_S, and the last check was long enough ago.
+
         waiting_since_ns: when the rank that waits longest began to wait; 0 if no rank waits.
         """
         waited_ns = now_ns - waiting_since_ns if waiting_since_ns else 0

@@ -1,8 +1,8 @@
 """Learn the schedule of a model execution from the rank's earlier executions of the same kind.
 
-vLLM declares no schedule. Its executions issue the same collectives as long as the ranks agree on the same graph mode
-and microbatches. So a rank that has issued the same collectives several times in a row declares them for the next
-execution. If an execution ends with other collectives than declared, executions of this kind are no longer declared.
+vLLM declares no schedule. But executions of one kind (the same graph mode and microbatches) issue the same collectives.
+So if a rank issued the same collectives in its last executions of one kind, it declares them for the next execution of
+this kind. If such an execution ends with other collectives, the rank declares no further schedule for this kind.
 """
 
 from __future__ import annotations

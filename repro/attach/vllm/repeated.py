@@ -1,4 +1,4 @@
-"""Learn which collectives follow each kind of step agreement, from steps that were equal several times in a row.
+"""Learn which collectives follow each kind of step agreement, from several equal steps of this kind.
 
 The kind of a step agreement is what the ranks agreed on, such as the graph mode.
 """
@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from typing import Generic, TypeVar
 
 NUM_EQUAL = 3
-"""How many times in a row a sequence must follow a kind before it is expected."""
+"""A sequence is expected of a kind of step if the last NUM_EQUAL steps of this kind had it."""
 
 T = TypeVar("T", bound=Hashable)
 
@@ -18,8 +18,8 @@ class Repeated(Generic[T]):
     """The collectives that are expected in a step, for each kind of step.
 
     The kind is what the ranks agreed on at the begin of the step, such as the graph mode. A sequence of collectives is
-    expected as soon as NUM_EQUAL steps of a kind in a row had it. If a later step of this kind has another sequence,
-    nothing is expected of this kind any more.
+    expected as soon as the last NUM_EQUAL steps of a kind had it; steps of other kinds can lie between them. If a later
+    step of this kind has another sequence, nothing is expected of this kind any more.
 
     changes  how many times the result of `expected` has changed
     """

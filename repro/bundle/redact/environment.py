@@ -87,7 +87,7 @@ _LIST = re.compile(r"[,;|+ ]")
 
 
 def rank_line(line: str) -> str | None:
-    """Redact a line of env/rank000.txt, the software of a rank. Returns None if the line is dropped."""
+    """Redact a line of env/rank000.txt, the software of a rank. Returns None if no form of line fits: then drop it."""
     if match := re.fullmatch(rf"python: ({_VERSION}) on (.+)", line):
         return f"python: {match[1]} on {_platform(match[2])}"
     if match := re.fullmatch(
@@ -134,7 +134,10 @@ def is_value(value: str) -> bool:
 
 
 def collected_line(line: str) -> str | None:
-    """Redact a line of the report of torch.utils.collect_env. Returns None if the line is dropped."""
+    """Redact a line of the report of torch.utils.collect_env.
+
+    Returns the line without the parts that are not known to be harmless; None if its name or its value is not known.
+    """
     if line in HEADINGS:
         return line
     if (match := re.match(rf"\[(?:pip3|conda)\] ([\w-]+)(?:==|\s+)({_VERSION})", line)) is not None:

@@ -55,7 +55,7 @@ class FallBack(SumOverRanks):
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
-        """Sum over the tp group by one all-reduce. It stands for the plain all-reduce, or for the fused one.
+        """Sum over the tp group by one all-reduce. Used as the fused all-reduce, and also as the plain one.
 
         partial_NH: this rank's part of the layer's output, [rows, hidden size]
         """

@@ -64,18 +64,18 @@ class Tails:
         return any(self._last_is(Kind.FAILED))
 
     def last_event_ns(self) -> int:
-        """Return the time of the latest event of any rank, in ns on the clock of `here`; 0 if there is no event.
+        """Return the time of the latest event of any rank, in ns on the clock of this host; 0 if there is none.
 
         Heartbeats are no events.
         """
         return max((self._here_ns(tail, tail.last_event_ns()) for tail in self._tails.values()), default=0)
 
     def heartbeat_ns(self) -> int:
-        """Return the time of the latest heartbeat of any rank, in ns on the clock of `here`; 0 if there is none."""
+        """Return the time of the latest heartbeat of any rank, in ns on the clock of this host; 0 if there is none."""
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
     def waiting_since_ns(self) -> int:
-        """Return when the rank that waits longest began to wait, in ns on the clock of `here`; 0 if no rank waits.
+        """Return when the rank that waits longest began to wait, in ns on the clock of this host; 0 if none waits.
 
         A rank waits for a collective or for a lock.
         """

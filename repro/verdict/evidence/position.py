@@ -103,8 +103,9 @@ class RankState:
 
 
 def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str) -> RankState:
-    """Find out what one rank does at the moment ``now_ns``.
+    """Find out what one rank does at the moment ``now_ns``, in ns on the clock of the rank's host.
 
+    witness  None if the rank has no usable witness
     alive    whether the rank's process exists; None if this was not observed
     excuse   why the rank's process cannot make progress, from ``Facts.excused``; "" if it can
     """
