@@ -108,7 +108,8 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 
     name: the name of the block; the verdict shows it as the layer of these collectives
 
-    Use this only in a function that ``ep_ranks(…).run`` calls. Elsewhere it raises RuntimeError.
+    Use this only in a function that ``ep_ranks(…).run`` calls: if the ranks hang, ``run`` raises DeadlockError, not
+    this block. Elsewhere the block raises RuntimeError.
     """
     if not _current:
         raise RuntimeError("assert_no_deadlock() works only in a function that ep_ranks(n, backend).run(...) runs")
