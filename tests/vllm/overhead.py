@@ -13,8 +13,13 @@ recorder (or guard) runs all the time, so its processor time is printed as a sha
 engine and in the front end are never switched off: what they cost is not measured.
 
 Prints the difference of the pairs in per cent of a step, with a 95 % interval (bootstrap over the steps, as the
-ranks' times in one step belong together), and the load of the machine. The cost is that of the hooks in wall time and
-that of the thread. Exit code: 0 if the upper end of this sum is at most 1 %, 1 if its lower end is above, else 125.
+ranks' times in one step belong together), the page faults of a step, and the load of the machine. The cost is that of
+the hooks in wall time and that of the thread. Exit code: 0 if the upper end of this sum is at most 1 %, 1 if its lower
+end is above, else 125.
+
+Why page faults: CPython keeps the frames of Python functions in chunks of 16 KB. A call that needs a new chunk maps
+memory, its return unmaps it, and each such pair costs one page fault and about 10 us. Hooks that are on add frames, so
+another call can be the one that needs a new chunk: a loop that did so in each turn may stop doing so, or begin to.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import functools
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -46,8 +52,8 @@ PLACEBO = "placebo"
 THREADS = ("repro record", "repro guard")
 """Names of the background threads of recorder and guard."""
 
-Row = tuple[int, int, int, int]
-"""The number of the step, whether it was recorded, its wall time and its processor time in ns."""
+Row = tuple[int, int, int, int, int]
+"""The number of the step, whether it was recorded, its wall time and its processor time in ns, and its page faults."""
 
 
 # -- in the worker: a plug-in, on with HMR_OVERHEAD=DIR ----------------------------------------------------------------
@@ -74,7 +80,7 @@ class Switch:
         self._recording: tuple[Any, Any] | None = None
         self._guard: Any = None
         self._rows: list[Row] = []
-        self._before: tuple[int, int] | None = None
+        self._before: tuple[int, int, int] | None = None
         self._thread_before = (0, 0)
         self._placebo = (folder / PLACEBO).exists()
 
@@ -86,16 +92,17 @@ class Switch:
         return _run_ar
 
     def _note(self) -> None:
-        now = time.perf_counter_ns(), time.process_time_ns()
+        now = _clocks()
         step = self._step - 1  # the one that ends here
         if self._before is not None and step >= WARM_UP:
-            self._rows.append((step, int(is_recorded(step)), now[0] - self._before[0], now[1] - self._before[1]))
+            wall_ns, cpu_ns, faults = (after - before for after, before in zip(now, self._before, strict=True))
+            self._rows.append((step, int(is_recorded(step)), wall_ns, cpu_ns, faults))
         if self._step % STEPS_PER_LINE == 0:
             self._write()
         if not self._placebo:
             self._switch(is_recorded(self._step))
         self._step += 1
-        self._before = time.perf_counter_ns(), time.process_time_ns()
+        self._before = _clocks()
 
     def _switch(self, on: bool) -> None:
         if os.environ.get("HMR_GUARD"):
@@ -134,6 +141,12 @@ class Switch:
                 file.write(json.dumps(line) + "\n")
         self._thread_before = now
         self._rows = []
+
+
+def _clocks() -> tuple[int, int, int]:
+    """The wall clock and the processor time of this process in ns, and its page faults without a disk."""
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return time.perf_counter_ns(), time.process_time_ns(), faults
 
 
 def is_recorded(step: int) -> bool:
@@ -213,6 +226,8 @@ def main() -> int:
         )
         if column == 2:
             code = 0 if high + thread <= LIMIT else 1 if low + thread > LIMIT else 125
+    means = [statistics.fmean(row[4] for rows in ranks for row in rows if row[1] == on) for on in (1, 0)]
+    print(f"page faults of a step: {means[0]:.1f} with, {means[1]:.1f} without (mean)")
     print(f"background thread: {100 * thread:.2f} % of a processor")
     print(f"load before and after, on {os.cpu_count()} processors: {', '.join(load)}")
     return code

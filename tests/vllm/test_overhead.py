@@ -49,7 +49,7 @@ def rows_of(num_steps: int, cost: float, seed: int = 0, noise: float = 0.1, drif
     for step in range(num_steps):
         on = overhead.is_recorded(step)
         step_ns = int(2e7 * (1 + drift * step) * (1 + cost * on) * draw.lognormvariate(0, noise))
-        rows.append((step, int(on), step_ns, step_ns // 2))
+        rows.append((step, int(on), step_ns, step_ns // 2, 9))
     return rows
 
 
