@@ -1,6 +1,6 @@
 """What the recorder costs a step of the real vLLM: the tiny model with DP=2, EP=2, recorded in half of the steps.
 
-    python tests/vllm/overhead.py --vllm VENV --out DIR [--seconds 180] [--guard] [--placebo]
+    python tests/vllm/overhead.py --vllm VENV --out DIR [--seconds 180] [--guard] [--placebo] [--one-chunk]
 
 With --guard, what the guard costs instead. With --placebo nothing is switched, so the true difference is 0, and the
 result shows the error of the method.
@@ -20,6 +20,7 @@ end is above, else 125.
 Why page faults: CPython keeps the frames of Python functions in chunks of 16 KB. A call that needs a new chunk maps
 memory, its return unmaps it, and each such pair costs one page fault and about 10 us. Hooks that are on add frames, so
 another call can be the one that needs a new chunk: a loop that did so in each turn may stop doing so, or begin to.
+With --one-chunk all frames of a worker fit into one chunk, so that this does not count.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ STEPS_PER_LINE = 128
 LIMIT = 0.01
 NUM_DRAWS = 2000
 WAVES = "30:450,20:450"
-PLACEBO = "placebo"
-"""A file of this name in the folder HMR_OVERHEAD: switch nothing."""
+PLACEBO, ONE_CHUNK = "placebo", "one_chunk"
+"""A file of this name in the folder HMR_OVERHEAD: switch nothing, or keep all frames of a worker in one chunk."""
+
+LARGE_FRAME = 25_000
+"""Variables of a function, 8 bytes each. CPython takes a chunk of the next power of two, of which 62 KB stay free."""
 
 THREADS = ("repro record", "repro guard")
 """Names of the background threads of recorder and guard."""
@@ -69,6 +73,19 @@ def _install(folder: Path) -> None:
     from vllm.v1.worker import dp_utils
 
     dp_utils._run_ar = Switch(folder).around(dp_utils._run_ar)
+    if (folder / ONE_CHUNK).exists():
+        from vllm.v1.executor.multiproc_executor import WorkerProc
+
+        WorkerProc.worker_busy_loop = in_large_frame(WorkerProc.worker_busy_loop)
+
+
+def in_large_frame(function: Any) -> Any:
+    """A function that calls ``function`` from a frame so large that CPython takes a new, large chunk for it."""
+    variables = " = ".join(f"v{number}" for number in range(LARGE_FRAME))
+    code = f"def call(*args, **options):\n    return function(*args, **options)\n    {variables} = 0\n"
+    space = {"function": function}
+    exec(code, space)
+    return space["call"]
 
 
 class Switch:
@@ -196,11 +213,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--guard", action="store_true", help="measure the guard, not the recorder")
     parser.add_argument("--placebo", action="store_true", help="switch nothing: the difference is the method's error")
+    parser.add_argument("--one-chunk", action="store_true", help="keep all Python frames of a worker in one chunk")
     args = parser.parse_args()
     out = args.out.absolute()
     out.mkdir(parents=True)
-    if args.placebo:
-        (out / PLACEBO).touch()
+    for name, chosen in ((PLACEBO, args.placebo), (ONE_CHUNK, args.one_chunk)):
+        if chosen:
+            (out / name).touch()
     load = [Path("/proc/loadavg").read_text().split()[0]]
     serve = [*command(args.vllm.absolute(), out / "serve", WAVES, args.seconds + 600), "--seconds", str(args.seconds)]
     measured = {"HMR_GUARD": "agree"} if args.guard else {"HMR_RECORD": str(out / "record")}

@@ -124,3 +124,19 @@ def test_a_placebo_switches_nothing(tmp_path, monkeypatch, name, switched):
     switch._note()
     switch._note()
     assert calls == switched
+
+
+def test_calls_below_a_large_frame_take_no_new_chunk():
+    def faults_of(call):
+        before = overhead._clocks()[2]
+        for _ in range(200):
+            call()
+        return overhead._clocks()[2] - before
+
+    def nested(depth):
+        return nested(depth - 1) if depth else 0
+
+    depths = range(1, 300)
+    plain = max(faults_of(lambda depth=depth: nested(depth)) for depth in depths)  # a fault a call, at some depth
+    most = overhead.in_large_frame(lambda: max(faults_of(lambda depth=depth: nested(depth)) for depth in depths))()
+    assert most < 100, (most, plain)
