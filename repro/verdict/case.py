@@ -66,7 +66,7 @@ class Case:
         return all(aspects in witness.knows for witness in self.witnesses.values())
 
     def unknowing(self, ranks: Collection[int], aspects: Knows) -> list[int]:
-        """Return the ranks of ``ranks`` whose witness does not record all of these aspects, such as times or layers."""
+        """Return the ranks of ``ranks`` whose witness lacks at least one of these aspects, such as times or layers."""
         return [rank for rank in ranks if rank in self.witnesses and aspects not in self.witnesses[rank].knows]
 
     def ranks(self, *states: str) -> tuple[int, ...]:

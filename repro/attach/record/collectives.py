@@ -115,10 +115,9 @@ class beneath:
 def _named(name: str, function: Any) -> Any:
     """Give the code of a hook the name of the method of torch that it replaces, to prevent an endless recursion.
 
-    Torch's method is made by pybind11. If the program derived a class from torch's class, torch's method first looks
-    for a Python method of the same name that overrides it. It would find and call the hook, the hook would call torch's
-    method again, and so on. But torch's method does not look if the function that calls it has the method's name, and
-    has the same object as its first argument.
+    If the program derived a Python class from torch's class, torch's method (made by pybind11) first looks for a Python
+    method that overrides it. It would find the hook, which would call torch's method again, and so on. pybind11 does
+    not look if the calling function has the method's name and has the same object as its first argument.
 
     name: the method's name; function: the hook, which is also returned
     """

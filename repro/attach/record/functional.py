@@ -65,8 +65,8 @@ def _replace(packet: Any, kind: Any, op: str) -> None:
 class _Operator:
     """An object that replaces the function that an operator calls.
 
-    The object has the same hash as the function and is equal to it, so that it finds the function's entry in a
-    dictionary.
+    The object is equal to the function and has the same hash. So code that looks the function up in a dictionary can
+    look up the object instead.
     """
 
     def __init__(self, original: Any, op: str) -> None:

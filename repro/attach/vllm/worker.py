@@ -107,7 +107,7 @@ def after_fork() -> None:
 
 
 def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.init_device, to record steps and phases from its end on: the process is a rank then."""
+    """Wrap Worker.init_device, to record steps and phases as soon as it has returned: then the process is a rank."""
 
     @wraps(original)
     def init_device(self: Any, *args: Any, **options: Any) -> Any:

@@ -155,7 +155,7 @@ class Calls(Sequence[Call]):
         return None if place < 0 else place
 
     def unfinished(self) -> list[int]:
-        """Return the indices of the oldest incomplete collective and the oldest incomplete send or receive, if any."""
+        """Return at most two indices: the oldest incomplete collective, and the oldest incomplete send or receive."""
         oldest: dict[bool, int] = {}
         place = self.done.find(0)
         while place >= 0 and len(oldest) < 2:

@@ -328,7 +328,7 @@ class Recorder:
     def _call_of(self, collective: Collective | None) -> Call:
         """Return the `Call` (prepared records) of a collective whose call site is no longer known.
 
-        The first request for a collective makes its `Call`.
+        The first such request makes the `Call`; later requests for the same collective get the same object.
         """
         assert collective is not None, "either the collective or its call is given"
         group, op, layer, sizes, dtype, reduce_op, root = collective

@@ -12,9 +12,9 @@ _MOST = 256
 
 
 class Schedules:
-    """Packs the first part of the record that begins a step, and keeps it for later steps for which it is the same.
+    """Packs the first part of the record that begins a step. Later steps with an equal part use the packed bytes again.
 
-    This part depends on the schedule, the number of live requests and the phase. Two schedules count as equal only if
+    The part depends on the schedule, the number of live requests and the phase. Two schedules count as equal only if
     they are the same tuple object, because comparing all their entries would take longer.
 
     known  a dict from (id of the schedule, number of live requests, phase) to (the schedule, what `part` returned)

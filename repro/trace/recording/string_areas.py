@@ -99,8 +99,11 @@ class Vectors:
     def store(self, sizes: tuple[int, ...]) -> int:
         """Store the sizes of a collective and return their offset. Thread-safe.
 
-        Returns NO_VECTOR if there are no sizes or more than fit into the ring buffer, or if this is called in a signal
-        handler that interrupted the storing of other sizes.
+        Returns NO_VECTOR in these cases:
+
+        - there are no sizes
+        - the ring buffer is too small for the sizes
+        - a signal handler calls this, and has interrupted the storing of other sizes
         """
         if not sizes or len(sizes) + 1 > self._room:
             return NO_VECTOR

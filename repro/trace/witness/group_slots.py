@@ -89,9 +89,9 @@ class _Slot:
     def trace(
         self, strings: list[str], ring: Ring, issued: Event | None, left: Event | None, counted: int
     ) -> GroupTrace:
-        """Return how far the rank has come in this group, from these bytes and from the newest events.
+        """Return how far the rank has come in this group, from the group's 128 bytes and from the newest events.
 
-        The events are needed, because the writer stores an event in the ring before it updates the bytes of the group.
+        The events are needed, because the writer stores an event before it updates the 128 bytes.
 
         ring      the newest events
         issued    the newest event that issues a collective of this group; None if ``ring`` has none
@@ -122,11 +122,11 @@ class _Slot:
     def _left(self, left: Event | None, counted: int) -> int:
         """Return the highest sequence number of a collective of this group that is complete on this rank.
 
-        It is the higher of two numbers: the one in these bytes, and the one of ``left``.
+        It is the higher of two numbers: the one in the group's 128 bytes of the file, and the one of ``left``.
 
         left     the newest event that says that a collective of this group is complete, or None
-        counted  how many events the rank had recorded completely. If ``left`` is one of them, but these bytes have a
-                 lower number, the bytes are damaged
+        counted  how many events the rank had recorded completely. If ``left`` is one of them, but the 128 bytes have a
+                 lower number, they are damaged
         """
         in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
         in_ring = left.seq if left is not None else 0
@@ -139,14 +139,14 @@ class _Slot:
         return max(in_slot or 0, in_ring)
 
     def _last(self, ring: Ring, issued: Event | None, counted: int) -> Event | None:
-        """Return the event that issued the group's last collective, from the copy of its record in these bytes.
+        """Return the event that issued the group's last collective. The group's 128 bytes have a copy of this event.
 
         Return None if the copy is damaged or empty.
 
         ring     the newest events
         issued   the newest event in ``ring`` that issues a collective of this group, or None
         counted  how many events the rank had recorded completely. If ``issued`` is one of them, but the copy is of an
-                 older event, these bytes are damaged
+                 older event, the copy is damaged
         """
         record = self.data[LAST_AT : LAST_AT + RECORD.size]
         event = Event._make(RECORD.unpack(record)) if is_whole(record) else None
@@ -164,9 +164,9 @@ class _Slot:
         return event
 
     def _may_hold(self, event: Event, ring: Ring) -> bool:
-        """Whether ``event``, which was read from these bytes, issues a collective of this group.
+        """Whether ``event``, which was read from this group's 128 bytes, issues a collective of this group.
 
-        False also if ``ring`` has a different event with the same number.
+        False also if ``ring``, which has the newest events, has a different event with the same number.
         """
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
@@ -176,9 +176,9 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """Return, for each group index, two events: the newest one that issues a collective, and one that completes one.
+    """Return two events for each group index: the last issue of a collective, and the last completion.
 
-    The second event is the completion of the highest sequence number. Only the newest _RECENT events of ``ring`` are
+    The last completion is the one with the highest sequence number. Only the newest _RECENT events of ``ring`` are
     searched; None stands for an event that is not among them.
     """
     newest: dict[int, tuple[Event | None, Event | None]] = {}

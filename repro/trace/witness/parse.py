@@ -116,7 +116,7 @@ class Ring:
         return Event._make(RECORD.unpack_from(self.records, index * RECORD.size))
 
     def events(self, newest: int | None = None) -> Iterator[Event]:
-        """Yield all events, or the ``newest`` ones, oldest first."""
+        """Yield the events, oldest first: all, or only the last ``newest`` ones."""
         start = 0 if newest is None else max(0, len(self.records) - newest * RECORD.size)
         return map(Event._make, RECORD.iter_unpack(memoryview(self.records)[start:]))
 
@@ -315,8 +315,8 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 def _may_be_torn(record: memoryview, number: int) -> bool:
     """Whether the record looks as if its writer died while it wrote event ``number``.
 
-    A writer first clears the bytes of the record, and writes the checksum last. So an incomplete record has either no
-    checksum, or the right number and a wrong checksum.
+    A writer first clears the bytes of the record, and writes the checksum last. So the checksum of an incomplete record
+    is either 0, or it is wrong although the number of the event is right.
     """
     event = Event._make(RECORD.unpack(record))
     return event.check == 0 or (event.n == number and not is_whole(record))

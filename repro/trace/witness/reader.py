@@ -88,7 +88,7 @@ class Witness:
 
     @property
     def has_free_slots(self) -> bool:
-        """Whether the file has room for the progress of more groups, so that it has the progress of each used group."""
+        """Whether the file has room for the progress of one more group. Then it has the progress of each used group."""
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
@@ -106,7 +106,7 @@ class Witness:
         }
 
     def events(self, newest: int | None = None) -> Iterator[Event]:
-        """Yield all readable events, or the ``newest`` ones, oldest first."""
+        """Yield the readable events, oldest first: all, or only the last ``newest`` ones."""
         return self.ring.events(newest)
 
     def event(self, index: int) -> Event:

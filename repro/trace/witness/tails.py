@@ -75,7 +75,7 @@ class Tails:
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
     def waiting_since_ns(self) -> int:
-        """Return when the rank that waits longest began to wait, in ns on the clock of this host; 0 if none waits.
+        """Return the begin of the longest present wait of a rank, in ns on the clock of this host; 0 if none waits.
 
         A rank waits for a collective or for a lock.
         """

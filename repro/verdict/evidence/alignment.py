@@ -112,7 +112,9 @@ class _Comparison:
             self._places.setdefault(entry, []).append(place)
 
     def explain(self, k: int, i: int) -> tuple[str, int]:
-        """Explain why a rank issued collective ``k`` of a step when entry ``i`` of its schedule was due, both from 0.
+        """Explain why a rank issued collective ``k`` of a step when entry ``i`` of its schedule was due.
+
+        Both numbers count from 0.
 
         Return the kind of mistake ("extra", "skipped", "order" or "mismatch"), and how many entries of the schedule
         were left out, replaced or issued in another order. The kind is chosen so that as many of the following

@@ -277,7 +277,9 @@ def _differ(one: str | int, other: str | int) -> bool:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """Compare the first of several different calls with each other one; return the greatest result of `difference`.
+    """Return the greatest difference between the first call and one of the others; "" if nothing differs.
+
+    The differences, from the greatest to the smallest, are "mismatch", "sizes" and "place" (see `difference`).
 
     sides   the different calls that members of a group issued under one sequence number
     """

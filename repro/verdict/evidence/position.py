@@ -90,10 +90,10 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """Return the state of a rank for which other ranks wait, as the wait-for graph uses it.
+        """Return the state of the rank for the wait-for graph, if other ranks wait for this rank.
 
-        If the witness does not show all collectives of the rank, return "hidden", because the rank can be further than
-        its witness shows. But return "dead", "failed" and "missing" even then.
+        If the witness does not show all collectives of the rank, the state is "hidden", because the rank can be further
+        than its witness shows. But the states "dead", "failed" and "missing" are returned even then.
         """
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
@@ -232,7 +232,7 @@ def _blocked_in(witness: Witness) -> Event | None:
 def _waits_since(witness: Witness) -> int:
     """Return when the rank began to wait for the lock for which it waits now, in ns.
 
-    This can be earlier than its last event: the rank records the wait again each time when the lock's holder changes.
+    This can be earlier than its last event: the rank records the wait again whenever the lock's holder changes.
     """
     since_ns, last = witness.last_event_ns(), witness.last
     for index in range(len(witness.column("kind")) - 1, -1, -1):
@@ -244,7 +244,7 @@ def _waits_since(witness: Witness) -> int:
 
 
 def _issue_of(witness: Witness, event: Event) -> Event:
-    """Return the event with which a rank issued a collective; ``event`` if later events have overwritten that event.
+    """Return the event that issued the collective for which a rank waits. If it is overwritten, return ``event``.
 
     event   the event with which the rank began to wait for the collective
     """

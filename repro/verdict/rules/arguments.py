@@ -48,7 +48,7 @@ def arguments_finding(
 
 
 def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Return the ranks that did not issue the most common call; () unless they are fewer than the ranks that did.
+    """Return the ranks that did not issue the most common call; () if at most half of the ranks issued this call.
 
     sides   the different calls that members of a group issued under one sequence number
     """
@@ -60,10 +60,10 @@ def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Replace the cause `sizes` of a finding, because calls for different layers or steps may rightly differ in size.
+    """Replace the cause `sizes` of a finding, because calls of different layers or steps may rightly differ in size.
 
-    The new cause is `order` if all ranks that issued one of the calls issued, as the next collective of the group, a
-    call that other ranks issued under the sequence number of ``divergence``. Otherwise no cause is known.
+    The new cause is `order` if some ranks issued one number later what other ranks issued at the divergence. An
+    example: as #7, rank 0 issued A and rank 1 issued B; then rank 0 issued B as #8. Otherwise no cause is known ("").
 
     divergence   (group, sequence number, the different calls)
     """

@@ -83,7 +83,7 @@ def crash(case: Case) -> Verdict:
 
 
 def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Finding:
-    """Name the rank that died first; but if a rank certainly failed before any death was noticed, name that rank.
+    """Name the rank that died first; but if a rank certainly failed before the first death, name that rank.
 
     If the order is not clear, the death is more likely the cause than the failure, because a rank also fails when it
     loses another rank.

@@ -73,10 +73,10 @@ def _comes_before(
     rank_states: Mapping[int, RankState],
     all_steps: Mapping[int, Sequence[Step]],
 ) -> bool:
-    """Whether one rank certainly left its schedule (at ``first``) before another rank left its own (at ``other``).
+    """Whether the rank of ``first`` certainly left its schedule before the rank of ``other`` left its own.
 
-    Within one step, only the collectives of groups that have both ranks show the order. So count, in the schedule of
-    each rank, how many of these collectives come before the place where the rank left the schedule.
+    Within one step, only the collectives of groups that contain both ranks show the order. So count, in the schedule of
+    each rank, how many of these collectives come before the place where the rank left it, and compare the two counts.
     """
     if first.step != other.step:
         return first.step < other.step
@@ -90,7 +90,7 @@ def _comes_before(
 
 
 def _same_act(one: Deviation, two: Deviation) -> bool:
-    """Whether two ranks made the same mistake: with the same schedule entry of one step, or with the same collective.
+    """Whether two ranks made the same mistake: at the same schedule entry of one step, or by the same collective.
 
     The kinds of the two deviations can differ, for example if the ranks declared different schedules.
     """
@@ -131,7 +131,7 @@ def _entry(entry: Entry | None) -> str:
 
 
 def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
-    """Return what verdict.json says about the culprits at the first divergence: what they issued, what was planned."""
+    """Return the part of ``first_divergence`` that describes the culprits: what they issued, and what was planned."""
     issued = deviation.issued
     group, op, layer = issued.entry if issued else deviation.entry
     return {
@@ -144,7 +144,7 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 def _conforming(
     deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
-    """Return what verdict.json says about the members that are no culprits at the first divergence.
+    """Return the part of ``first_divergence`` that describes the members of the group that are no culprits.
 
     The result has a dict for each place (collective, step and call site), with the members that are there.
     """

@@ -67,8 +67,8 @@ def rhythm_finding(
     """Name the rank that left its repeating pattern, if no other rank did so and other ranks wait for this rank.
 
     The rank is the culprit if the operation with which it left the pattern occurs elsewhere in the pattern: then it
-    skipped or repeated something. After a new operation the rank is only a suspect. Return None if no rank is named, or
-    if any rank has no pattern.
+    skipped or repeated something. After a new operation the rank is only a suspect. Return None if no rank is named. If
+    one of the ranks has no pattern, no rank is named.
 
     awaited  the ranks for which other ranks wait
     until    the group and the sequence number of the collective that ranks completed although their calls differed;
@@ -120,9 +120,9 @@ def _rhythm(issued: Sequence[Event]) -> tuple[bool, _Break | None]:
 
 
 def _comes_after(witness: Witness, left: _Break, until: tuple[GroupKey, int]) -> bool:
-    """Whether the operation with which the rank left its pattern is a later one of the same group than ``until``.
+    """Whether the rank left its pattern by an operation of the same group as ``until``, with a higher number.
 
-    until   (group, sequence number)
+    until   (group, sequence number) of a collective
     """
     (name, _), seq = until
     first = left.events[0]

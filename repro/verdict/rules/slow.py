@@ -105,7 +105,7 @@ def may_wait_for_device(case: Case, rank: int) -> bool:
 
 
 def _with_waits(case: Case, finding: Finding) -> Finding:
-    """Add lines of evidence: which ranks wait, and which ranks hold the locks for which other ranks wait."""
+    """Add lines of evidence: which ranks wait, and which ranks hold the locks that other ranks wait for."""
     waiting = [rank for rank in case.ranks("blocked", "locked") if rank not in finding.culprits]
     if waiting:
         finding.evidence.append(say(waiting, "wait"))

@@ -60,10 +60,10 @@ def attended(case: Case) -> Verdict:
 
 
 def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
-    """Describe collectives that ranks issued with different arguments, but in which no rank waits.
+    """Describe collectives that ranks issued with different arguments, although no rank waits in them.
 
-    Such collectives can be the cause, because on a device they can block the collectives after them. Also set
-    ``finding.first_divergence`` to the different calls of the first of them, unless it is set already.
+    Such a collective can be the cause, because on a device it can block the collectives after it. If
+    ``finding.first_divergence`` is not set, set it to the different calls of the first such collective.
     """
     lines = []
     for key, seqs in sorted(case.ledger.diverged.items()):

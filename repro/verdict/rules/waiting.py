@@ -147,7 +147,8 @@ def _outsider(case: Case, node: Node) -> Verdict:
     """Judge a wait for a lock that no rank holds.
 
     The verdict is `slow` if another process holds the lock, and `deadlock` if no process holds it and the quiet window
-    has passed. Otherwise, or if a rank has no complete witness, the verdict is `inconclusive`.
+    has passed; otherwise it is `inconclusive`. It is also `inconclusive` if a rank has no complete witness, because
+    this rank possibly holds the lock.
     """
     pid = node.outside
     unseen = case.ranks("missing", "hidden")

@@ -116,7 +116,7 @@ def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silen
       of `collect`. If both gave the same verdict and the recorder names no culprits, the culprits, suspects and
       sentences are those of `collect`.
 
-    If there is no such answer, the verdict is `inconclusive`.
+    If the needed answer is missing, the verdict is `inconclusive`.
 
     state     how the start ended, one of STATES
     silent_s  the longest time, in seconds, in which no rank recorded an event

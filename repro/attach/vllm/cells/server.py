@@ -81,7 +81,7 @@ class Server:
         return left
 
     def last_words(self) -> str:
-        """Return the last line of the log that has "error" in it. If there is none, return the last line, or ""."""
+        """Return the last line of the log that has "error" in it, else the last line; "" if the log is empty."""
         with self.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_BYTES))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

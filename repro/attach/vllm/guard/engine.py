@@ -37,7 +37,7 @@ def after_fork() -> None:
 
 
 def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._init_data_parallel, to call `begin` before the engine starts its workers."""
+    """Wrap DPEngineCoreProc._init_data_parallel, to start the guard thread before the engine starts its workers."""
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:

@@ -52,7 +52,7 @@ def note_request() -> None:
 
 
 def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._init_data_parallel, to call `begin` before the engine creates its group."""
+    """Wrap DPEngineCoreProc._init_data_parallel, to create this engine's notes file before the engines connect."""
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:

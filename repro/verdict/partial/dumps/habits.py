@@ -60,8 +60,8 @@ def left_rhythm(job: JobRecords, waits: Sequence[tuple[int, Call]]) -> HabitBrea
 
     waits   (rank, the operation in which the rank waits), for each waiting rank
 
-    Return None unless exactly one waiting rank left its pattern, all other waiting ranks kept their patterns, and the
-    patterns of all these ranks consist of the same operations.
+    Return this rank only if all other waiting ranks kept their patterns, and the patterns of all waiting ranks consist
+    of the same operations. Otherwise return None.
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []

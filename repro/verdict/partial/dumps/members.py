@@ -54,5 +54,8 @@ def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, Gr
 
 
 def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:
-    """Whether any dump lists the members of a group. If none does, as on gloo, a member can be missing in all dumps."""
+    """Whether at least one dump lists the members of a group.
+
+    If none does, as on gloo, the group can have members of which no dump has an entry.
+    """
     return any(known.name == group.name and known.members for dump in recorders.values() for known in dump.configured)

@@ -19,9 +19,10 @@ at once, or for an operation that it does not know."""
 
 
 def different_arguments(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
-    """Judge the earliest difference: members of a group queued different operations or arguments under one number.
+    """Judge the earliest difference: under one sequence number, members of a group queued different operations.
 
-    If a member's dump has no arguments, only the names of the operations are compared. Return None if nothing differs.
+    Operations also differ if their arguments differ. But if a member's dump has no arguments, only the names of the
+    operations are compared. Return None if nothing differs.
 
     groups   for each group, a dict from rank to what the rank recorded in the group
     """

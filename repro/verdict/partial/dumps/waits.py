@@ -64,7 +64,11 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
 
 
 def last_queued(record: GroupRecord) -> int:
-    """Return the sequence number of the last collective that a rank queued in a group, from its entries or counter."""
+    """Return the sequence number of the last collective that a rank queued in a group.
+
+    It is the higher of two numbers: the last one in the entries of the dump, and the dump's counter of queued
+    operations. The counter is not used if the group has sends or receives, because it counts them, too.
+    """
     counted = 0 if record.calls.has_transfers else record.enqueued or 0
     return max(record.calls.last_number() or 0, counted)
 
@@ -82,7 +86,7 @@ def _transfer_missing(
 
     place     the index of the send or receive in ``record.calls``
     record    what the rank queued in the group; ``records`` has this for each member whose dump has the group
-    wrapped   whether older entries of any dump of the job were overwritten
+    wrapped   whether older entries were overwritten in at least one dump of the job
     """
     call = record.calls[place]
     if call.peer is None or call.peer not in records:

@@ -140,7 +140,7 @@ def _together(one: Failure, two: Failure) -> bool:
 
 
 def _has_consequence(job: JobRecords, failure: Failure) -> bool:
-    """Whether the job also has a record of what follows such an error: an ended process, a time-out or a dump."""
+    """Whether another record shows a consequence of the error: an ended process, a time-out or a dump."""
     rank = failure.process.rank
     ended = [record for record in job.failures if record.kind in ("consequence", "timeout", "killed", "ended")]
     gone = [record for record in job.notes if record.kind in ("local rank", "torchrun") and record.value == str(rank)]

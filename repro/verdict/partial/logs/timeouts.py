@@ -89,7 +89,8 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 def _counters(job: JobRecords, row: Progress | None) -> dict[int, Progress]:
     """Return, for each rank, the numbers of the operations that it last queued and last completed in a group.
 
-    row   gives the group; if it is None, take the numbers of each rank in any group
+    row   a log line that names the group. If it is None, the group is not known: use the last line of each rank,
+          whatever group it names
     """
     same_group = [record for record in job.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}

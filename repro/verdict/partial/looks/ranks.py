@@ -97,8 +97,8 @@ class RankLook:
     def still(self) -> bool:
         """Whether the main thread and the child processes of the rank did nothing between the looks.
 
-        Return False if the process possibly only lacked a processor: it was ready to run in both looks, or it was ready
-        to run in one look and its frames differ between the looks.
+        Return False also if the process possibly lacked a processor. This is so if it was ready to run in both looks;
+        or if it was ready to run in one look, and its frames differ between the looks.
         """
         # with equal frames, one such look proves nothing: a waiting process that polls is ready to run now and then
         num_ready = (self.first.state, self.last.state).count("R")
@@ -137,7 +137,7 @@ class RankLook:
 
     @property
     def spins(self) -> bool:
-        """Whether the rank spins in a collective: all its stacks show the same frames, and a collective.
+        """Whether the rank spins in a collective: all its stacks are in a collective, and have the same frames.
 
         The rank must have at least SPINNING_LOOKS stacks.
         """

@@ -154,5 +154,5 @@ def _place(stack: Stack) -> str:
 
 
 def _stands_still(looks: Sequence[Stack]) -> bool:
-    """Whether a rank has two stacks or more, and all show the same wait. Their frames can differ, if the wait polls."""
+    """Whether a rank has two stacks or more, and all show the same wait. If the rank polls, the frames may differ."""
     return len(looks) > 1 and len({(stack.activity, stack.detail) for stack in looks}) == 1

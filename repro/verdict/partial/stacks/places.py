@@ -94,7 +94,7 @@ def judge_places(job: JobRecords) -> Diagnosis | None:
 
 
 def _out_of_place(stack: Stack) -> tuple[Place, str] | None:
-    """Return the `Place` whose rule a stack violates, and the frame that matches `below`; None if there is none."""
+    """Return the `Place` whose rule a stack violates, and the frame that shows this; None if there is none."""
     for place in PLACES if stack.activity == "collective" else ():
         at = next((index for index, frame in enumerate(stack.frames) if place.inside.search(frame)), None)
         if at is None:

@@ -255,10 +255,13 @@ class GuardThread:
         return bool(left)
 
     def _without_store(self, error: Exception) -> None:
-        """Handle torch's store when it no longer answers. Its server, in the worker of rank 0, has probably ended.
+        """Stop this process, because torch's store does not answer; with HMR_GUARD=observe only print the reason.
 
-        Do nothing if this process is that worker, or if this process or that worker has announced a normal end.
-        Otherwise stop this process; with HMR_GUARD=observe only print the reason.
+        The store's server is in the worker of rank 0, which has probably ended. Do nothing in these cases:
+
+        - this process is the worker of rank 0
+        - this process has announced that it ends normally
+        - the worker of rank 0 has announced that it ends normally
 
         error: the exception of the last call of the store
         """

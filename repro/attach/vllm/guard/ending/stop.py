@@ -135,9 +135,10 @@ class Stop:
         self._leave(EXIT_CODE)
 
     def _keep(self, sentence: str, what: str) -> None:
-        """Append the sentence to guard.jsonl in the folder HMR_GUARD_DIR, else in the folder HMR_RECORD, the recording.
+        """Append the sentence to the file guard.jsonl.
 
-        If neither variable is set, save nothing.
+        The file is in the folder that HMR_GUARD_DIR names. If this variable is not set, the file is in the folder of
+        the recording, which HMR_RECORD names. If neither variable is set, save nothing.
 
         what: "refused", or "observed" with HMR_GUARD=observe
         """

@@ -107,9 +107,9 @@ class Board:
 
 
 def create() -> Board:
-    """Create the memory that this engine shares with its workers. Its later child processes open it by `inherited`.
+    """Create the memory that this engine will share with its workers. Raises OSError.
 
-    Raises OSError.
+    Call this before the workers start. They open the memory by `inherited`.
     """
     descriptor = os.memfd_create("hmr_guard")  # stays open, because the workers open its path in /proc
     os.ftruncate(descriptor, BYTES)

@@ -31,7 +31,7 @@ POLL_S = 0.02
 class Meeting:
     """One thread's connection to torch's store, through which the processes of a vLLM server exchange data.
 
-    Any method raises RuntimeError if the store does not answer.
+    Each method raises RuntimeError if the store does not answer.
     """
 
     def __init__(self, store: Store) -> None:
@@ -79,9 +79,9 @@ class Meeting:
         return self.first("refusal", sentence)
 
     def news(self) -> tuple[str, int]:
-        """Return the sentence with which a rank has stopped all ranks, and a number of calls.
+        """Return the sentence with which a rank has stopped all ranks, and the number of calls of `add_call`.
 
-        The sentence is "" if no rank has done this. The number says how many times any process has called `add_call`.
+        The sentence is "" if no rank has stopped them. The number counts the calls of all processes together.
         """
         refusal, calls = self._store.multi_get(["refusal", "calls"])
         return refusal.decode(), int(calls)

@@ -37,7 +37,7 @@ def _gdn_on_flashinfer(model: Any) -> bool:
 
 
 def _moe_on_flashinfer(model: Any) -> bool:
-    """Whether any layer has vLLM's FlashInferExperts (CUTLASS) as its experts.
+    """Whether a layer of the model has vLLM's FlashInferExperts (CUTLASS) as its experts.
 
     The experts are in an attribute `fused_experts`. Depending on the version of vLLM, it belongs to the layer's
     quant_method, or to the moe_kernel or the kernel of this quant_method.
