@@ -28,7 +28,7 @@ class Method(NamedTuple):
 
     @property
     def compiled(self) -> tuple[int, bool] | None:
-        """Return which argument has the sizes (1 or 2; 0 if none has), and whether the first argument has tensors.
+        """Return the number of the argument that has the sizes (1 or 2; 0 if none), and whether argument 1 has tensors.
 
         The hooks in C need these two values. Returns None if only the hooks in Python can read the arguments of the
         method.

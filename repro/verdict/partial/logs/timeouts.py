@@ -159,7 +159,7 @@ def _absent(
 
 
 def _different_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis | None:
-    """Judge time-outs with equal group and number, but different operations or sizes. None if there are none."""
+    """Judge time-outs of one group and sequence number whose operations or sizes differ; None if there are none."""
     by_number: dict[tuple[str, int], list[TimedOut]] = {}
     for (name, op, number), by_rank in calls.items():
         if name and number is not None and op not in UNKNOWN_INSIDE:
