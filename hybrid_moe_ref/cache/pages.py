@@ -5,10 +5,11 @@ layers take their pages from one pool, so all pages have one size. The number of
 smallest multiple of 16 that makes the page at least as large as the largest state. A state is padded to the size of a
 page.
 
-Layers of one kind form groups of at most `group_size` layers. `group_size` is the number of layers of the rarest kind.
-The i-th layers of all groups share byte buffer i, a part of the device's memory. A page number stands for the same
-range of bytes in every buffer. While it is in use, it belongs to one group of one sequence. So a sequence takes one
-page for each recurrent group, and ceil(length / tokens) pages for each attention group.
+The layers of each kind are divided into groups of at most `group_size` layers. `group_size` is the number of layers of
+the rarest kind. The cache has `group_size` buffers of bytes, which all groups share: the i-th layer of each group uses
+buffer i. A page is one range of bytes, the same in every buffer, and a page number stands for this range. A sequence
+takes each of its pages for one group: one page for each recurrent group, and ceil(length / tokens) pages for each
+attention group.
 """
 
 from collections import Counter

@@ -345,9 +345,9 @@ def _num_blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fill(target: Tensor, piece: Piece, shards: Shards) -> None:
-    """Fill one parameter from the tensor that `piece` describes, a few rows at a time.
+    """Fill one parameter from the tensor that `piece` describes.
 
-    So little more than the model is in memory.
+    Only a few rows of this tensor are in memory at a time, in addition to the model.
     """
     cuts = dict(piece.part.cuts) if piece.part else {}
     ranges = cuts.pop(0, None)

@@ -31,7 +31,7 @@ class EngineConfig(Config):
     capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every decode step
                        without drafts. Used only with mode "graphs"
     microbatch_tokens  a rank with at least this many tokens proposes to split the step in two; 0: never
-    compile            compile the row-wise modules of the layers by torch.compile (needs a C++ compiler on a CPU)
+    compile            compile norms, routers, shared experts and MLPs by torch.compile (needs a C++ compiler on a CPU)
     autotune           at the start, time each tactic (way to compute the experts), and agree on the fastest
     cache_dir          folder for tuning results and compiled code. "": tuning results are not saved, and compiled
                        code goes to the user's cache folder

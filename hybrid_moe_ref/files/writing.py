@@ -42,7 +42,8 @@ def _partial(path: Path) -> Path:
 def room_for(path: Path, num_bytes: int) -> Iterator[None]:
     """Reserve disk space for a file that :func:`write_atomically` writes as the last action in the ``with`` block.
 
-    Reserves nothing if the disk is already full.
+    The space is released when this function begins to write, or at the end of the block. If no space can be reserved,
+    for example because the disk is full, the block runs without a reservation, and no error is raised.
     """
     partial = _partial(path)
     try:

@@ -1,6 +1,7 @@
 """The base class of the three token mixers, which calls `mix` for each part of a step's batch.
 
-A batch has several parts if some of its sequences have one new token and others more, or if only some are cached.
+The sequences of a part all have one new token, or all have more than one. Also, either all of them are in the cache of
+KV entries and recurrent states, or none is. A batch whose sequences differ in one of these two ways has several parts.
 
 Shapes: N rows of the batch, T rows of one part, H hidden.
 """

@@ -24,15 +24,16 @@ SCHEMA_VERSION = 1
 
 
 class Side(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Ranks that did the same where ranks first differ: they issued the same call, or they are at the same position.
+    """Ranks that did the same at the place where ranks first differ.
 
-    A position consists of collective, layer, step and call site.
+    Either these ranks issued the same call, or they are in the same collective, layer and step, at the same call site.
 
-    sizes, dtype, reduce_op, root   the arguments of the call; None if only the position of the ranks is given
-    site        where the program made the call: "file:line function"
-    planned     the collective that the declared schedule has at this place: "ep all_gather_v of layers.0.moe". None
-                unless the ranks are culprits that left their declared schedule
-    conforms    False if the ranks are culprits that left their declared schedule; otherwise None
+    seq         the sequence number of the collective in its group
+    site        the line of the program that issued the collective: "file:line function"
+    sizes, dtype, reduce_op, root   the arguments of the call; None if it is only known where the ranks are
+    planned     for culprits that left their declared schedule, the collective that the schedule has here, such as
+                "ep all_gather_v of layers.0.moe"; None for all other ranks
+    conforms    False for culprits that left their declared schedule; None for all other ranks
     """
 
     ranks: tuple[Rank, ...]
@@ -51,11 +52,7 @@ class Side(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Divergence(msgspec.Struct, frozen=True):
-    """The first place where ranks differ.
-
-    Each `Side` is a set of ranks: those that issued the same call there, or those that are at the same collective, step
-    and call site.
-    """
+    """The first place where ranks differ. Each `Side` is a set of ranks that did the same there."""
 
     sides: tuple[Side, ...]
 

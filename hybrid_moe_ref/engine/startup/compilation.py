@@ -1,8 +1,9 @@
-"""Compile the row-wise modules of the layers by torch.compile, before any rank waits in a collective for the result.
+"""Compile modules of the model by torch.compile, before any rank waits in a collective for the result.
 
-The row-wise modules are norms, routers, shared experts and dense MLPs. Mixers, routed experts and collectives are not
-compiled, so the compiler never sees a hook that communicates. Modules of the same kind in different layers share their
-compiled code. There are two versions of it: for one row, and for more rows.
+The compiled modules are those that compute each row alone: norms, routers, shared experts and dense MLPs. Mixers,
+routed experts and collectives are not compiled, so the compiler never sees a hook that communicates. Modules of the
+same kind in different layers share their compiled code. There are two versions of this code: for one row, and for more
+rows.
 
 One rank of the host compiles first and saves the result in Inductor's cache. Meanwhile the other ranks of the host wait
 for a lock, up to a deadline; the lock names the rank that has it. Then they load the result.
@@ -59,7 +60,10 @@ class Compiler:
         return self.folder / f"done-{hashlib.sha256(repr(sorted(kinds)).encode()).hexdigest()[:12]}"
 
     def install(self) -> None:
-        """Replace the `forward` of each row-wise module by a function that compiles the module at the first call."""
+        """Replace the `forward` of each norm, router, shared expert and dense MLP by a compiled function.
+
+        torch.compile compiles this function when it is first called.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder)
         import torch._inductor.config as inductor  # takes seconds, so only ranks that compile import it

@@ -2,7 +2,7 @@
 
 A captured step has a fixed number of rows and fixed collectives. A step with fewer rows is padded to a captured size.
 All ranks must replay the same size, so mode and size are part of the step agreement (C1). Collectives are not captured:
-on a GPU, the graphs contain the row-wise modules between the collectives. A CPU cannot capture, so it runs these
+on a GPU, the graphs contain only norms, routers, shared experts and dense MLPs. A CPU cannot capture, so it runs these
 modules as usual, with the same padding. On both devices, a rank records which collectives a captured step issues. If a
 replay would issue a different collective, the schedule guard refuses it before it is issued, and all ranks stop (with
 checks="observe", only this rank stops).
@@ -134,7 +134,7 @@ def row_wise(model: HybridMoE) -> list[nn.Module]:
 
 
 class CapturedModule:
-    """A row-wise module whose forward is replayed as a CUDA graph, with one graph for each number of rows."""
+    """A module from `row_wise` whose forward is replayed as a CUDA graph, with one graph for each number of rows."""
 
     def __init__(self, module: nn.Module) -> None:
         self.capturing = self.replaying = False

@@ -32,7 +32,8 @@ def apply_expert_parallel(
 
     backend: the class of the hooks that exchange tokens before and after the experts (C2 and C3)
 
-    Returns the context of the layers. Set its `sizes` before each forward pass.
+    Returns the context of the layers. Set its `sizes` before each forward pass: a tuple of the number of tokens of each
+    dp rank in this step.
 
     Raises ConfigError if the experts cannot be divided evenly over the ranks.
     """

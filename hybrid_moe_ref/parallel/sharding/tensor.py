@@ -187,7 +187,8 @@ def apply_tensor_parallel(
     backend  the class of the hooks that exchange tokens (C2 and C3); used only with "sequence"
     adder    the class of the hook that sums the output of a module over the tp group
 
-    Returns the context of the layers. With "sequence", set its `sizes` before each forward pass.
+    Returns the context of the layers. With "sequence", set its `sizes` before each forward pass: a tuple of the number
+    of tokens of each dp rank in this step.
 
     Raises ConfigError for a size that cannot be divided over the ranks.
     """

@@ -56,7 +56,9 @@ def hook(module: ModuleType) -> None:
 def _replace(packet: Any, kind: Any, op: str) -> None:
     """Replace the function that an operator calls, and the function that its default overload calls.
 
-    packet: the operator; kind: the class of the replacing objects; op: the name of the operator's collective
+    packet  the operator
+    kind    _Issue or _Wait. Each function is replaced by an object of this class: ``kind(function, op)``
+    op      name of the collective that the operator issues; "" for _Wait
     """
     for operator in (packet, packet.default):
         operator._op = kind(operator._op, op)

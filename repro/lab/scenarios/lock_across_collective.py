@@ -4,8 +4,9 @@ No upstream report describes all of this. But build locks are common, and so is 
 54618 has an all-reduce for each tactic that the tuner times). A server that does both under one lock can hang like
 this. At the first use of the experts a rank takes the lock and compiles the extension of the experts. The rank then
 measures several ways to run the extension and sums up the times by an all-reduce, while it still holds the lock. The
-other ranks wait for the lock, and so do not reach the all-reduce. The lock names its holder, has a deadline and checks
-the holder's heartbeats, but none of this prevents the hang.
+other ranks wait for the lock, and so do not reach the all-reduce. The lock limits this wait: a waiting rank raises
+LockTimeout after a deadline, or if the holder has sent no heartbeat for 15 s. But this ends the hang by an error, and
+does not prevent it.
 
 The fix: a rank holds the lock only during the build, and releases it before the ranks communicate. Build and tuning
 come before the first step.

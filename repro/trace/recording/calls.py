@@ -25,7 +25,9 @@ from repro.trace.witness.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """Pack the part of a record that is equal in all events of a call site: the fields of `Event` before ``n``.
+    """Pack the part of a record that is equal in all events of one call site.
+
+    fields: the first seven fields of `Event`, in its order: aux, num_sizes, sig, site, phase, group, kind
 
     Returns the packed bytes and their CRC-32, from which the checksum of the whole record is computed later.
     """

@@ -12,12 +12,12 @@ _MOST = 256
 
 
 class Schedules:
-    """Packs the first part of the record that begins a step. Later steps with an equal part use the packed bytes again.
+    """Packs the first part of the record that begins a step, and keeps the packed bytes for later steps.
 
-    The part depends on the schedule, the number of live requests and the phase. Two schedules count as equal only if
-    they are the same tuple object, because comparing all their entries would take longer.
+    A later step can use these bytes if it has the same schedule, number of live requests and phase. Two schedules count
+    as the same only if they are one tuple object, because comparing all their entries would take longer.
 
-    known  a dict from (id of the schedule, number of live requests, phase) to (the schedule, what `part` returned)
+    known  (id of the schedule, number of live requests, phase) -> (the schedule, (the packed bytes, their checksum))
     """
 
     def __init__(self, intern: Callable[[str], int]) -> None:
@@ -30,7 +30,7 @@ class Schedules:
         If the schedule is new, store it as a string in the witness.
 
         num_live   number of live requests
-        phase      the number of the string in the witness that has the phase's name
+        phase      the phase's name, as the index of a string in the witness's table of strings
         """
         key = id(schedule), num_live, phase
         known = self.known.get(key)

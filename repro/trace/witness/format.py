@@ -96,7 +96,7 @@ _LARGEST = {"ring_records": 1 << 20, "vector_words": 1 << 20, "string_bytes": 1 
 class Kind(enum.IntEnum):
     """The kind of a record.
 
-    The field ``sig`` of a record is the number of a string. The kind says what this string is: a collective's
+    The field ``sig`` of a record is the index of a string. The kind says what this string is: a collective's
     signature, a schedule, the name of a lock or build, or an error message.
     """
 
@@ -116,14 +116,17 @@ class Kind(enum.IntEnum):
 
 
 class Event(NamedTuple):
-    """One record of a witness. Strings and size vectors are numbers here; `Witness` has methods that look them up.
+    """One record of a witness.
+
+    A string is given by its index in the table of strings at the end of the witness. `Witness` has methods that look up
+    strings and sizes.
 
     aux         for a collective: its root; for a step: number of live requests; for a wait for a lock:
                 pid of the holder, -1 if unknown
     num_sizes   for a collective: number of its sizes
-    sig         number of a string, which depends on the kind (`Kind`)
-    site        number of the string "file:line function" of the call site; 0 if unknown
-    phase       number of the string with the phase's name
+    sig         index of a string; the kind says what this string is (`Kind`)
+    site        index of the string "file:line function" of the call site; 0 if unknown
+    phase       index of the string with the phase's name
     group       index of the collective's group in `Witness.groups`; NO_GROUP if the file has no room for this group,
                 and for other events
     n           number of the event, from 1
@@ -298,7 +301,7 @@ def pack_header(writer: Identity, shape: Geometry) -> bytes:
 def pack_heartbeat(now_ns: int, name: int, count: int) -> bytes:
     """Pack a heartbeat with its checksum.
 
-    name    number of the string in the witness that has the heartbeat's name
+    name    the heartbeat's name, as the index of a string in the witness's table of strings
     count   number of heartbeats so far
     """
     body = HEART.pack(now_ns, name, count, 0)[: -CRC.size]
@@ -308,7 +311,7 @@ def pack_heartbeat(now_ns: int, name: int, count: int) -> bytes:
 def pack_group_name(name: int, members: int) -> bytes:
     """Pack the first fields of a group's slot (its 128 bytes in the witness), with their checksum.
 
-    name, members   the numbers of the strings in the witness that have the group's name and its members
+    name, members   the group's name and its members, each as the index of a string in the witness's table of strings
     """
     body = GROUP_NAME.pack(name, members, 0)[: -CRC.size]
     return body + CRC.pack(zlib.crc32(body))

@@ -134,8 +134,8 @@ def _different(job: JobRecords, looks: Mapping[int, RankLook]) -> Diagnosis | No
 def _key(look: RankLook) -> Key:
     """Return (operation, group) of the collective in which a rank waits.
 
-    If the stack does not show which operation it is, the first part of the result is ANY_DATA if the operation
-    certainly transfers data, otherwise ANYTHING.
+    If the stack does not show the operation, the result has ANY_DATA in its place if the operation certainly transfers
+    data, otherwise ANYTHING. The group is then "".
     """
     stack = look.stack
     if stack is None or stack.detail in POLLING or stack.detail.startswith(("a wait", "wait ")):
@@ -148,7 +148,8 @@ def _key(look: RankLook) -> Key:
 def _differ(one: str, two: str) -> bool:
     """Whether two operations, as `_key` returns them, are certainly different.
 
-    ANYTHING is not certainly different from any operation, and ANY_DATA not from any operation that transfers data.
+    If one of them is ANYTHING, the result is False. If one of them is ANY_DATA, the result is True only if the other
+    operation is not in WITH_DATA, such as a barrier.
     """
     if ANYTHING in (one, two):
         return False

@@ -116,9 +116,9 @@ class Stop:
             self._wait(POLL_S)
 
     def refused(self) -> Refused:
-        """Return the exception to raise after `begin`, as soon as TELL_S seconds have passed since then.
+        """Sleep until TELL_S seconds have passed since `begin`, and return the exception that the caller then raises.
 
-        In this time, the other processes can read the reason.
+        During the sleep, the other processes can read why the ranks stop.
         """
         self._wait(max(0.0, self._since_s + TELL_S - self._clock()))
         return Refused(self.sentence)

@@ -2,6 +2,10 @@
 
 The engine creates the memory and puts its path into an environment variable, which its workers inherit. The memory is a
 memfd, which is no file on a disk, so nothing is left when the processes have ended.
+
+The board has two counts of executions of the model. The engine *requests* an execution from its workers, and its loop
+*counts* an execution after it, also if the engine did not request it. A correct engine requests every execution that it
+counts. So if more executions are counted than requested, the engine has left one out.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ class Field(enum.IntEnum):
 
     ENGINE     process id of the engine
     REQUESTED  how many executions of the model the engine has requested from its workers
-    COUNTED    how many executions the engine's loop has counted, over all waves
+    COUNTED    how many executions the engine's loop has counted, over all waves. An execution is requested first, and
+               counted when it is over
     LEFT_OUT   the number, from 1, of the first execution that the engine counted but did not request; 0 if there is
                none
     ASKED      how many times the engine has begun to ask the other engines "is anyone unfinished?"
@@ -70,9 +75,12 @@ class Board:
         self[Field.REQUESTED] = number
 
     def counted_at(self, number: int) -> int:
-        """Return how many executions the engine had counted when it requested execution ``number``, counted from 1.
+        """Return the value of COUNTED at the moment at which the engine requested execution ``number`` (from 1).
 
-        Returns -1 if this is not known, because the execution is too old or has not been requested.
+        A correct engine has counted all earlier executions by then, so the result is ``number`` - 1. A higher result
+        shows that the engine counted an execution that it had not requested.
+
+        Returns -1 if the execution is too old, or has not been requested.
         """
         requested_since = self[Field.REQUESTED] - number
         return self[Field.FIRST + number % RING] if number > 0 and 0 <= requested_since < RING else -1

@@ -174,8 +174,9 @@ class Guard:
     def _explain(self) -> None:
         """Find the first difference between what the ranks issued, and stop all ranks.
 
-        Every rank calls this after a step agreement whose digests differ. If the ranks find no difference, print this,
-        go on, and from now on do not compare how many executions the engines have counted.
+        Every rank calls this after a step agreement whose digests differ. If the ranks find no difference, this prints
+        that there is none, and the ranks go on. The digests also cover how many executions each engine has counted, and
+        perhaps only these counts differed. So later digests do not cover these counts.
         """
         until, called_s = self._clock() + EXPLAIN_S, -CALL_S
         posts: list[Post] = []
