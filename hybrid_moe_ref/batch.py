@@ -188,7 +188,10 @@ class Batch(Generic[S]):
 
     @cached_property
     def order_N(self) -> Tensor:
-        """Return the index, one number for each row, that brings the rows of all parts into the batch's order."""
+        """Return an index [N] with which `x_NH[order_N]` brings rows into the order of the batch.
+
+        x_NH has the rows of the first part, then those of the second part, and so on.
+        """
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property

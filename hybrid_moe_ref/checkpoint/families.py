@@ -165,7 +165,7 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 def _agreed(said: dict[str, Any]) -> Any:
     """Return the value of a setting that can stand at several paths of a config; None if it stands at none of them.
 
-    said: for each path, the value at this path; None if there is none
+    said: for each path, the value at this path; a value of None means that the config has nothing at this path
 
     Raises ConfigError if the values at two paths differ.
     """
@@ -238,6 +238,9 @@ def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Return the fields of ModelConfig for the rotary embedding: rope_theta and partial_rotary_factor.
 
     The keys mrope_* are ignored, because they make a difference only for images and videos.
+
+    text: the part of config.json that describes the language model
+    prefix: the path of this part, for errors: "text_config."; "" if it is the whole config
     """
     keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     places = {prefix: text}

@@ -7,7 +7,7 @@ _NOTES = {"active": "without the embedding table"}
 
 
 def show(answer: dict[str, Any], as_json: bool) -> None:
-    """Print an answer as JSON, or as one line per name with large counts in readable form."""
+    """Print a command's answer: as JSON, or one line "name value" for each key, with large numbers made readable."""
     if as_json:
         print(json.dumps(answer, indent=2))
         return

@@ -61,8 +61,9 @@ class StateBinding:
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """Return the result of an agreement, whose sizes this rank uses from now on. This class returns ``agreed``.
+        """Return the agreed step whose sizes this rank uses from now on. This class returns ``agreed``.
 
+        plan: this rank's proposal for the step
         agreed: the result of the agreement at the beginning of the step
         rebuild: asks the policy `agreement` again, and returns its answer; this class does not call it
         """
@@ -76,7 +77,10 @@ class GraphChoice:
     """
 
     def choose(self, plan: StepPlan, agreed: AgreedStep) -> AgreedStep:
-        """Return the mode and sizes with which this rank runs the step. This class returns those of ``agreed``."""
+        """Return the mode and sizes with which this rank runs the step. This class returns ``agreed``.
+
+        plan: this rank's proposal for the step; agreed: the result of the step agreement
+        """
         return agreed
 
 
@@ -87,9 +91,11 @@ class Tuning:
     """
 
     def tune(self, tuner: ExpertTuner) -> None:
-        """Choose the tactics and use them. Every rank calls this in the phase `profile`, before its first step.
+        """Choose the tactics (ways to compute the experts), and use them from now on.
 
-        tuner: does the parts of this work: vote, time the tactics, load, save and use a choice
+        Every rank calls this in the phase `profile`, before its first step.
+
+        tuner: has a method for each part of this work: vote, time the tactics, load, save and use a choice
         """
         chosen = self.load(tuner)
         tuner.declare((TUNING_VOTE,))
@@ -101,11 +107,17 @@ class Tuning:
         tuner.use(chosen)
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
-        """Return this rank's saved choice (a tactic for each number of rows); None if no usable choice was saved."""
+        """Return this rank's saved choice; None if no usable choice was saved.
+
+        A choice is a tactic (way to compute the experts) for each number of rows. tuner: reads the file
+        """
         return tuner.load(f"rank{tuner.rank}.json", tuner.key)
 
     def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:
-        """Save this rank's choice, a tactic for each number of rows. Each rank has its own file."""
+        """Save this rank's choice in a file of its own.
+
+        tuner: writes the file; chosen: a tactic (way to compute the experts) for each number of rows
+        """
         tuner.save(f"rank{tuner.rank}.json", tuner.key, chosen)
 
 

@@ -112,6 +112,7 @@ def prefill(
 ) -> Tensor:
     """Run each of B prompts, and append it to its sequence in `cache`. Returns the most probable next tokens [B].
 
+    sequences: the sequence of each prompt
     prefill_chunk: largest number of tokens of a prompt in one step; None: all
     """
     next_tokens = prompts[0].new_empty(len(prompts))

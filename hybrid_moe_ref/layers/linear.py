@@ -22,7 +22,7 @@ def project(x_NH: Tensor, *linears: nn.Module) -> list[Tensor]:
 
 
 def has_global_hooks() -> bool:
-    """Whether torch has global hooks, which see the calls of all modules, or `nn.Linear.forward` is replaced."""
+    """Whether torch has a global hook, which sees the calls of all modules, or a replaced `nn.Linear.forward`."""
     return bool(_has_any_global_hook()) or nn.Linear.forward is not _LINEAR_FORWARD
 
 
@@ -35,7 +35,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether the module has no hook, and the `forward` of its class. Then a kernel can do the work of the module."""
+    """Whether a kernel can do the work of the module: it has no hook, and its `forward` was not replaced."""
     have = module.__dict__  # every step does this for every module, and attribute access takes twice as long
     return not (
         have["_forward_hooks"]

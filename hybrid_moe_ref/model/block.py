@@ -19,7 +19,10 @@ MIXERS: dict[str, type[Mixer]] = {"G": GatedDeltaNet, "A": GatedAttention, "M": 
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). LAYER_KINDS has the attribute name of each kind of mixer."""
+    """x += mixer(norm(x)); x += mlp(norm(x)).
+
+    As in checkpoints, the name of the mixer module depends on its kind, see LAYER_KINDS.
+    """
 
     def __init__(self, config: ModelConfig, kind: str, name: str) -> None:
         super().__init__()

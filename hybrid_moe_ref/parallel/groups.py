@@ -64,6 +64,10 @@ def create_groups(
 
     All ranks create all groups in the same order, as torch requires. So a rank also takes part in creating groups to
     which it does not belong.
+
+    backend: torch.distributed's backend of the groups on the device, such as "nccl"; the groups in ON_CPU use gloo
+    store: the store through which the ranks find each other
+
     Raises the error of torch.distributed if a peer does not join within ``timeout``.
     """
     dist.init_process_group("gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=timeout)

@@ -159,10 +159,12 @@ class Watchdog:
 
 
 def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
-    """Wait for a collective, and check every LOOK_UP_INTERVAL whether it can still complete.
+    """Wait for the collective ``work``, and check every LOOK_UP_INTERVAL whether it can still complete.
 
-    Raises the error with which a rank stopped the job, the error that the watchdog found, or the error of the
-    collective itself.
+    Raises the error of the collective itself, or one of these errors:
+
+    halt       the error with which a rank stopped the job
+    watchdog   the error that says that another rank has died, or that the collective takes too long; None: not checked
     """
     while True:
         try:

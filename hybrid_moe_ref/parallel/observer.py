@@ -90,16 +90,21 @@ class AsyncObserver(Observer, Protocol):
     """
 
     def issue(self, collective: Collective) -> int:
-        """Called just before an asynchronous collective is issued. Returns a ticket that identifies it."""
+        """Called just before an asynchronous collective is issued. Returns a number (ticket) that identifies it."""
 
     def wait(self, collective: Collective, ticket: int) -> None:
-        """Called when the rank begins to wait for the collective of ``ticket``.
+        """Called when the rank begins to wait for an asynchronous collective.
 
         If the rank waits for several coalesced collectives at once, this is called once for each of them.
+
+        ticket: the number that `issue` returned for this collective
         """
 
     def finish(self, collective: Collective, ticket: int) -> None:
-        """Called when the rank has stopped waiting for the collective of ``ticket``, because it is complete."""
+        """Called when an asynchronous collective for which the rank has waited is complete.
+
+        ticket: the number that `issue` returned for this collective
+        """
 
 
 class NullObserver:

@@ -66,7 +66,8 @@ def of_runs(fault: RunData, fix: Path | None) -> str:
 
     fix: the run directory of the fixed run; None for a script without --fix
 
-    Raises ReplayError if a run is not a hang that a replay can repeat, or if witnesses are incomplete.
+    Raises ReplayError if a replay cannot repeat the hang of the faulty run, or if a witness of one of the two runs is
+    missing or incomplete.
     """
     _refuse_what_would_not_hang(fault.verdict)
     programs, groups = _programs(fault.root, None)
@@ -174,7 +175,10 @@ def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
 
 
 def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
-    """Return the locks that ranks asked for and that no rank ever held, because something outside the job held them."""
+    """Return the locks that a rank asked for, but no rank ever held: something outside the job held them.
+
+    programs: for each rank, its actions in order
+    """
     acts = {act for program in programs.values() for act in program}
     had = {act.name for act in acts if act.op in ("acquire", "release")}
     return sorted({act.name for act in acts if act.op == "ask"} - had)

@@ -109,9 +109,11 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 
 
 def _preflight(settings: RunSettings) -> list[str]:
-    """Return the reasons why a run can hang.
+    """Return the reasons why a run can hang; [] if there is none.
 
-    Raises Refused with the first reason, except for a `fault` run or with --allow-unsafe: such a run may hang.
+    Only a `fault` run and a run with --allow-unsafe are allowed to hang. For another run, raises Refused with the first
+    reason.
+
     Raises CannotRunHere if torch is not installed: the check uses the run's policies, and some policies need torch.
     """
     require_model()
@@ -165,7 +167,10 @@ class Session:
 
     @contextlib.contextmanager
     def _shown(self, planned: Planned, title: str) -> Iterator[Display]:
-        """Yield a progress display. If the run can hang, first print the reason, once for all runs with this reason."""
+        """Yield a progress display. If the run can hang, first print the reason, once for all runs with this reason.
+
+        title: the text above the live table, or a line that is printed if there is no terminal
+        """
         for finding in {*planned.unsafe[:1]} - self._printed:
             say(self.console, f"unsafe: {finding}")
             self._printed.add(finding)

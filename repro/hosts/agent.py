@@ -193,11 +193,11 @@ class RemoteHosts:
         return facts
 
     def any_ended(self) -> bool:
-        """Whether the process of a rank on a host of an agent has ended, according to the agent's last status."""
+        """Whether the process of a rank on another host has ended, according to the last status of the agent there."""
         return any(not alive for status in self.statuses() for alive in status.facts.alive.values())
 
     def any_running(self) -> bool:
-        """Whether the process of a rank on a host of an agent runs, according to the agent's last status."""
+        """Whether the process of a rank on another host runs, according to the last status of the agent there."""
         return any(alive for status in self.statuses() for alive in status.facts.alive.values())
 
     def request_evidence(self) -> int:

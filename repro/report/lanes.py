@@ -191,7 +191,10 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
 
 
 def _call_names(witness: Witness, labels: Labels) -> Callable[[str, Event], int]:
-    """Return a function from ("call" or "async", the event of a collective) to the number of its text in ``labels``."""
+    """Return a function that adds the text of a collective to ``labels``, and returns the number of the text.
+
+    The returned function gets the kind of the time span ("call" or "async") and the event of the collective.
+    """
     numbers: dict[tuple[str, int, int, tuple[int, ...]], int] = {}
 
     def name(kind: str, event: Event) -> int:

@@ -47,8 +47,8 @@ class LiveTable:
 
     For this it reads whole witnesses, which is slow. No verdict depends on the table.
 
-    here    this process, whose host has the clock ``now_ns``; ranks can be on other hosts, with other clocks
-    now_ns  returns the present time by the monotonic clock of this host
+    here    this process and its host. It serves to convert times, because a rank on another host has another clock
+    now_ns  returns the present time by the monotonic clock of this process's host
     """
 
     def __init__(self, title: str, live: Live, here: Identity, now_ns: Callable[[], int] = time.monotonic_ns) -> None:

@@ -35,7 +35,7 @@ class Display:
 
 @contextlib.contextmanager
 def display(console: Console, title: str) -> Iterator[Display]:
-    """Show a live table if the console is a terminal; else print a line at the start and a line for each notice."""
+    """Show a live table with this title if the console is a terminal; else print the title, then each notice."""
     if not console.is_terminal:
         say(console, title)
         yield Display(notice=lambda text: say(console, f"  {text}"))

@@ -66,9 +66,9 @@ class Look:
         return verdict.with_evidence([*confirmed, *contradicted, *missing, *self.notes])
 
     def none_began(self) -> bool:
-        """Whether no rank has begun: the witness files exist, but no rank has opened its file, and no rank has ended.
+        """Whether no rank has begun to record: there are witness files, but no rank has opened its file.
 
-        Return False if the look has no witnesses.
+        Return False if there are no witness files, or if the process of a rank is known to have ended.
         """
         writers = [witness.writer for witness in self.witnesses.values()]
         return bool(writers) and not any(writer.pid for writer in writers) and False not in self.facts.alive.values()

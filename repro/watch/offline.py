@@ -95,7 +95,10 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
 
 
 def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str]]:
-    """Return the watcher's last look at the run, and a line for each witness that no longer has the judged events."""
+    """Return the watcher's last look at the run, and a line for each witness that no longer has the judged events.
+
+    decided: the content of the run's verdict.json
+    """
     witnesses, refused = read_dir(run_dir.root / "events")
     for rank in witnesses.keys() & decided.judged.keys():
         progress = decided.judged[rank]

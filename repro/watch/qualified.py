@@ -11,7 +11,7 @@ from repro.verdict.classes import END, INTERRUPT, class_of
 def not_decided(verdict: Verdict) -> Verdict:
     """Weaken the verdict on a run that the user interrupted: `slow` becomes `inconclusive`.
 
-    That ranks were still at work at the interrupt does not prove that the run is slow.
+    Some ranks were still at work at the interrupt, but this does not prove that the run is slow.
     """
     if INTERRUPT in class_of(verdict.verdict).outside:
         verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")

@@ -17,7 +17,7 @@ SLOW_WINDOWS = 3
 
 @dataclass
 class _Silence:
-    """A period without events that has not ended.
+    """A period without events that has not ended. The awaited ranks are those for which the other ranks wait.
 
     lasted_s   for how many seconds it has lasted
     starved_s  for how many of these seconds the awaited ranks lacked a processor
@@ -32,7 +32,7 @@ class _Silence:
     def go_on(self, lasted_s: float) -> float:
         """Extend the silence to ``lasted_s`` seconds.
 
-        Return for how many of the added seconds the awaited ranks had a processor.
+        Return for how many of the added seconds the awaited ranks (those for which the others wait) had a processor.
         """
         added_s, self.lasted_s = lasted_s - self.lasted_s, lasted_s
         self.starved_s += self.share * added_s
@@ -88,7 +88,7 @@ class Silences:
             self._longest[self._kept] = waited_s + silence.go_on(quiet_s), verdict
 
     def _lost_s(self, verdict: Verdict, facts: Facts) -> float:
-        """Return for how many seconds of the silence the awaited ranks lacked a processor.
+        """Return for how many seconds of the silence the awaited ranks, the verdict's culprits, lacked a processor.
 
         ``facts.starved`` has the share of the time since the last measurement in which a rank lacked a processor. This
         share is taken for the whole time since the previous call, or since the silence began.
@@ -117,7 +117,7 @@ class Silences:
 
 
 def _waited_for_a_build(verdict: Verdict) -> float:
-    """Return for how many seconds all blocked ranks have waited for builds; 0 if an awaited rank builds nothing."""
+    """Return for how many seconds all blocked ranks have waited for the culprits; 0 if a culprit builds no kernel."""
     awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
     if not awaited or any(position.state != "building" for position in awaited):
         return 0.0

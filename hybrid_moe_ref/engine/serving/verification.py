@@ -29,7 +29,10 @@ class Verification:
 
     @classmethod
     def begin(cls, running: list[Running], sequences: list[Sequence]) -> Self:
-        """Save a snapshot of each request with drafts before the step runs, so that rejected drafts can be undone."""
+        """Call this before the step runs. Saves a snapshot of each request with drafts, to undo rejected drafts later.
+
+        running, sequences: the requests of the step, and the cached sequence of each
+        """
         before = [
             sequence.cache.snapshot(sequence) if request.drafts else None
             for request, sequence in zip(running, sequences, strict=True)

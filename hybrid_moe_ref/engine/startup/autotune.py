@@ -148,14 +148,16 @@ class ExpertTuner:
     def use(self, chosen: Chosen) -> None:
         """Let all layers compute their experts by these tactics from now on.
 
-        chosen: the tactic for each number of rows
+        chosen: the tactic (way to compute the experts) for each number of rows
         """
         experts = ChosenExperts(chosen)
         for layer in self._layers:
             layer.mlp = experts
 
     def load(self, file_name: str, key: str) -> Chosen | None:
-        """Return the choice (a tactic for each number of rows) that was saved under `key` in the file `file_name`.
+        """Return the choice that was saved under `key` in the file `file_name`.
+
+        A choice is a tactic (way to compute the experts) for each number of rows.
 
         Returns None if there is no such choice, if it is for different numbers of rows, or if the file cannot be used
         (absent, damaged or larger than MAX_CACHE_BYTES).
@@ -171,7 +173,9 @@ class ExpertTuner:
         return chosen if is_whole else None
 
     def save(self, file_name: str, key: str, chosen: Chosen) -> None:
-        """Save a choice, a tactic for each number of rows, under `key` in the file `file_name`.
+        """Save a choice under `key` in the file `file_name`.
+
+        chosen: a tactic (way to compute the experts) for each number of rows
 
         If the file cannot be written, print a line: the next start then tunes again.
         """

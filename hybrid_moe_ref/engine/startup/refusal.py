@@ -45,7 +45,10 @@ def check_start(config: ServerConfig, policies: Policies | None = None) -> list[
 
 
 def findings(config: ServerConfig, policies: Policies | None = None) -> Iterator[str]:
-    """Yield a line for each setting or policy that could make the ranks deadlock."""
+    """Yield a line for each setting or policy that could make the ranks deadlock.
+
+    policies: the policies to try; None: check only the settings
+    """
     yield from _unagreed(config)
     if policies is not None:
         for trial in (
@@ -100,7 +103,10 @@ def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iter
 
 
 def _exchanges(protocol: Protocol, policies: Policies, plan: StepPlan, layer: str) -> int:
-    """Return how many step agreements a rank with this plan would issue up to `layer`, its first recurrent layer."""
+    """Return how many step agreements a rank would issue from the beginning of a step up to `layer`.
+
+    plan: the rank's proposal for this step; layer: the name of the model's first recurrent layer
+    """
     count = 0
 
     def exchange(plan: StepPlan, asker: str) -> AgreedStep:

@@ -28,7 +28,7 @@ class Feed:
 
 
 def feed_hash(feeds: Sequence[Feed]) -> int:
-    """Return a 64-bit hash of the requests and tokens."""
+    """Return a 64-bit hash of a rank's feeds: request ids, numbers of earlier tokens, and tokens."""
     digest = hashlib.blake2b(digest_size=8)
     for feed in feeds:
         digest.update(f"{feed.request_id!r} {feed.start} {len(feed.tokens)} ".encode())

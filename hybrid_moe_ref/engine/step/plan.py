@@ -110,13 +110,16 @@ class StepSchedules:
     def rest(self, asks_unfinished: bool, microbatch: bool) -> tuple[ScheduleEntry, ...]:
         """Return the collectives after the agreement.
 
-        These are the collectives of the forward pass (twice if the step is split in two), those of the drafter's
-        passes, and the "anyone unfinished?" all-reduce if the step has one.
+        These are the collectives of the forward pass (twice with `microbatch`, because the step is then split in two),
+        those of the drafter's passes, and with `asks_unfinished` the "anyone unfinished?" all-reduce.
         """
         return self._rests[asks_unfinished, microbatch]
 
     def whole(self, asks_unfinished: bool) -> tuple[ScheduleEntry, ...]:
-        """Return all collectives of a step that is not split in two."""
+        """Return all collectives of a step that is not split in two.
+
+        asks_unfinished: whether the step ends with the "anyone unfinished?" all-reduce
+        """
         return self._wholes[asks_unfinished]
 
     def hash(self, asks_unfinished: bool) -> int:
@@ -142,7 +145,10 @@ class StepSchedules:
 
 
 def first_recurrent_layer(layer_pattern: str) -> tuple[int, str] | None:
-    """Return (index, name in events) of the first layer with recurrent state; None if no layer has any."""
+    """Return the first layer with recurrent state, as (index, name in events); None if there is no such layer.
+
+    layer_pattern: a letter for the kind of each layer, as in `ModelConfig`
+    """
     for index, kind in enumerate(layer_pattern):
         if kind in RECURRENT:
             return index, f"layers.{index}.{RECURRENT[kind]}"

@@ -76,7 +76,7 @@ class Protocol:
         The step replays a graph if all ranks propose it. Then all ranks pad to the same size; otherwise each rank keeps
         its own number of tokens. An eager step is split in two if all ranks would split it.
 
-        matrix   the sum over the ranks: int[rows][ranks that agree]
+        matrix   the result of the all-reduce, int[rows][ranks]: a column for each rank that took part in it
         tp_size  number of ranks of a tp group. Their columns are consecutive and have the same number of tokens, so the
                  result has one size for each tp group
         """

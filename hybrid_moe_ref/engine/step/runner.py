@@ -70,6 +70,7 @@ class ModelRunner:
     ) -> Tensor:
         """Run one step. Returns hidden states, [tokens, hidden size].
 
+        plan: this rank's proposal for the step
         tokens_N: token ids of this rank's batch
         cache: the cache of the batch's sequences; None for a dummy batch
         feeds: the tokens of each request in this step
@@ -135,7 +136,7 @@ class ModelRunner:
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
     def leave(self) -> None:
-        """Call this before this rank stops serving, although the ranks have not agreed that no rank has work left.
+        """Call this if this rank is about to stop serving before the ranks have agreed that no rank has work left.
 
         Raises ScheduleMismatch, because the other ranks would wait for this rank for ever. With checks="observe" the
         guard is off: then do nothing, so that the caller stops serving.
@@ -191,6 +192,8 @@ class ModelRunner:
         """Make the step agreement C1: each rank fills its own column of a matrix, and one all-reduce adds the matrices.
 
         So every rank then has all columns.
+
+        layer: the name of the all-reduce in events
         """
         column = torch.tensor(self.protocol.column(plan), dtype=torch.int32)
         matrix = torch.zeros(len(column), len(self._comm.members(self.agreeing)), dtype=torch.int32)

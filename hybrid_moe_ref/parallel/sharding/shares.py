@@ -129,6 +129,8 @@ def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
     """Return, for each parameter name of a dense MLP or shared expert, the part that the rank at `place` holds.
 
     The part is a tuple of (dimension, the index ranges that the rank holds), one for each dimension that is cut.
+
+    intermediate_size: that of the whole module, before it is cut
     """
     held = place.share(intermediate_size)
     return {
@@ -143,6 +145,8 @@ def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
     A parameter has the weights of all experts, stacked. Each expert is split along its intermediate dimension. The part
     is a tuple of (dimension, the index ranges that the rank holds), one for each dimension that is cut.
+
+    intermediate_size: that of a whole expert, before it is cut
     """
     held = place.share(intermediate_size)
     return {

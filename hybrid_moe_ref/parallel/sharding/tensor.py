@@ -219,7 +219,12 @@ class _Sharding:
     context: ForwardContext
 
     def share(self, blocks: Iterable[tuple[str, Any]]) -> tuple[ScheduleEntry, ...]:
-        """Replace the modules of these layers by this rank's parts. blocks: pairs of a layer's path and the layer"""
+        """Replace the modules of these layers by this rank's parts.
+
+        blocks: for each layer, its path in the model and the layer itself
+
+        Returns the collectives that a forward pass through these layers then issues, in order.
+        """
         schedule: list[ScheduleEntry] = []
         for path, block in blocks:
             share_mlp = self.share_moe if isinstance(block.mlp, MoE) else self.share_dense

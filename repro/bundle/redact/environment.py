@@ -87,7 +87,7 @@ _LIST = re.compile(r"[,;|+ ]")
 
 
 def rank_line(line: str) -> str | None:
-    """Redact a line of env/rank000.txt, the software of a rank. Returns None if no form of line fits: then drop it."""
+    """Redact a line of env/rank000.txt, the software of a rank. Returns None if the line has no known form: drop it."""
     if match := re.fullmatch(rf"python: ({_VERSION}) on (.+)", line):
         return f"python: {match[1]} on {_platform(match[2])}"
     if match := re.fullmatch(

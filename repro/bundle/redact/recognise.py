@@ -108,7 +108,7 @@ class Recogniser:
         """Redact a string such as a name, a path, a call site or an error message.
 
         What is not recognised in the string becomes a stand-in. Equal strings have equal results. Different strings
-        have different results, except for call sites.
+        have different results, but two different call sites can have the same result.
         """
         known = self._strings.get(text)
         if known is None:

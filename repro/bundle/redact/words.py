@@ -48,12 +48,15 @@ def plain(text: str) -> str:
 
 
 def is_word(text: str) -> bool:
-    """Whether a single word of letters is in the list; case does not matter."""
+    """Whether a word is in words.txt, the list of harmless words. Upper and lower case count as equal."""
     return text.lower() in WORDS
 
 
 def is_name(text: str) -> bool:
-    """Whether a dotted name consists of listed words: "layers.0.moe", "AllGatherReduceScatter.dispatch"."""
+    """Whether a dotted name consists of harmless words and numbers: "layers.0.moe", "ScheduleGuard.admit".
+
+    Harmless words are those of words.txt.
+    """
     if not text or len(text) > MAX_NAME:
         return False
     before_is_number = True  # a name begins with a word; two consecutive numbers may be an address
@@ -66,7 +69,10 @@ def is_name(text: str) -> bool:
 
 
 def _is_identifier(text: str) -> bool:
-    """Whether a name in snake or camel case consists of listed words, and of at most as many single letters."""
+    """Whether a name in snake or camel case consists of harmless words, which are those of words.txt.
+
+    The name can also have single letters ("x_max"), but not more of them than words.
+    """
     if text in NAMES or _SPECIAL.fullmatch(text):
         return True
     parts = [part for part in text.split("_") if part]
@@ -76,13 +82,13 @@ def _is_identifier(text: str) -> bool:
 
 
 def _is_camel(text: str) -> bool:
-    """Whether a mixed-case word splits into listed words, each of at least two letters."""
+    """Whether a mixed-case name splits into words of words.txt, each of at least two letters: "RankGroups"."""
     parts = _CAMEL.findall(text)
     return len(text) >= 2.5 * len(parts) and all(len(part) > 1 and is_word(part) for part in parts)
 
 
 def is_file(text: str) -> bool:
-    """Whether a file name consists of listed words and a known extension: "runner.py"."""
+    """Whether a file name consists of words of words.txt and a known extension: "runner.py"."""
     stem, _, extension = text.rpartition(".")
     return (extension in EXTENSIONS and is_name(stem)) or _OF_RANK.fullmatch(text) is not None
 

@@ -131,9 +131,9 @@ class Collection:
             yield from stacks_by_signal([pid for pid in pids if pid not in answered], self.signal).items()
 
     def _take_offers(self) -> None:
-        """Ask the job's processes for Flight Recorder dumps and NCCL's RAS for its answer, and save both.
+        """Ask the job's processes for Flight Recorder dumps, and NCCL's RAS for the state of the job. Save the answers.
 
-        The sources of the dumps are torch's worker server and torch's dump pipe.
+        The dumps come through torch's worker server or torch's dump pipe.
         """
         folder = self.run_dir.root / "fr" / self.host
         folder.mkdir(exist_ok=True)

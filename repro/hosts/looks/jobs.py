@@ -136,6 +136,8 @@ def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]
     """Return the jobs to which these pids belong. The pids that belong to no job form one further job.
 
     A pid belongs to a job if it is a member, a descendant of a member, or an ancestor of a member up to the launcher.
+
+    table: all processes of this host, by pid
     """
     wanted = set(pids)
     chosen = [job for job in jobs if wanted & {*_with_launchers(job, table), *_below(job, table)}]

@@ -56,6 +56,8 @@ def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
 
     The keys are (device, inode). A file to which this process or one of its ancestors writes is left out, because the
     file contains the output of `collect`.
+
+    table: all processes of this host, by pid
     """
     own = {file for pid in _with_parents([os.getpid()], table) for file, _, _ in _outputs(pid)}
     writers: dict[File, set[int | None]] = {}
@@ -71,7 +73,10 @@ def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
 
 
 def is_written_by(path: Path, job: Job, table: Mapping[int, Status]) -> bool:
-    """Whether standard output or error of a process of the job, or of an ancestor of one, goes to this file."""
+    """Whether a process of the job, or one of its ancestors, writes its standard output or error to this file.
+
+    table: all processes of this host, by pid
+    """
     try:
         status = path.stat()
     except OSError:

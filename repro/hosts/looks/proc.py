@@ -79,7 +79,10 @@ def parse_status(stat: str, status: str) -> Status:
 
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """Read a file of /proc. Raises OSError: ProcessLookupError or FileNotFoundError if the process has ended."""
+    """Return at most the first ``limit`` bytes of a file of /proc as text.
+
+    Raises OSError. If the process has ended, this is a ProcessLookupError or FileNotFoundError.
+    """
     with path.open("rb") as file:
         return file.read(limit).decode(errors="replace")
 
@@ -109,7 +112,9 @@ def read_all(proc: Path = PROC) -> dict[int, Status]:
 
 
 def read_words(pid: int, name: str, proc: Path = PROC) -> list[str]:
-    """Return the strings of /proc/PID/cmdline or environ; [] if the process has ended.
+    """Return the strings of a file of a process in /proc; [] if the process has ended.
+
+    name: "cmdline" (the arguments) or "environ" (the environment variables, as "NAME=value")
 
     Raises PermissionError if this user is not allowed to read the file.
     """

@@ -54,12 +54,14 @@ def ranks_by_variables(stacks: Mapping[int, Threads]) -> tuple[dict[int, int], i
 
 
 def waits_for_lock(threads: Threads, pid: int) -> bool:
-    """Whether the frames of the main thread show a wait for a file lock."""
+    """Whether the main thread of the process ``pid`` waits for a file lock. threads: all threads of this process"""
     return activity_of(frames_of(_frames(main_thread(threads, pid))))[0] == "lock"
 
 
 def may_move(threads: Threads, pid: int) -> bool:
-    """Whether the process possibly makes progress, although its stack looks like a wait.
+    """Whether the process ``pid`` possibly makes progress, although its stack looks like a wait.
+
+    threads: all threads of this process
 
     True if the main thread uses a processor inside a collective, or waits for its next task, as a worker of a serving
     engine does between two steps.
@@ -70,7 +72,7 @@ def may_move(threads: Threads, pid: int) -> bool:
 
 
 def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
-    """Yield the paths of lock files that local variables of the main thread name.
+    """Yield the paths of lock files that are in local variables of the main thread of the process ``pid``.
 
     A variable has the path of the lock file, or of a folder with a file named "lock", such as a build folder of torch.
     """

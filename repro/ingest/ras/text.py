@@ -66,7 +66,7 @@ def looks_like(head: str) -> bool:
 def no_answer(file: str, text: str) -> Note | None:
     """Return a record about a missing answer, if the file is empty or contains an error of the RAS client; else None.
 
-    file   name of the file; None is returned if it does not contain "ras"
+    file   name of the file. If the name does not contain "ras", the result is None
     text   content of the file
     """
     if not re.search(r"ras(?![a-z])", file.rpartition("/")[2].lower()) or len(text) > 4096:

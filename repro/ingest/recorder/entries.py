@@ -141,10 +141,13 @@ def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
 def complete_the_earlier(rows: Rows) -> None:
     """Mark collectives as over if a later collective of their group is over.
 
-    A group completes its collectives in the order of their entries. gloo does not, so in its groups nothing is marked.
+    The reason: a group completes its collectives in the order of their entries. This is not true for gloo, so nothing
+    is marked in a group of gloo.
 
     A coalesced operation has an entry for each part, and after them an entry for the whole, with the same number. Only
     the completion of the whole is recorded. If the whole is over, mark its parts as over.
+
+    rows: the entries of one group
     """
     if rows.backend == "gloo" or 0 not in rows.over:
         return
@@ -243,9 +246,10 @@ class _Forms:
         self._numbers: dict[Form, int] = {}
 
     def index_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any, frames: Any) -> int:
-        """Return the number of the `Form` that an entry with these fields has. A new form gets the next number.
+        """Return the number of an entry's form (these values, which many entries share). A new form gets a new number.
 
-        ins, outs   the sizes of the entry's input and output tensors
+        ins, outs             the sizes of the entry's input and output tensors
+        in_types, out_types   their dtypes
         """
         text = short_text(name)
         op, peer = operation(text), None

@@ -55,7 +55,10 @@ def looks_like(head: bytes) -> bool:
 
 
 def rank_of(name: str) -> int | None:
-    """Return the rank at the end of a file name: "nccl_trace_rank_7", "rank0.json", "trace_rank_host_5.pkl"."""
+    """Return the rank in a file name, such as 7 in "nccl_trace_rank_7" or 5 in "trace_rank_host_5.pkl".
+
+    None if the name has no such number.
+    """
     stem = name.rpartition("/")[2][-200:]
     stem = re.sub(r"(\.(pkl|pickle|json|bin|dump|trace|pt))+$", "", stem)
     labelled = re.findall(r"rank[_\-]?(\d{1,7})(?=[._\-]|$)", stem)

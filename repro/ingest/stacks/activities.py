@@ -65,7 +65,10 @@ def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
 
 
 def row_of(frames: tuple[str, ...]) -> int | None:
-    """Return the index of the row of activities.toml that matches a stack best; None if no row matches."""
+    """Return the index of the row of activities.toml that matches a stack best; None if no row matches.
+
+    frames: the frames of the stack as "function (file:line)", innermost first
+    """
     best = _best(frames)
     return best[0] if best else None
 

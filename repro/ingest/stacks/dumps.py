@@ -89,6 +89,8 @@ def read_json(content: Any, file: str) -> Iterator[Stack]:
     """Read the output of `py-spy dump --json`, a list of threads.
 
     With --subprocesses, each thread also has the title of its process, which can contain the rank.
+
+    content: the list; file: the name of the file, which can contain the rank, too
     """
     for thread in content[:MAX_STACKS]:
         rows = thread.get("frames") if isinstance(thread, dict) else None

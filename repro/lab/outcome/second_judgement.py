@@ -26,7 +26,10 @@ def compare_again(run_dir: RunDir) -> Comparison:
 
 
 def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[str]]:
-    """Return (comparison, list with the error of the damaged file). The list is [] if no file is damaged."""
+    """Compare the run's tokens with the reference. Returns the result, and a list with the error of a damaged file.
+
+    The list is [] if no file is damaged.
+    """
     try:
         wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
         return Comparison(tuple(wrong), evidence=name_equal(run_dir)), []

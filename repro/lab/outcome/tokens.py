@@ -78,7 +78,10 @@ def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
 
 
 def _difference(name: str, served: list[int], reference: list[int] | None) -> str:
-    """Return a sentence that says how a request's tokens differ from the reference; "" if they are equal."""
+    """Return a sentence that says how the ``served`` tokens differ from the ``reference``; "" if they are equal.
+
+    name: the id of the request; reference: None if the reference has no such request
+    """
     if reference is None:
         return f"{_request(name)} is not in the single-process reference"
     for index, (ours, theirs) in enumerate(zip(served, reference, strict=False)):

@@ -31,7 +31,7 @@ _VARIABLES = (
 
 
 def describe() -> str:
-    """Return the list as lines "torch: 2.9.1 (…)", "module triton: 3.5.1" and "NCCL_DEBUG=INFO".
+    """Return the software and variables as lines: "torch: 2.9.1 (…)", "module triton: 3.5.1", "NCCL_DEBUG=INFO".
 
     Ranks with the same software and variables have the same lines.
     """

@@ -39,7 +39,7 @@ class StopDevice(StateBinding):
 
 
 def stop_threads(name: str) -> None:
-    """Stop all threads of this process with this name for good, by a signal whose handler is pause(2)."""
+    """Stop those threads of this process that have this name, by a signal whose handler (pause) never returns."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     libc.signal.restype = ctypes.c_void_p

@@ -84,7 +84,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """Predict the verdict `corrupt`: from the first batch of one row on, the numbers are wrong.
 
-    At the end, the culprit waits in the last all-reduce of the run, which the other ranks have completed.
+    At the end the culprit waits alone: it issues one all-reduce more than the other ranks, which have completed all of
+    theirs.
     """
     num_steps = protocol_of(settings.engine).last_step(len(step_rows(settings.requests(), settings.engine)))
     layer = f"layers.{settings.model.num_layers - 1}.moe"

@@ -41,7 +41,7 @@ class GatherOrBroadcast(AllGatherReduceScatter):
     def sizes(self, num_rows: int) -> tuple[int, ...]:
         """Return the number of rows (tokens) of every rank, as agreed for this step.
 
-        num_rows: the number of this rank; only the fault uses it
+        num_rows: how many rows this rank has in this step; only the fault uses it
         """
         return self.context.ep_sizes
 

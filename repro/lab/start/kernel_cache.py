@@ -41,7 +41,7 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
     - The settings ask for a cold start, but the folder ``engine.cache_dir`` contains compiled kernels.
     - torch.compile cannot use the folder, because its path contains a space, quote or backslash.
 
-    Raises KeyboardInterrupt if the user interrupts.
+    interrupt: returns whether the user has interrupted; then this function raises KeyboardInterrupt
     """
     for place in (run_dir.root, folder(run_dir, settings)) if settings.engine.compile else ():
         if re.search(r"[\s'\"\\]", str(place)):

@@ -72,7 +72,10 @@ def shortage_of(settings: RunSettings) -> str:
 
 
 def main() -> None:
-    """Print :func:`shortage_of` of the first run on standard input that does not fit; an empty line if all runs fit."""
+    """Read the settings of runs from standard input, and check them in this order.
+
+    For the first run that does not fit into memory, print its :func:`shortage_of`; if all fit, print an empty line.
+    """
     shortages = (shortage_of(RunSettings.from_mapping(document)) for document in json.load(sys.stdin))
     print(next(filter(None, shortages), ""), flush=True)
     os._exit(0)  # an interpreter that has imported torch takes most of a second to end

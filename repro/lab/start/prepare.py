@@ -23,6 +23,8 @@ def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bo
 
     The disk blocks of the witnesses are allocated now. So a rank does not end if the disk becomes full later.
 
+    interrupt: returns whether the user has interrupted
+
     Raises OutputError if ``out`` cannot be written or the disk lacks space, CannotFill from :func:`kernel_cache.fill`,
     and KeyboardInterrupt if the user interrupts. After an error the run directory is removed.
     """

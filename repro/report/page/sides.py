@@ -35,7 +35,7 @@ class Row:
 
     @property
     def cells(self) -> list[tuple[str, bool]]:
-        """Return, for each side, (the collective that it issued, whether this differs from the schedule)."""
+        """Return, for each side (ranks that did the same), its collective, and whether it differs from the schedule."""
         return list(zip(self.issued, self.diverges, strict=True))
 
 
@@ -69,7 +69,7 @@ def side_by_side(data: RunData) -> SideBySide | None:
     """Compare what ranks issued with the declared schedule, around the place where the ranks first differ.
 
     Of ranks that did the same at this place, only the first is compared. Returns None if the verdict names no such
-    place, or if the witness of no compared rank can be read and has steps.
+    place. Also returns None if each of the compared ranks has an unreadable witness, or a witness without steps.
     """
     sides = [side for side in data.verdict.sides if side.ranks][:MAX_SIDES]
     steps = [_read_step(data, side.ranks[0], side.step) for side in sides]
