@@ -108,8 +108,9 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 
     name: the name of the block; the verdict shows it as the layer of these collectives
 
-    Use this only in a function that ``ep_ranks(…).run`` calls: if the ranks hang, ``run`` raises DeadlockError, not
-    this block. Elsewhere the block raises RuntimeError.
+    Collectives outside such blocks are not recorded. If the ranks hang in a block, ``run`` raises DeadlockError; the
+    block itself raises nothing. Use it only in a function that ``ep_ranks(…).run`` calls: elsewhere the block raises
+    RuntimeError.
     """
     if not _current:
         raise RuntimeError("assert_no_deadlock() works only in a function that ep_ranks(n, backend).run(...) runs")

@@ -79,7 +79,10 @@ def _transfers(looks: Mapping[int, RankLook]) -> Iterator[tuple[int, int]]:
 
 
 def _matches(looks: Mapping[int, RankLook], rank: int, peer: int) -> bool:
-    """Whether the peer waits in the counterpart of this rank's send or receive: a receive from it, or a send to it."""
+    """Whether the rank and its peer wait in two ends of one transfer.
+
+    One of them waits in a send to the other, and the other in a receive from it.
+    """
     own, other = looks[rank].stack, looks[peer].stack
     if own is None or other is None or other.detail not in TRANSFERS:
         return False

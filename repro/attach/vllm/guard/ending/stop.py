@@ -35,7 +35,7 @@ POLL_S = 0.02
 
 
 class Refused(RuntimeError):
-    """The guard stops this process. The text says why: for example, which rank issued another collective."""
+    """The guard stops this process. The text says why: for example, which rank issued a wrong collective."""
 
 
 class Stop:

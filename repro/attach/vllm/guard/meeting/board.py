@@ -3,9 +3,9 @@
 The engine creates the memory and puts its path into an environment variable, which its workers inherit. The memory is a
 memfd, which is no file on a disk, so nothing is left when the processes have ended.
 
-The board has two counts of executions of the model. The engine *requests* an execution from its workers, and its loop
-*counts* an execution after it, also if the engine did not request it. A correct engine requests every execution that it
-counts. So if more executions are counted than requested, the engine has left one out.
+The board has two counts of executions of the model. In each turn of its loop, an engine requests an execution from its
+workers (REQUESTED), and then counts one execution (COUNTED). If an engine wrongly leaves out the request, it still
+counts the execution. So if more executions are counted than requested, the engine has left out a request.
 """
 
 from __future__ import annotations
