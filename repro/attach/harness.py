@@ -108,9 +108,8 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 
     name: the name of the block; the verdict shows it as the layer of these collectives
 
-    Collectives outside such blocks are not recorded. If the ranks hang in a block, ``run`` raises DeadlockError; the
-    block itself raises nothing. Use it only in a function that ``ep_ranks(…).run`` calls: elsewhere the block raises
-    RuntimeError.
+    Collectives outside such blocks are not recorded. If the ranks hang in a block, ``run`` raises DeadlockError, not
+    the block. Use the block only in a function that ``ep_ranks(…).run`` calls: elsewhere it raises RuntimeError.
     """
     if not _current:
         raise RuntimeError("assert_no_deadlock() works only in a function that ep_ranks(n, backend).run(...) runs")
