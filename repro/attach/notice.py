@@ -12,9 +12,9 @@ def notice(text: str) -> None:
     ``print`` writes the text and the newline separately. So the lines of two threads could mix. If PYTHONUNBUFFERED is
     set, which is usual in containers, the lines of two ranks that share a log could mix, too.
 
-    An error of the stream (closed, a full disk, a reader that has ended) is ignored: the program must not see it.
+    No error of the stream reaches the program: it may be closed, its disk full, or an object without ``flush``.
     """
     if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(Exception):
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()

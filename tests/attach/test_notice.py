@@ -47,12 +47,18 @@ def test_lines_of_threads_do_not_mix(monkeypatch):
     assert sorted(stream.getvalue().splitlines()) == ["line of thread 0", "line of thread 1"]
 
 
-@pytest.mark.parametrize("stream", ["none", "closed", "full"])
+class NoFlush:
+    write = print
+
+
+@pytest.mark.parametrize("stream", ["none", "closed", "full", "without flush"])
 def test_a_broken_standard_error_does_not_reach_the_program(monkeypatch, stream):
     closed = io.StringIO()
     closed.close()
     full = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - its close raises, too
-    monkeypatch.setattr(sys, "stderr", {"none": None, "closed": closed, "full": full}[stream])
+    monkeypatch.setattr(
+        sys, "stderr", {"none": None, "closed": closed, "full": full, "without flush": NoFlush()}[stream]
+    )
     notice("a line that nobody can read")
     with pytest.raises(OSError):
         full.write("x\n")

@@ -129,7 +129,7 @@ def test_a_placebo_switches_nothing(tmp_path, monkeypatch, name, switched):
 def test_calls_below_a_large_frame_take_no_new_chunk():
     def faults_of(call):
         before = overhead._clocks()[2]
-        for _ in range(200):
+        for _ in range(20):
             call()
         return overhead._clocks()[2] - before
 
@@ -139,4 +139,6 @@ def test_calls_below_a_large_frame_take_no_new_chunk():
     depths = range(1, 300)
     plain = max(faults_of(lambda depth=depth: nested(depth)) for depth in depths)  # a fault a call, at some depth
     most = overhead.in_large_frame(lambda: max(faults_of(lambda depth=depth: nested(depth)) for depth in depths))()
-    assert most < 100, (most, plain)
+    if plain < 20:
+        pytest.skip(f"calls of this Python need no new chunk: {plain} page faults in 20 calls")
+    assert most < 10, (most, plain)

@@ -62,7 +62,7 @@ def run_forked(
             with contextlib.suppress(ChildProcessError, ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-        _LOST_S[run_dir.root] = _lost_seconds() - lost_s
+        _LOST_S[run_dir.root] = max(0.0, _lost_seconds() - lost_s)  # the time of a thread that ended is gone
     return run_dir, written(document)
 
 

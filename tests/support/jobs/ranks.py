@@ -39,6 +39,7 @@ def run_ranks(
 def _fork(
     rank: int, num_ranks: int, store_path: Path, results: list[Path], run: Callable[[int, dist.Store], Any]
 ) -> int:
+    parent = os.getpid()
     if pid := os.fork():
         return pid
     gc.disable()  # a collection would write to the pages that all ranks share, and so copy them
@@ -50,7 +51,6 @@ def _fork(
     except BaseException:
         outcome = ("raised", traceback.format_exc())
     _write(results[rank], outcome)
-    parent = os.getppid()
     # a rank that exits while a peer still connects would make this peer fail
     while os.getppid() == parent and not all(path.exists() for path in results):
         time.sleep(0.005)
@@ -71,14 +71,19 @@ def _wait(pids: list[int], results: list[Path], deadline_s: float) -> list[int]:
     deadline = time.monotonic() + deadline_s
     running = dict(enumerate(pids))
     late: list[int] = []
-    while running:
-        for rank, pid in list(running.items()):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                del running[rank]
-                if not results[rank].exists():
-                    _write(results[rank], ("lost", ""))
-            elif time.monotonic() > deadline and rank not in late:
-                os.kill(pid, signal.SIGKILL)
-                late.append(rank)
-        time.sleep(0.005)
+    try:
+        while running:
+            for rank, pid in list(running.items()):
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    del running[rank]
+                    if not results[rank].exists():
+                        _write(results[rank], ("lost", ""))
+                elif time.monotonic() > deadline and rank not in late:
+                    os.kill(pid, signal.SIGKILL)
+                    late.append(rank)
+            time.sleep(0.005)
+    finally:
+        for pid in running.values():  # the test was interrupted
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     return late

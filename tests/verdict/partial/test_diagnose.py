@@ -237,6 +237,13 @@ def test_a_group_rank_is_never_taken_for_a_global_one(tmp_path):
     assert "ranks 4-7" in text.lower() and diagnosis.culprits == ()
 
 
+@pytest.mark.parametrize(("num_ranks", "words"), [(4, "the other rank is"), (5, "the 2 other ranks are")])
+def test_ranks_of_which_no_log_speaks_are_counted(tmp_path, num_ranks, words):
+    files = {f"rank{rank}.log": watchdog(rank, 7, "ALLREDUCE") for rank in (0, 1, num_ranks - 1)}
+    diagnosis, text = diagnosed(write(tmp_path, files))
+    assert diagnosis.verdict == "inconclusive" and f"Nothing shows where {words}, so a rank may be absent." in text
+
+
 def test_fewer_files_never_convict_more_ranks(tmp_path):
     history = [call(n, "all_reduce") for n in range(1, 5)]
     calls = {r: [*history, call(5, "all_reduce", done=False, sizes=((8 + (r == 2),), (8,)))] for r in range(4)}

@@ -93,6 +93,15 @@ def test_a_process_without_a_role_is_counted_once_among_those_that_were_looked_a
     assert "Of 3 processes observed twice" in (tmp_path / "out" / "ISSUE.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("num", "words"), [(1, "The stacks show 1 process, but not its rank."), (2, "2 processes, but not their ranks.")]
+)
+def test_processes_without_a_rank_are_counted(tmp_path, num, words):
+    stacks = {f"{at}.txt": py_spy("python train.py", ["step (train.py:1)"], at + 1) for at in range(num)}
+    main(["diagnose", "--out", str(tmp_path / "out"), str(write(tmp_path / "in", stacks))])
+    assert words in (tmp_path / "out" / "ISSUE.md").read_text()
+
+
 def test_nothing_makes_the_terminal_longer_than_25_lines_and_the_first_line_says_who(tmp_path):
     pairs = {r: [call(1, "all_reduce", group=(r, str(r), "pair"), done=False)] for r in range(40)}
     groups = {str(r): ("pair", [r, (r + 1) % 40]) for r in range(40)}

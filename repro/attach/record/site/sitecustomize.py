@@ -29,7 +29,10 @@ def _record() -> None:
 
         start.begin(os.environ["HMR_RECORD"])
     except Exception as error:
-        print(f"repro record: this process is not recorded: {type(error).__name__}: {error}", file=sys.stderr)
+        import contextlib
+
+        with contextlib.suppress(Exception):  # as in repro.attach.notice, which may be what cannot be imported
+            sys.stderr.write(f"repro record: this process is not recorded: {type(error).__name__}: {error}\n")
 
 
 def _run_next() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from repro.store.text import counted
 from repro.trace.foreign.records import Call, Group, Progress, TimedOut
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.sides import UNKNOWN_INSIDE
@@ -259,15 +258,14 @@ def _same_call(
         )
     unseen = sorted(set(range(total)) - set(waiting)) if total <= 4096 else []
     if unseen:
-        rest = counted(len(unseen), "other rank")
+        rest = "the other rank is" if len(unseen) == 1 else f"the {len(unseen)} other ranks are"
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
             (f"{ranks_of(waiting).capitalize()} {verb(waiting, 'waits', 'wait')} in {call_in(sample.call, group)}. "
-             f"Nothing shows where {rest} {verb(unseen, 'is', 'are')}, so a rank may be absent.",
+             f"Nothing shows where {rest}, so a rank may be absent.",
              "A stopped device or network would look like this, and so would an absent rank."),
             tuple(evidence), ("The log of another rank that is elsewhere.",),
-            (f"the logs of all ranks ({rest} {verb(unseen, 'is', 'are')} missing)", COLLECT["recorder"],
-             COLLECT["kernel"]),
+            (f"the logs of all ranks ({rest} missing)", COLLECT["recorder"], COLLECT["kernel"]),
         )  # fmt: skip
     first = sample.call.seq == 1
     known = max(size or 0, largest) > 0

@@ -34,7 +34,7 @@ def judge_unranked(job: JobRecords) -> Diagnosis | None:
     )
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (f"The stacks show {counted(len(last), 'process')}, but not which rank each process is.",
+        (f"The stacks show {counted(len(last), 'process')}, but not {'its rank' if len(last) == 1 else 'their ranks'}.",
          *(f"{_named(stacks)}: {where}." for where, stacks in ordered[:MOST_PLACES])),
         tuple(f"{_named(stacks)}: {stacks[0].frames[0]} ({stacks[0].source})" for _, stacks in ordered[:MOST_PLACES]
               if stacks[0].frames),
