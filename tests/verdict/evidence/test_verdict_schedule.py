@@ -65,6 +65,15 @@ def test_a_deviation_is_read_as_what_fits_best_afterwards(
     assert kinds(plan, issued, over) == expected
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_another_operation_in_the_place_of_the_one_due_is_a_mismatch_and_the_rest_of_the_step_fits(index: int) -> None:
+    plan = [entry("ep", k) for k in range(4)]
+    issued = list(plan)
+    issued[index] = ("ep", "broadcast", issued[index][2])
+    deviations = align(0, step_of(plan, issued, over=True), GROUPS)
+    assert [(d.kind, d.index, d.entry) for d in deviations] == [("mismatch", index, issued[index])]
+
+
 @pytest.mark.parametrize(
     "case", ["other names", "reversed", "every second left out", "each twice", "shuffled", "one name"]
 )

@@ -74,6 +74,7 @@ def test_a_build_is_slow_and_says_when_its_heart_last_beat() -> None:
     verdict = look(made, after_s=60)
     assert (verdict.verdict, verdict.culprits) == ("slow", (0,))
     assert "gdn_sm90" in " ".join(verdict.evidence)
+    assert "heartbeat 60.0 s ago" in " ".join(verdict.evidence), verdict
 
 
 def test_a_build_whose_rank_uses_no_processor_and_is_silent_is_only_likely_to_work() -> None:

@@ -195,3 +195,14 @@ def test_a_rank_that_still_knows_the_sizes_of_a_call_does_not_differ_from_those_
     made.enter(range(4), Collective("ep", "all_reduce", "step", (1,), "int32", "sum"))
     verdict = look(made)
     assert (verdict.verdict, verdict.cause, verdict.suspects) == ("corrupt", "mismatch", (3,))
+
+
+def test_the_ranks_that_changed_sizes_that_had_been_the_same_are_suspects_even_if_they_are_most_of_the_ranks():
+    made = Scene(4, {"world": range(4)})
+    for _ in range(3):
+        made.all_of(range(4), SUM)
+    made.enter((0, 1, 2), SUM._replace(sizes=(8,)))
+    made.enter((3,), SUM)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits, verdict.suspects) == ("deadlock", "sizes", (), (0, 1, 2))
+    assert "ranks 0-2 changed arguments that had been the same on all ranks" in verdict.evidence, verdict

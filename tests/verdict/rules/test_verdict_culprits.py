@@ -121,3 +121,97 @@ def test_the_rank_that_left_a_shared_schedule_first_is_the_culprit() -> None:
     made.enter([7], combine(1))
     verdict = look(made)
     assert verdict.verdict == "deadlock" and verdict.culprits in ((), (0,)), verdict
+
+
+def four_ranks() -> tuple[Scene, Collective, Collective]:
+    """Four ranks whose steps have a collective of group dp, and then one of group ep."""
+    made = Scene(4, {"dp": range(4), "ep": range(4)})
+    made.phase("serve")
+    ep = Collective("ep", "all_reduce", "layers.0.mlp", (4,), "float32", "sum")
+    return made, C1, ep
+
+
+def test_what_one_rank_may_still_issue_and_another_never_issued_in_its_step_was_skipped_by_both() -> None:
+    made, first, second = four_ranks()
+    plan = [entry(first), entry(second)]
+    made.begin_step(1, plan)
+    for call in (first, second):
+        made.all_of(range(4), call)
+    made.begin_step(2, plan)
+    made.enter([0], second)
+    assert look(made, after_s=0.1).cause != "skipped"
+    made.recorders[1].issue(second)
+    made.begin_step(3, plan, ranks=[1])
+    made.enter([2, 3], first)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (0, 1)), verdict
+
+
+def test_a_rank_that_ended_its_step_early_and_one_that_erred_later_did_not_do_the_same() -> None:
+    """Rank 0 leaves out the last collective of step 1. Rank 3 issues one too many in step 2."""
+    made, first, second = four_ranks()
+    plan = [entry(first), entry(second)]
+    made.begin_step(1, plan)
+    made.all_of(range(4), first)
+    made.enter([1, 2], second)
+    made.recorders[3].issue(second)
+    made.begin_step(2, plan, ranks=[0, 3])
+    made.enter([0], first)
+    made.enter([3], second._replace(layer="extra"))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (0,)), verdict
+    assert "rank 0 ended step 1 without ep all_reduce of layers.0.mlp" in verdict.evidence, verdict
+    assert any("rank 3 issued ep all_reduce of extra in step 2" in line for line in verdict.evidence), verdict
+
+
+def test_a_rank_that_issued_two_collectives_the_wrong_way_round_is_not_said_to_have_left_one_out() -> None:
+    """Rank 3 then leaves out the third collective of the step, for which the others wait."""
+    made, first, second = four_ranks()
+    third = second._replace(layer="norm")
+    made.begin_step(1, [entry(second), entry(first), entry(third)])
+    for call in (first, second):
+        made.recorders[3].issue(call)
+    for call in (second, first):
+        made.all_of([0, 1, 2], call)
+    made.enter([0, 1, 2], third)
+    made.begin_step(2, [entry(first)], ranks=[3])
+    made.enter([3], first)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits) == ("deadlock", (3,)), verdict
+    assert any(
+        line.startswith("rank 3 issued dp all_reduce in step 1")
+        and "where the schedule said ep all_reduce of layers.0.mlp, and issued that later" in line
+        for line in verdict.evidence
+    ), verdict
+
+
+def test_the_ranks_that_changed_a_schedule_that_had_been_the_same_are_suspects_even_if_they_are_most_ranks() -> None:
+    made, first, second = four_ranks()
+    for step in (1, 2):
+        made.begin_step(step, [entry(first), entry(second)])
+        for call in (first, second):
+            made.all_of(range(4), call)
+    made.begin_step(3, [entry(second), entry(first)], ranks=[0, 1, 2])
+    made.begin_step(3, [entry(first), entry(second)], ranks=[3])
+    made.enter([0, 1, 2], second)
+    made.enter([3], first)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "order", ()), verdict
+    assert verdict.suspects == (0, 1, 2), verdict
+    assert "ranks 0-2 changed a schedule that had been the same on all members" in verdict.evidence, verdict
+
+
+def test_a_rank_that_left_its_schedule_a_step_after_another_rank_stopped_is_named() -> None:
+    """Rank 0 waits in step 1 for a rank that is in step 2."""
+    made, first, second = four_ranks()
+    plan = [entry(first), entry(second)]
+    made.begin_step(1, plan)
+    made.all_of(range(4), first)
+    made.enter([0], second)
+    for rank in (1, 2, 3):
+        made.recorders[rank].issue(second)
+    made.begin_step(2, plan, ranks=[1, 2, 3])
+    made.enter([1, 2], first)
+    made.enter([3], second._replace(layer="extra"))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "extra", (3,)), verdict
