@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hybrid_moe_ref.files import DamagedFile
+from repro.trace.foreign import json_lines
 from repro.trace.foreign.json_lines import decode, encode
 from repro.trace.foreign.operations import NO_CALLS, NO_NUMBER, Calls, Form, Group
 from repro.trace.foreign.recorder_dump import GroupRecord
@@ -131,3 +132,10 @@ def test_columns_of_a_dump_that_do_not_fit_each_other_are_refused(columns: dict[
 def test_a_line_that_is_no_record_of_a_known_kind_is_refused(row: bytes) -> None:
     with pytest.raises(DamagedFile, match=r"records\.jsonl:2: the line is not a record of a known kind"):
         read([*written(), row])
+
+
+def test_a_line_that_is_longer_than_any_record_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "MAX_LINE", 1 << 20)
+    long = json.dumps(["Note", {"kind": "world", "text": "x" * (1 << 20)}]).encode() + b"\n"
+    with pytest.raises(DamagedFile, match=r"^records\.jsonl:3: the line is longer than 1 MiB$"):
+        read([*written(NOTE), long])

@@ -273,3 +273,18 @@ def test_a_recorder_that_is_no_longer_used_closes_its_file_at_once(tmp_path: Pat
         assert buffer() is None, "the recorder is part of a reference cycle"
     finally:
         gc.enable()
+
+
+def test_a_list_gets_the_entries_of_the_collectives_issued_until_another_list_replaces_it(tmp_path: Path) -> None:
+    recorder = recorder_at(tmp_path / "w")
+    later = REDUCE._replace(layer="layers.1")
+    one: list[ScheduleEntry] = []
+    two: list[ScheduleEntry] = []
+    for entries in (one, two, None):
+        recorder.note_entries(entries)
+        recorder.enter(REDUCE)
+        recorder.leave(REDUCE)
+        recorder.finish(later, recorder.issue(later))
+    wanted = [ScheduleEntry(call.group, call.op, call.layer) for call in (REDUCE, later)]
+    assert (one, two) == (wanted, wanted)
+    assert read(tmp_path / "w").num_events == 12, "each collective is recorded as before"

@@ -13,7 +13,7 @@ from simulator import Simulation
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.hosts.options import WatchOptions
 from repro.verdict import Verdict
-from repro.verdict.result import Position
+from repro.verdict.result import Position, Wait
 from repro.watch.notices import REPEAT_S, Notices
 
 CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
@@ -83,3 +83,35 @@ def test_a_wait_that_began_after_the_silence_is_no_news_and_a_remark_of_the_job_
     for _ in range(2):
         notices.silence(verdict_of(7.0, "host"))
     assert printed[1:] == ["the front end waits"]
+
+
+def test_where_no_rank_waits_a_silence_prints_nothing_however_short_the_quiet_window_is() -> None:
+    printed: list[str] = []
+    notices = Notices(printed.append, lambda verdict: "", 1.0)
+    notices.silence(Verdict("slow", ranks=(Position(0, "running", since_s=9.0), Position(1, "running", since_s=9.0))))
+    assert not printed
+
+
+def test_builders_are_named_again_at_once_if_they_are_others_and_after_a_while_if_they_are_the_same() -> None:
+    printed: list[str] = []
+    notices = Notices(printed.append, lambda verdict: "", 5.0)
+
+    def builds(*builders: int, at_s: float) -> None:
+        ranks = tuple(
+            Position(rank, "building", detail="gdn", since_s=at_s)
+            if rank in builders
+            else Position(rank, "blocked", group="dp", op="all_reduce", seq=7, step=3, since_s=at_s)
+            for rank in range(3)
+        )
+        waiting = tuple(rank for rank in range(3) if rank not in builders)
+        verdict = Verdict("slow", ranks=ranks, waits=(Wait(waiting, "dp all_reduce #7", builders),))
+        now_ns = int(at_s * 1e9)
+        notices.builds(verdict, now_ns, now_ns)
+
+    builds(2, at_s=10)
+    builds(2, at_s=20)
+    assert len(printed) == 1 and "rank 2 builds gdn" in printed[0], printed
+    builds(1, at_s=22)
+    assert len(printed) == 2 and "rank 1 builds gdn" in printed[1], printed
+    builds(1, at_s=22 + REPEAT_S)
+    assert len(printed) == 3, printed

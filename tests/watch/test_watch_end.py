@@ -105,3 +105,17 @@ def test_a_run_that_one_rank_held_up_is_slow_also_with_two_ranks_and_on_a_busy_m
     document = world.watch().run()
     assert document.verdict == verdict, document.evidence
     assert document.culprits == ((num_ranks - 1,) if verdict == "slow" else ()), document.evidence
+
+
+@pytest.mark.parametrize(("every_s", "verdict"), [(0.7, "clean"), (4.5, "slow")])
+def test_a_run_that_a_rank_held_up_while_it_gave_signs_of_life_in_every_quiet_window_is_not_slow(
+    tmp_path: Path, every_s: float, verdict: str
+) -> None:
+    """The last rank works for 9 s, and the others wait for it."""
+    run_dir = make_run_dir(tmp_path)
+    beats = [("heartbeat", "loading"), ("sleep", int(every_s * 1e9))] * int(9 / every_s)
+    programs: list[Any] = [[("call", CALL), ("call", CALL)]] * 3 + [[("call", CALL), *beats, ("call", CALL)]]
+    sim = Simulation(programs, {"dp": [tuple(range(4))]}, folder=run_dir.root)
+    world = World(sim, run_dir, WatchOptions(num_ranks=4, quiet_window_s=1.0, deadline_s=60.0), 1)
+    document = world.watch().run()
+    assert document.verdict == verdict, document.evidence

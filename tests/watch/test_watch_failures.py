@@ -147,6 +147,18 @@ def test_a_slip_of_ours_is_a_verdict_of_its_own_with_the_traceback_in_a_log_and_
     assert json.loads(world.run_dir.verdict.read_text()) == document
 
 
+def test_of_two_errors_the_first_is_named_and_the_log_has_both(tmp_path, monkeypatch):
+    """The second one comes when the watcher, after the first, takes its last look."""
+    world = world_of(tmp_path, hang())
+    monkeypatch.setattr("repro.watch.look.judge", lambda *args, **options: {}["slip"])
+    monkeypatch.setattr(world.hosts[0], "collect", failing(1, ValueError("later"))[0])
+    document = written(world.watch().run())
+    assert "KeyError: 'slip'" in document["evidence"][0] and "later" not in document["evidence"][0], document
+    assert "not all evidence could be collected" in document["evidence"], document
+    log = world.run_dir.watcher_log.read_text()
+    assert "KeyError: 'slip'" in log and "ValueError: later" in log
+
+
 def test_a_comparison_that_throws_is_a_verdict_too(tmp_path):
     world = world_of(tmp_path, [[("call", CALL)], [("call", CALL)]])
     document = written(world.watch(compare=lambda final: Comparison(wrong=("",)[1])).run())  # type: ignore[arg-type]

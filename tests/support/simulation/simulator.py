@@ -215,6 +215,10 @@ class Simulation:
         self.recorders[rank].local("heartbeat", name)
         return duration_ns
 
+    def _do_heartbeat(self, rank: int, name: str) -> int:
+        self.recorders[rank].local("heartbeat", name)
+        return 0
+
     def _do_built(self, rank: int, name: str) -> int:
         self.recorders[rank].local("build_end", name)
         return 0
