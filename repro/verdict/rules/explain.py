@@ -196,7 +196,7 @@ def _plan_finding(
     named = ", ".join(f"{name_ranks(ranks)}: {len(plan)} entries" for plan, ranks in sides.items())
     finding = Finding("order" if same_entries else "mismatch", confidence="undecided")
     finding.evidence.append(f"the schedules that members of {key[0]} declared for step {number} differ ({named})")
-    if usual & set(sides) and len(suspects) < sum(map(len, sides.values())):
+    if usual & set(sides):
         finding.suspects = tuple(suspects)
         finding.evidence.append(f"{name_ranks(suspects)} changed a schedule that had been the same on all members")
     elif len(minority := min(sides.values(), key=len)) * 2 < sum(map(len, sides.values())):
