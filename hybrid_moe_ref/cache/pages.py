@@ -6,10 +6,15 @@ smallest multiple of 16 that makes the page at least as large as the largest sta
 page.
 
 The layers of each kind are divided into groups of at most `group_size` layers. `group_size` is the number of layers of
-the rarest kind. The cache has `group_size` buffers of bytes, which all groups share: the i-th layer of each group uses
-buffer i. A page is one range of bytes, the same in every buffer, and a page number stands for this range. A sequence
-takes each of its pages for one group: one page for each recurrent group, and ceil(length / tokens) pages for each
-attention group.
+the rarest kind. The cache has `group_size` buffers, and each buffer has one row of bytes for each page. Page p is row p
+of all buffers together. All groups share these pages, and at any time a page belongs to one group of one sequence: row
+p of buffer i has the data of the i-th layer of this group.
+
+An example: a model has 3 attention layers and 3 GDN layers. They are two groups of 3 layers, so there are 3 buffers. If
+a sequence takes page 7 for its GDN group, row 7 of each buffer has the state of one GDN layer.
+
+A sequence takes one page for each recurrent group. For each attention group it takes ceil(length / tokens) pages, where
+`tokens` is the number of tokens of an attention page.
 """
 
 from collections import Counter
@@ -42,9 +47,9 @@ class StateSize:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind that share page numbers.
+    """Layers of one kind for which a sequence takes pages together: each page has room for all these layers.
 
-    Layer `layers[i]` stores its part of each page in byte buffer i. Groups of all kinds use the same byte buffers, but
+    Layer `layers[i]` stores its data in buffer i, in the row of the page. Groups of all kinds use the same buffers, but
     a page belongs to only one group at a time.
 
     kind: "A" (attention), "G" (GDN) or "M" (Mamba-2)
@@ -60,12 +65,12 @@ class PageLayout:
     """The page size of a model, and the groups of its layers.
 
     tokens            tokens of an attention page; 0 without attention layers
-    page_bytes        bytes that a page has for one layer
+    page_bytes        bytes of a page in one buffer, that is, for one layer
     padding           unused bytes of a page that holds the largest state, as a fraction of this state; 0 without
                       recurrent layers
     bytes_per_token   bytes of one token's KV entries in one layer
     states            size of one sequence's state in one layer, by the kind of the layer ("G" or "M")
-    groups            the groups of layers of one kind that share page numbers
+    groups            all groups of layers
     group_size        largest number of layers in a group
     """
 
@@ -92,7 +97,7 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
     """Return how many heads each rank holds: its share of all heads, or 1 if there are more ranks than heads.
 
-    name: the field of `config` with the number of all heads; also used for the number of Mamba-2 groups
+    name: the field of `config` that has the number of all heads (or the number of all Mamba-2 groups)
 
     Raises ConfigError if this number is neither a multiple nor a divisor of `tp_size`.
     """

@@ -111,8 +111,8 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 def _preflight(settings: RunSettings) -> list[str]:
     """Return the reasons why a run can hang; [] if there is none.
 
-    Only a `fault` run and a run with --allow-unsafe are allowed to hang. For another run, raises Refused with the first
-    reason.
+    Only a `fault` run and a run with --allow-unsafe are allowed to hang. If any other run can hang, raises Refused with
+    the first reason.
 
     Raises CannotRunHere if torch is not installed: the check uses the run's policies, and some policies need torch.
     """
@@ -139,8 +139,8 @@ class Session:
     def run(self, planned: Planned, series: Series, count: str) -> None:
         """Run one variant and add its verdict to ``documents``.
 
-        If this machine cannot run the variant, the added document has the reason in `skipped`. But if the command is
-        for one scenario and has no verdict yet, raises CannotRunHere with this reason.
+        If this machine cannot run the variant, the added document has no verdict, and has the reason in `skipped`. But
+        if the command is for one scenario, and ``documents`` is empty, raises CannotRunHere with this reason.
 
         planned: the variant to run, or the reason why it cannot run
         series: starts the run
@@ -183,7 +183,7 @@ class Session:
         document: a verdict.json without a verdict, with the reason in `skipped`
         title: the beginning of the printed line
 
-        If the command is for one scenario and has no verdict yet, raises CannotRunHere instead.
+        If the command is for one scenario, and ``documents`` is empty, raises CannotRunHere with this reason instead.
         """
         if self.args.scenario != "all" and not self.documents:
             raise CannotRunHere(f"{document.scenario}: {document.skipped}")

@@ -40,10 +40,11 @@ class Notices:
         self._builds_ns = 0
 
     def silence(self, verdict: Verdict) -> None:
-        """Print what is new after a quiet window: the line of `remark`, and which ranks wait for which.
+        """Print what is new after a quiet window: a remark about the verdict, and which ranks wait for which.
 
-        The line of `remark` is printed if it was never printed before. The waits are printed if two things are true:
-        they have changed since they were last printed, and a rank has waited for at least half a quiet window.
+        The remark is the line that the function ``remark`` of this object returns for the verdict. It is printed if it
+        was never printed before. The waits are printed if two things are true: they have changed since they were last
+        printed, and a rank has waited for at least half a quiet window.
 
         verdict: the judgement after this quiet window
         """
@@ -59,20 +60,22 @@ class Notices:
     def is_build_check_due(self, now_ns: int, waiting_since_ns: int) -> bool:
         """Whether the watcher should now check which rank builds a kernel.
 
-        True if a rank has waited for at least PATIENCE_S, and the last check was long enough ago.
+        True if a rank has waited for at least PATIENCE_S, and the last check was long enough ago (see `builds`).
 
-        waiting_since_ns: when the rank that waits longest began to wait; 0 if no rank waits.
+        waiting_since_ns: when the rank that waits longest began to wait; 0 if no rank waits
         """
         waited_ns = now_ns - waiting_since_ns if waiting_since_ns else 0
         return waited_ns >= PATIENCE_S * 1e9 and now_ns >= self._next_check_ns
 
     def builds(self, verdict: Verdict, began_ns: int, now_ns: int) -> None:
-        """Print which ranks build a kernel, which ranks wait for them, and since when.
+        """Print which ranks build a kernel, which ranks wait for them, and for how long. Set when to check again.
 
-        Print nothing if no rank waits for a rank that builds. Also print nothing if the last notice about builds named
-        the same ranks, and was printed less than REPEAT_S seconds ago.
+        Call this after each check for builds (see `is_build_check_due`). Print nothing if no rank waits for a rank that
+        builds. Also print nothing if the last notice about builds named the same ranks, and was printed less than
+        REPEAT_S seconds ago.
 
-        began_ns, now_ns: when the check began and ended. The longer a check takes, the later the next check is due.
+        verdict: the judgement that the check made
+        began_ns, now_ns: when the check began and ended. The longer it took, the later the next check is due
         """
         self._next_check_ns = now_ns + max(int(CHECK_S * 1e9), 10 * (now_ns - began_ns))
         awaited = {rank for wait in verdict.waits for rank in wait.awaited}
@@ -111,5 +114,4 @@ def describe_since(verdict: Verdict) -> str:
 
 
 _LASTING = ("building", "blocked", "locked")
-"""The states for which the witness shows the beginning. It does not show when a rank outside a collective began what
-it does now."""
+"""The states of a rank for which the witness shows when they began. For a rank that computes, it does not show this."""

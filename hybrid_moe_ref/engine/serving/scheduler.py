@@ -57,8 +57,8 @@ class Running:
         there are more:
 
         - after a preemption: all tokens of prompt and output;
-        - after a rejected draft: the last token before the undone step, the accepted drafts, and the token that the
-          model chose after these drafts.
+        - after a step with a rejected draft, which was undone in the cache: the last token before this step, the
+          accepted drafts, and the token that the model chose after these drafts.
         """
         prompt = self.request.prompt
         if self.num_cached < len(prompt):
@@ -92,8 +92,10 @@ class Running:
     def advance(self, new: Sequence[int]) -> None:
         """Record the step's new tokens: the accepted drafts, and one token after them.
 
-        After a rejected draft, `num_cached` does not change, because the verification sets the cache back to its state
-        before the step.
+        If a draft was rejected, the verification has set the cache back to its state before the step. Then `num_cached`
+        does not change, and the next step runs the accepted drafts again (see `pending`).
+
+        new: [] if the step made no new token, because it did not run all tokens of the request
         """
         was_undone = self.makes_tokens and len(new) <= len(self.drafts)
         self.num_cached += 0 if was_undone else self.num_fed

@@ -55,7 +55,8 @@ class StrictComparison:
 
         Raises ScheduleMismatch on every member if one member is about to issue a different collective, or does not
         arrive within `patience_s` seconds. If a rank stops the job meanwhile, raises the error with which it stopped
-        the job. If `lost` returns an error, raises this error.
+        the job. If a member can no longer arrive, raises the error of the function `lost`. (`patience_s` and `lost` are
+        arguments of the class.)
         """
         seq = self._seq[collective.group] = self._seq.get(collective.group, 0) + 1
         keys = [self._key(collective.group, seq, rank) for rank in members]

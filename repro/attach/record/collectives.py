@@ -137,11 +137,16 @@ def _hook(name: str, method: Method, original: Any) -> Any:
         return slow
 
     def resolve(group: Any, *args: Any, **options: Any) -> tuple[Call, int, bool] | None:
-        """Read a call of the hooked method. The hook in C calls this if it has not seen a call like this one yet.
+        """Read a call of the hooked method. The hook in C calls this if it does not know calls of this kind yet.
 
-        Returns what the recorder keeps for such calls, the number of frames from the caller of the hook to the call
-        site, and whether the recorder is allowed to ask at any time if the collective is complete. Returns None if the
-        call is not recorded.
+        Two calls are of the same kind if they have the same call site, process group, phase, layer, and arguments
+        (dtype, reduction, root, asyncOp); sizes and tensors can differ.
+
+        Returns None if the call is not recorded, otherwise three values:
+
+        - the `Call`: the prepared records of all calls of this kind
+        - the number of frames from the caller of the hook to the call site
+        - whether the recorder is allowed to ask at any time if the collective is complete
         """
         rank = this.current
         read = _read(rank, group, method, args, options) if rank is not None else None
@@ -192,7 +197,7 @@ def _recorded(method: Method, original: Any) -> Any:
 def _read(
     rank: Rank, group: Any, method: Method, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Collective, bool, bool] | None:
-    """Return the collective of a call, whether the call is asynchronous, and whether the group is on the host (CPU).
+    """Return the collective of a call, whether the call is asynchronous, and whether the group works on the host (CPU).
 
     If an argument has an unknown form, the collective lacks this argument and those that are read after it, and a
     printed line says so, once for each operation. Returns None if the group is unknown.

@@ -39,9 +39,12 @@ _waiting: dict[int, tuple[Collective, int]] = {}  # address of a result's storag
 
 
 def hook(module: ModuleType) -> None:
-    """Replace the functions that the operators call.
+    """Replace the Python functions that operators of torch.ops call: those in `OPERATORS`, and wait_tensor.
 
-    The import hook calls this when torch.distributed._functional_collectives, which defines the operators, is imported.
+    Each function is replaced by an object that records the call and then calls the original function.
+
+    module: torch.distributed._functional_collectives, which defines the operators. The import hook calls `hook` when
+    this module is imported
     """
     import torch
 

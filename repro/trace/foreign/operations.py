@@ -62,7 +62,8 @@ class Call(NamedTuple):
     peer        for send and recv: the global rank of the other end
     frames      "function (file:line)", innermost first; () if no stack was recorded
     done        whether the evidence shows that the operation is complete
-    at_s        when the operation was queued, in seconds since the start of the year; None if unknown
+    at_s        when the operation was queued, in seconds since the start of the year, in the time zone of the evidence
+                (a Flight Recorder dump: UTC); None if unknown
     """
 
     op: str

@@ -36,12 +36,14 @@ class GroupRecord:
 class RecorderDump:
     """A Flight Recorder dump of one rank.
 
-    groups      the groups in which the rank queued operations
+    groups      the groups in which the rank queued operations, also groups whose operations are overwritten
     order       for each operation of all groups, oldest first: the index of its group in `groups`
     configured  all groups that the rank belongs to; () if the dump does not list them
+    backend     the backend of the oldest entry, such as "nccl" or "gloo"; "" if the entries name none
+    library     the version of NCCL or of another communication library; "" if the dump does not give it
     wrapped     whether older entries were overwritten; also True if this is not known
-    at_s        when the newest entry was queued, in seconds since the start of the year; the dump was made at this time
-                or later
+    at_s        when the newest entry was queued, in seconds since the start (in UTC) of the year of the oldest entry;
+                the dump was made at this time or later. None if the entries have no times
     knows       what the entries show about the rank, for example the order of its collectives
     """
 

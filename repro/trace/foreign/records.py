@@ -7,8 +7,9 @@ only a group rank is known, `seq` is None if the tool prints no number, and `at_
 Ranks are global ranks. If a reader finds only a group rank, it converts the number to the global rank, or leaves `rank`
 None.
 
-Times (`at_s`, `since_s`) are seconds since the start of the year, as the tool printed the time. Most tools print no
-year and no time zone, so times of two hosts can only be compared with caution.
+Times (`at_s`, `since_s`) are seconds since the start of the year in which the tool printed the line. The time zone is
+that of the printed time. Most tools print no year and no time zone, so times of two hosts can only be compared with
+caution. `ProcessLook.at_s` is another kind of time (see there).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class TimedOut:
     rank        global rank; None if only the group rank is printed
     group_rank  rank in the group
     ran_s       for how long the collective had run
-    at_s        when the watchdog reported the timeout
+    at_s        when the watchdog reported the timeout, in seconds since the start of the year, as printed in the log
     since_s     when the wait began: at_s - ran_s
     """
 
@@ -50,6 +51,7 @@ class Progress:
 
     enqueued    number of the last operation that the rank queued; None if unknown
     completed   number of the last operation that completed; None if unknown
+    at_s        when the line was printed, in seconds since the start of the year
     stuck       number of the operation that timed out; None if the line names no operation
     """
 
@@ -160,6 +162,7 @@ class Failure:
 
     kind        memory (out of memory), device (a CUDA or GPU error), exception, killed, ended (a launcher saw the end),
                 start (the ranks could not connect), timeout, or consequence (another rank had ended before)
+    at_s        when the line was printed, in seconds since the start of the year
     bus         for a device error in the log of the Linux kernel: the PCI address of the GPU, "0000:5d:00"
     host        the host that printed the line; "" if the line does not name it
     """
@@ -179,6 +182,7 @@ class Left:
 
     seen_by   the process that printed the line
     rank      the rank that left; None if the line does not name this rank
+    at_s      when the line was printed, in seconds since the start of the year
     """
 
     seen_by: Process
@@ -249,6 +253,7 @@ class Note:
                 (a tool could not read a process), and so on
     text        the content of the line in words, for the report
     value       the number or name that the line gives, for the rules of the judge; "" if there is none
+    at_s        when the line was printed, in seconds since the start of the year
     """
 
     kind: str
@@ -333,7 +338,6 @@ class Connections:
     """TCP connections between the processes of a job on one host, at one moment.
 
     look      number of the look (observation of all processes by `hmr collect`) at this moment, from 1
-
     between   a dict from (pid, larger pid) to the number of connections between these two processes
     unread    a dict from pid to the number of bytes that arrived and that the process has not read
     closed    pids of the processes that have a connection which the other end has closed

@@ -23,8 +23,8 @@ class Groups:
     A group gets its slot as soon as it is declared or used.
 
     intern  stores a text in the witness and returns the text's number
-    make    makes the counters of a group. Its argument is the index of the group's slot, or NO_GROUP if the file has no
-            slot left
+    make    creates the `Group` object, which counts the collectives of one group. Its argument is the index of the
+            group's slot, or NO_GROUP if the file has no slot left
     """
 
     def __init__(
@@ -54,7 +54,10 @@ class Groups:
         return self._members.get(name, self._all_ranks)
 
     def of(self, name: str) -> Group:
-        """Return the counters of a group. The first call for a group also gives it a slot in the file."""
+        """Return the `Group` object (counters) of a group. The first call for a group also gives it a slot in the file.
+
+        If no slot is left, the group is only counted.
+        """
         group = self._groups.get(name)
         if group is None:
             index = len(self._groups)

@@ -78,8 +78,8 @@ def _move_within(buffer: bytearray, target: int, source: int, count: int) -> Non
 class Recorder:
     """An :class:`hybrid_moe_ref.parallel.observer.Observer` that writes one witness file.
 
-    Only one thread is allowed to record. A second thread is allowed to call ``local("heartbeat", …)``, which writes
-    only the heartbeat and its name.
+    Only one thread is allowed to record. A second thread is allowed to call ``local("heartbeat", name)``. This is safe:
+    the call writes only the heartbeat, which has its own place in the file, and, under a lock, the string ``name``.
     """
 
     def __init__(
@@ -191,8 +191,8 @@ class Recorder:
         collective   the collective; None is allowed if `call` is given
         ticket       for an asynchronous collective: what `issue` returned; 0 means the collective that was issued last
                      in its group
-        call         what `last_call` returned directly after the collective was issued; if None, the recorder looks the
-                     `Call` up from ``collective``, which takes longer
+        call         what `last_call` returned directly after the collective was issued; if None, the recorder finds the
+                     `Call` by ``collective``, which takes longer
         """
         if call is None:
             call = self._entered_call if collective is self._entered else None
@@ -265,8 +265,8 @@ class Recorder:
 
         collective   the collective; None is allowed if `call` is given
         ticket       what `issue` returned
-        call         what `last_call` returned directly after the collective was issued; if None, the recorder looks the
-                     `Call` up from ``collective``, which takes longer
+        call         what `last_call` returned directly after the collective was issued; if None, the recorder finds the
+                     `Call` by ``collective``, which takes longer
         """
         self._append(*(call or self._call_of(collective)).wait, ticket)
 

@@ -96,11 +96,11 @@ class Ring:
     """The newest events of a witness that have no gap between them, oldest first. A damaged record is a gap.
 
     records   the packed events
-    torn      whether an incomplete record follows, which its writer had not finished
+    torn      whether an incomplete record follows the last event: the writer died before it finished this record
     """
 
     records: bytes
-    torn: bool = False  # whether an incomplete record follows the last one
+    torn: bool = False
 
     @property
     def first(self) -> int:
@@ -315,8 +315,11 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 def _may_be_torn(record: memoryview, number: int) -> bool:
     """Whether the record looks as if its writer died while it wrote event ``number``.
 
-    A writer first clears the bytes of the record, and writes the checksum last. So the checksum of an incomplete record
-    is either 0, or it is wrong although the number of the event is right.
+    The two recorders leave different incomplete records:
+
+    - The recorder in Python clears the old record, and writes the checksum last. So the checksum is 0.
+    - The recorder in C copies the new record over the old one. So the number can be that of the new event, while the
+      checksum is still that of the old record, and therefore wrong.
     """
     event = Event._make(RECORD.unpack(record))
     return event.check == 0 or (event.n == number and not is_whole(record))

@@ -22,8 +22,9 @@ class Deviation:
 
     An entry of the schedule is (group, operation, layer). The entry that is due is the next one in the schedule.
 
-    kind     "extra": the rank issued a collective too many. "skipped": it left entries out. "order": it issued an
-             entry before another entry that was due first. "mismatch": it issued another operation than the one due
+    kind     "extra": the rank issued one collective more than the schedule has. "skipped": it left entries out.
+             "order": it issued an entry before another entry that was due first. "mismatch": it issued another
+             operation than the one that was due, in the same group and layer
     index    the index of ``planned`` in the schedule, from 0
     entry    if "skipped": the first entry that the rank left out. If "order": the entry that was due, if the rank has
              not issued it yet; otherwise the entry that the rank issued too early. If "extra" or "mismatch": the entry
@@ -60,14 +61,17 @@ class Deviation:
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
     """Find all places in one step where the rank left its declared schedule, in the order of the schedule.
 
-    If the rank passed over some entries of the schedule, and issued a later entry, the kind is usually `skipped`.
-    It is `order` in two cases:
+    `Deviation` describes the kinds. If the rank passed over some entries of the schedule, and issued a later entry, the
+    kind is `order` in two cases:
 
     - The rank issued the passed-over entries afterwards.
-    - The rank can still issue them: the later entry is the last one that it issued, the step has not ended, and no
-      passed-over entry is of the same group as the later entry.
+    - The rank can still issue them. This is so if it has issued nothing after the later entry, the step has not ended,
+      and no passed-over entry is of the group of the later entry. (Within one group, collectives are matched by number,
+      and the later entry has taken the number of the passed-over one.)
 
-    groups   name of a group -> the group with its members
+    Otherwise the kind is `skipped`.
+
+    groups   name of a group -> (name, members)
     """
     plan, issued = step.plan, step.issued
     if not plan:
@@ -116,9 +120,9 @@ class _Comparison:
 
         Both numbers count from 0.
 
-        Return the kind of mistake ("extra", "skipped", "order" or "mismatch"), and how many entries of the schedule
-        were left out, replaced or issued in another order. The kind is chosen so that as many of the following
-        collectives as possible agree with the schedule.
+        Return the kind of mistake, and how many entries of the schedule it concerns: those that were left out
+        ("skipped"), replaced ("mismatch") or issued in another order ("order"); 0 for "extra". The kind is chosen so
+        that as many of the following collectives as possible agree with the schedule.
         """
         plan, entry = self._plan, self._entries[k]
         if i == len(plan):

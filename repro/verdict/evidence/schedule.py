@@ -46,7 +46,7 @@ class ScheduleDivergence:
     group    (name, members) of the group
     sides    each of the different schedules for this part -> the ranks that declared it. These schedules have only the
              entries that must be equal on all members
-    places   rank -> the earliest place of the difference, as an index in the rank's schedule of the whole step
+    places   rank -> where the difference begins: an index in this rank's schedule of the whole step, from 0
     """
 
     step: int
@@ -56,10 +56,12 @@ class ScheduleDivergence:
     places: Mapping[int, int]
 
     def comes_after(self, deviation: Deviation) -> bool:
-        """Whether a rank left its own schedule (``deviation``) before the schedules of the ranks began to differ.
+        """Whether this difference between the schedules of several ranks comes after ``deviation``.
 
-        If not, the deviation came too late to be the cause of the difference. Both places are compared by step, and
-        within a step by the index in the schedule of the rank that deviated.
+        If not, the judge does not take the deviation as the cause of a hang, because the schedules differed before it.
+        The two places are compared by step, and within a step by index in the schedule of the rank that deviated.
+
+        deviation: a place where one rank left the schedule that it had declared itself
         """
         place = self.places.get(deviation.rank, deviation.index + 1)
         return (deviation.step, deviation.index) < (self.step, place)

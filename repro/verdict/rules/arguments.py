@@ -50,7 +50,7 @@ def arguments_finding(
 def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
     """Return the ranks that did not issue the most common call; () if at most half of the ranks issued this call.
 
-    sides   the different calls that members of a group issued under one sequence number
+    sides   each of the different calls that members issued under one sequence number, with the ranks that issued it
     """
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
@@ -87,7 +87,12 @@ def _call(call: Call) -> str:
 
 
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Find the ranks that passed a wrong size for another rank. A call has one size for each member of the group.
+    """Find the ranks that passed a wrong size for another rank.
+
+    Every call must have one size for each member of the group; otherwise return ().
+
+    key     (name, members) of the group
+    sides   each of the different calls, with the ranks that issued it
 
     An example: the size that rank 0 passed for rank 1 is wrong if rank 1 itself and all remaining members agree on
     another size. But if rank 1 alone differs in its own size, no rank is returned, because rank 1 can be right.
@@ -114,11 +119,16 @@ def _changed(
 ) -> tuple[int, ...]:
     """Find the ranks that did not pass the arguments that all members had passed to this collective before.
 
-    The earlier calls of the same layer and operation are compared. Return () in each of these cases:
+    The calls that now differ are compared with the earlier calls of the same group, layer and operation. Return () in
+    each of these cases:
 
-    - The present calls are of several layers or operations.
-    - The earlier calls had different arguments, or a member issued fewer than two of them.
+    - The calls that now differ are of several layers or operations.
+    - The earlier calls had different arguments, or a member issued fewer than two earlier calls.
     - All ranks changed the arguments.
+
+    key     (name, members) of the group
+    seq     the sequence number of the calls that differ; earlier calls have lower numbers
+    sides   each of the different calls, with the ranks that issued it
     """
     layer = {side.call.signature.layer for side in sides}
     ops = {side.call.signature.op for side in sides}

@@ -174,9 +174,9 @@ class Guard:
     def _explain(self) -> None:
         """Find the first difference between what the ranks issued, and stop all ranks.
 
-        Every rank calls this after a step agreement whose digests differ. If the ranks find no difference, this prints
-        that there is none, and the ranks go on. The digests also cover how many executions each engine has counted, and
-        perhaps only these counts differed. So later digests do not cover these counts.
+        Every rank calls this after a step agreement whose digests differ. If the ranks find no difference, this rank
+        prints so and goes on, and from then on its digests do not cover how many executions its engine has counted:
+        possibly only these counts differed.
         """
         until, called_s = self._clock() + EXPLAIN_S, -CALL_S
         posts: list[Post] = []
