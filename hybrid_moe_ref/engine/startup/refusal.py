@@ -36,7 +36,7 @@ class Refused(ConfigError):
 def check_start(config: ServerConfig, policies: Policies | None = None) -> list[str]:
     """Raise Refused if the ranks could deadlock. With `config.allow_unsafe`, return a line for each reason instead.
 
-    policies: the policies to try; None: check only the settings
+    policies: the policies with which the server will run; None: check only the settings, no policy
     """
     reasons = list(findings(config, policies))
     if reasons and not config.allow_unsafe:
@@ -47,7 +47,7 @@ def check_start(config: ServerConfig, policies: Policies | None = None) -> list[
 def findings(config: ServerConfig, policies: Policies | None = None) -> Iterator[str]:
     """Yield a line for each setting or policy that could make the ranks deadlock.
 
-    policies: the policies to try; None: check only the settings
+    policies: the policies with which the server will run; None: check only the settings, no policy
     """
     yield from _unagreed(config)
     if policies is not None:

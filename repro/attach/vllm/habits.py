@@ -64,7 +64,10 @@ class Habits:
             self._recorder.note_entries(None)
 
     def _learn(self, entries: list[ScheduleEntry]) -> None:
-        """Learn from the collectives of an execution that has ended. The first is the step agreement."""
+        """Learn the schedule of this kind of execution from an execution that has ended.
+
+        entries: the collectives that it issued; the first is the step agreement
+        """
         progress, plans = self._progress, self._progress.plans
         if progress.agreement != (first := tuple(entries[:1])):
             progress.agreement = first  # if equal, keep the old object: the recorder recognises a schedule by identity

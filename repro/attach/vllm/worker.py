@@ -28,7 +28,7 @@ AGREEMENT = "step"
 
 
 class Worker:
-    """What the recorder knows of this process, a worker of vLLM: how far it is, and which schedules it has learned."""
+    """What the recorder knows of this vLLM worker: its current phase and step, and the schedules learned from it."""
 
     def __init__(self, rank: this.Rank, config: Any) -> None:
         self.rank = rank

@@ -69,8 +69,9 @@ def description(document: Any, recogniser: Recogniser) -> Any:
 
 
 def tokens(document: Any, recogniser: Recogniser) -> Any:
-    """Redact reference.json, or the tokens that a rank served: both map a request id to a list of tokens.
+    """Redact the request ids of a map from request id to token ids. The token ids stay.
 
+    document: the content of reference.json, or of the file with the tokens that a rank served
     recogniser: redacts the request ids
     """
     if not isinstance(document, dict):

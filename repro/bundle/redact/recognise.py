@@ -176,11 +176,12 @@ class Recogniser:
     # -- text that may be dropped ------------------------------------------------------------------------------------
 
     def line(self, text: str, before: str = "") -> str:
-        """Return a line of prose, redacted. A line that is left out is counted in ``left_out`` and becomes "".
+        """Return the line, with shortened paths, if it may stay; otherwise count it in ``left_out`` and return "".
 
-        A recognised line stays. Any other line stays only with ``search`` (--with-logs), and only if this search finds
-        nothing private in the line or in the line above (``before``). The line above matters because it can name a
-        secret whose value is in this line.
+        A line may stay if `recognised` accepts it. With ``search`` (--with-logs), a line may also stay if this search
+        finds nothing private in it and in ``before``.
+
+        before: the line above. It can name a secret whose value is in this line
         """
         kept = self._text(text) if not before or self._is_free(before) else self.recognised(text)
         if kept is None:
@@ -241,8 +242,10 @@ class Recogniser:
     def free(self, text: str, before: str = "") -> str | None:
         """Return an unrecognised text without escapes and invisible characters; None if it must be left out.
 
-        The text stays only with ``search`` (--with-logs), and only if this search finds nothing private in the text or
-        in the line above (``before``). The line above matters because it can name a secret whose value is in the text.
+        The text stays only if ``search`` is given (--with-logs) and finds nothing private in the text and in
+        ``before``.
+
+        before: the line above. It can name a secret whose value is in the text
         """
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 

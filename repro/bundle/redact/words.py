@@ -119,7 +119,11 @@ def _is_path(path: str) -> bool:
 
 
 def is_token(text: str) -> bool:
-    """Whether a token (a piece of text between spaces) is recognised. Punctuation around the token is ignored."""
+    """Whether a token (a piece of text between spaces) is known to be harmless, so that a bundle may show it.
+
+    Harmless are names of known words, numbers, and tokens that are made of these. Punctuation around the token is
+    ignored.
+    """
     if len(text) > MAX_NAME:
         return False
     if text in _MARKS or set(text) <= set("-=*_.^~#") or _LOOPBACK.fullmatch(text.rstrip(".,;:")):

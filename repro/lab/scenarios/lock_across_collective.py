@@ -76,8 +76,8 @@ def policies(settings: RunSettings, rank: int) -> Policies:
     """Return the policies of a rank, which are the objects that decide for its engine.
 
     control: The engine's own policy builds the extension, and nothing is tuned.
-    fault: The rank tunes while it holds the lock.
-    fix: The rank tunes after it has released the lock.
+    fault: The rank builds and then measures the extension (`tune`, which has an all-reduce), all under the build lock.
+    fix: The rank builds under the lock, and calls `tune` after it has released the lock.
     """
     builds = {"control": KernelBuilds, "fault": TuneUnderLock, "fix": TuneAfterLock}
     return Policies(builds=builds[settings.variant]())

@@ -88,7 +88,7 @@ def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Findi
     If the order is not clear, the death is more likely the cause than the failure, because a rank also fails when it
     loses another rank.
 
-    failed   the ranks that failed with an error of their own
+    failed   the failed ranks that `_on_their_own` returns
     """
     early: list[int] = []
     if set(dead) <= case.facts.died.keys():
@@ -152,10 +152,7 @@ def _never_began(case: Case) -> list[int]:
 
 
 def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
-    """Find the ranks that failed with an error of their own.
-
-    Such a rank did not wait when it failed, and no other rank that failed outside a wait has the same error message.
-    """
+    """Find the ranks that were in no wait when they failed, and whose error message no other such rank has."""
     alone = [rank for rank in failed if rank not in case.waits.at]
     words = Counter(case.rank_states[rank].position.detail for rank in alone)
     return [rank for rank in alone if words[case.rank_states[rank].position.detail] == 1]
@@ -164,9 +161,9 @@ def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
 def _error(case: Case, failed: Sequence[int]) -> Finding:
     """Judge a run in which ranks failed and no rank died.
 
-    Of the ranks that failed outside a wait, the first one is the culprit if it failed with an error of its own.
-    Otherwise there is no culprit: the suspects are the ranks with an error of their own, and the ranks for which failed
-    ranks waited.
+    Of the ranks that were not in a wait when they failed, take the first one. It is the culprit if no other of them has
+    its error message. If another has it, there is no culprit. Then the suspects are the ranks whose message no other
+    rank has (`_on_their_own`), and the ranks for which failed ranks waited.
     """
     alone = _on_their_own(case, failed)
     outside = [rank for rank in failed if rank not in case.waits.at]
@@ -199,10 +196,11 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find the ranks that possibly caused a death by different arguments, because their witnesses show no arguments.
+    """Find the ranks whose witnesses do not show with which arguments they entered their collectives.
 
-    These are members of the groups in which a dead rank had not completed a collective. But if the witness of a dead
-    rank itself shows no arguments, return all ranks whose witnesses show none.
+    Such a rank may have caused a death: it may have entered a collective with other arguments than the dead rank.
+    Return only members of the groups in which a dead rank had not completed a collective. But if the witness of a dead
+    rank itself does not show the arguments, return all such ranks.
     """
     unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.compares}
     if unseen & set(dead):

@@ -4,7 +4,8 @@ The folder has these files:
 
 experiment.json        the program, model, flags and version of vLLM, which must be the same in a later `hmr cells`
 cells/NAME/            record/ (the recording), looks/ (what `collect` wrote), outcome.json
-caches/PAIR/           the kernel caches; removed when the warm start has ended
+caches/PAIR/           the kernel caches that a cold start fills and a warm start then uses, such as
+                       dp8ep8-jit-triton; removed when the warm start has ended
 bundles/               NAME.zip: the recording of a cell; NAME-collect.zip: what `collect` saw
 table.txt, table.md    the outcomes of all cells as a table
 results.json           the same outcomes, for programs

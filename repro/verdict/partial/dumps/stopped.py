@@ -67,10 +67,10 @@ def judge_stopped(job: JobRecords, groups: Mapping[Group, Mapping[int, GroupReco
 
 
 def _stands_still(job: JobRecords, ranks: tuple[int, ...]) -> bool:
-    """Whether no stack contradicts the conclusion that the programs of these ranks make no more progress.
+    """Whether the stacks agree with the conclusion that the host programs of these ranks stopped for no known reason.
 
-    A stack contradicts it if it shows work (such as a build or a load), a wait for a lock, or a collective: later rules
-    judge such a rank. Only the last stack of each rank counts. Ranks without a stack are ignored.
+    Return False if the last stack of one of them shows work (such as a build or a load), a wait for a lock, or a
+    collective. This explains why the rank queues nothing, so later rules judge it. Ranks without a stack are ignored.
     """
     stacks = [rows[-1] for rank, rows in job.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)

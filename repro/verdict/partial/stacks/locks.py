@@ -44,9 +44,12 @@ def judge_lock_across(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | Non
 
 
 def judge_locks(job: JobRecords, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis | None:
-    """Judge ranks that wait for a lock, by stacks alone, if no rank builds. Return None if no rank waits for a lock.
+    """Judge ranks that wait for a lock, by stacks alone. Return None if no rank waits for a lock.
 
-    The holder of a lock may change, so a deadlock is reported only if each rank was seen twice at the same place.
+    The caller has already judged jobs in which a rank builds. The holder of a lock may change, so a deadlock is
+    reported only if each rank was seen twice at the same place.
+
+    rows: for each rank the stacks of its main thread, oldest first
     """
     stacks = {rank: stack[-1] for rank, stack in rows.items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")

@@ -26,9 +26,9 @@ class Place:
 
     name    the name of the collective
     inside  pattern of the function that issues the collective
-    below   pattern of the functions that never call `inside`, directly or indirectly, such as the layers of a model
-    unless  pattern of an exception: if a function that matches it is between `below` and `inside`, the call is right;
-            None if there is no exception
+    below   pattern of functions that must not call `inside`, directly or indirectly, such as the layers of a model
+    unless  pattern of functions through which `below` may call `inside` nevertheless; None if there are no such
+            functions
     rule    a sentence that says where the program issues the collective
     """
 
