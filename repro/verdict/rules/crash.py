@@ -162,8 +162,8 @@ def _error(case: Case, failed: Sequence[int]) -> Finding:
     """Judge a run in which ranks failed and no rank died.
 
     Of the ranks that were not in a wait when they failed, take the first one. It is the culprit if no other of them has
-    its error message. If another has it, there is no culprit. Then the suspects are the ranks whose message no other
-    rank has (`_on_their_own`), and the ranks for which failed ranks waited.
+    its error message. If another has it, or if all failed ranks were in a wait, there is no culprit. Then the suspects
+    are the ranks that `_on_their_own` returns, and the ranks for which failed ranks waited.
     """
     alone = _on_their_own(case, failed)
     outside = [rank for rank in failed if rank not in case.waits.at]
