@@ -83,7 +83,7 @@ class PageLayout:
     group_size: int
 
     def pages_for(self, length: int) -> int:
-        """Return the number of pages that one sequence of `length` tokens takes in all groups."""
+        """Return how many pages one sequence of `length` tokens takes: the sum over all groups of layers."""
         return sum(-(-length // self.tokens) if group.kind == "A" else 1 for group in self.groups)
 
 

@@ -74,16 +74,19 @@ def row_of(frames: tuple[str, ...]) -> int | None:
 
 
 def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
-    """Return the index of the best matching row, and the texts that the parentheses in its patterns captured.
+    """Return the row of activities.toml that matches a stack best; None if no row matches.
+
+    The result is (index of the row, the texts that the groups in its patterns captured). A row has one or more regular
+    expressions. It matches if they match frames of the stack in this order, from the innermost frame outwards.
 
     If several rows match, the first of these rules that tells them apart decides. The best row
 
-    1. is not marked `generic` in the table;
+    1. is not marked `generic` in activities.toml;
     2. matches, with its first pattern, a frame further inside than the other rows;
     3. has the most patterns;
-    4. comes first in the table.
+    4. comes first in activities.toml.
 
-    Returns None if no row matches.
+    frames: the frames of the stack as "function (file:line)", innermost first
     """
     best: tuple[tuple[bool, int, int, int], list[str]] | None = None
     for place, frame in enumerate(frames):

@@ -80,7 +80,7 @@ class Live(NamedTuple):
     """Four counters in a witness, in which the writer counts what it has written. A damaged counter is None.
 
     events         events that are recorded completely
-    vector_words   numbers of 8 bytes in the ring of size vectors, with overwritten ones
+    vector_words   words of 8 bytes used for size vectors since the file was created, overwritten words included
     strings        strings
     groups         groups with a slot, that is, whose progress is stored
     """

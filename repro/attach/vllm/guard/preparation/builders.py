@@ -39,8 +39,8 @@ def _gdn_on_flashinfer(model: Any) -> bool:
 def _moe_on_flashinfer(model: Any) -> bool:
     """Whether a layer of the model has vLLM's FlashInferExperts (CUTLASS) as its experts.
 
-    The experts are in an attribute `fused_experts`. Depending on the version of vLLM, it belongs to the layer's
-    quant_method, or to the moe_kernel or the kernel of this quant_method.
+    The version of vLLM decides which object has the experts as its attribute ``fused_experts``: the layer's
+    ``quant_method``, ``quant_method.moe_kernel``, or ``quant_method.kernel``.
     """
     for module in model.modules():
         method = getattr(module, "quant_method", None)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hybrid_moe_kernels.build_lock import BuildLock
 
 DEADLINE_S = 1800.0
-"""Seconds after which a build, or the wait for it, counts as failed, unless HMR_GUARD_BUILD_DEADLINE is set."""
+"""For how many seconds a rank waits for a build of another rank, unless HMR_GUARD_BUILD_DEADLINE is set."""
 
 SAY_S = 5.0
 """A rank that waits for the build lock prints a line each time that this many seconds have passed."""

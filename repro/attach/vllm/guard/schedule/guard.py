@@ -5,9 +5,10 @@ that the rank has issued since the last agreement, the schedules that it has lea
 model its engine has counted. So all ranks see all digests. If the digests differ, the ranks compare their last
 collectives through torch's store, and stop with an error message about the first difference.
 
-A schedule has the collectives that the rank issued after earlier agreements of the same kind. Before a rank issues a
-collective that is not the next one of its schedule, the rank waits until each other rank has written into the store
-which collective it issues at this position. If this is the same collective on all ranks, all go on; else they stop.
+A rank learns one schedule for each kind of step: the collectives that it issued in earlier steps of this kind. If a
+rank is about to issue a collective that is not the next one of its schedule, it asks the other ranks to write their
+latest collectives into the store. It waits until each of them has issued its collective with the same number, or is
+about to issue it. If this is the same collective on all ranks, they go on; otherwise all ranks stop.
 """
 
 from __future__ import annotations
