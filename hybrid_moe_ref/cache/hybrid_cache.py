@@ -229,11 +229,14 @@ class HybridCache:
         return pasts
 
     def _num_token_pages(self, sequence: Sequence) -> int:
-        """Return a sequence's number of pages in one group of attention layers; it is the same in all these groups."""
+        """Return how many pages a sequence has in a layer group (layers that share page numbers) of attention layers.
+
+        The number is the same in all these groups.
+        """
         return len(sequence.pages[self._attention[0]]) if self._attention else 0
 
     def _extend(self, sequence: Sequence, count: int) -> None:
-        """Take `count` more pages for a sequence, in each group of attention layers."""
+        """Take `count` more pages for a sequence, in each layer group (layers that share page numbers) of attention."""
         if not count:
             return
         start, new = self._num_token_pages(sequence), [self._take(count) for _ in self._attention]

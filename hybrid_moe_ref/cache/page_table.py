@@ -33,7 +33,8 @@ class PageTable:
     def add(self, slots_G: list[int]) -> int:
         """Add a row for a new sequence, which has no KV pages yet. Return the index of the row.
 
-        slots_G: for each group of recurrent layers, the page that holds the states of the sequence
+        slots_G: for each group of recurrent layers (layers that share page numbers), the page that holds the states of
+        the sequence
         """
         if not self._free:
             num_rows = self._slot_GR.shape[1]
@@ -47,7 +48,8 @@ class PageTable:
     def extend(self, row: int, start: int, pages: list[list[int]]) -> None:
         """Write new page numbers into a row, from index `start` on.
 
-        pages: for each group of attention layers, the new page numbers; all groups have equally many
+        pages: for each group of attention layers (layers that share page numbers), the new page numbers; all groups
+        have equally many
         """
         new_GW = torch.tensor(pages, dtype=torch.long, device=self._page_GRW.device)
         end = start + new_GW.shape[1]
@@ -63,7 +65,7 @@ class PageTable:
     def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
         """Return, for each of B sequences, its first `width` page numbers in one group of attention layers: [B, width].
 
-        group   index of the group among the groups of attention layers
+        group   index of the group (layers that share page numbers) among the groups of attention layers
         rows_B  the row of each sequence
         """
         return self._page_GRW[group, rows_B, :width]
@@ -71,7 +73,7 @@ class PageTable:
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
         """Return, for each of B sequences, the page with its states for one group of recurrent layers: [B].
 
-        group   index of the group among the groups of recurrent layers
+        group   index of the group (layers that share page numbers) among the groups of recurrent layers
         rows_B  the row of each sequence
         """
         return self._slot_GR[group, rows_B]

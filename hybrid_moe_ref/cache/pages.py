@@ -62,7 +62,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The page size of a model, and the groups of its layers.
+    """The page size of a model, and its layer groups (layers of one kind that share page numbers).
 
     tokens            tokens of an attention page; 0 without attention layers
     page_bytes        bytes of a page in one buffer, that is, for one layer
@@ -70,7 +70,7 @@ class PageLayout:
                       recurrent layers
     bytes_per_token   bytes of one token's KV entries in one layer
     states            size of one sequence's state in one layer, by the kind of the layer ("G" or "M")
-    groups            all groups of layers
+    groups            all layer groups
     group_size        largest number of layers in a group
     """
 
@@ -83,7 +83,10 @@ class PageLayout:
     group_size: int
 
     def pages_for(self, length: int) -> int:
-        """Return how many pages one sequence of `length` tokens takes: the sum over all groups of layers."""
+        """Return how many pages one sequence of `length` tokens takes, summed over all layer groups.
+
+        A layer group is a set of layers that share page numbers.
+        """
         return sum(-(-length // self.tokens) if group.kind == "A" else 1 for group in self.groups)
 
 

@@ -79,8 +79,9 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     The number in config.json cannot be trusted. Qwen3-Next has no key for this number. Qwen3.5 has such a key, but
     when transformers saves a model, transformers keeps the key and drops the tensors.
 
-    If the config has an MTP layer, but the folder has no tensors for it, log a warning. Raises CheckpointError if the
-    folder has tensors for more than one MTP layer, or if the config says a different number that is not 0.
+    If the config has an MTP layer, but the folder has no tensors for it, log a warning and return 0 MTP layers. If the
+    folder has such tensors, raises CheckpointError in two cases: they are for more than one MTP layer, or the config
+    has MTP layers, but a different number of them.
     """
     names = [name for name in shards.names if name.startswith(MTP)]
     if not names:

@@ -87,7 +87,8 @@ class GraphChoice:
 class Tuning:
     """Lets the ranks choose, for each number of rows, a tactic (a way to compute the experts).
 
-    If every rank has a saved choice, the ranks use their saved choices. Otherwise all ranks time the tactics.
+    If every rank has a choice that an earlier start saved, the ranks use these choices. Otherwise all ranks time the
+    tactics.
     """
 
     def tune(self, tuner: ExpertTuner) -> None:
@@ -95,7 +96,8 @@ class Tuning:
 
         Every rank calls this in the phase `profile`, before its first step.
 
-        tuner: has a method for each part of this work: vote, time the tactics, load, save and use a choice
+        tuner: has a method for each part of this work: vote, time the tactics; load, save and use a choice, which is a
+        tactic for each number of rows
         """
         chosen = self.load(tuner)
         tuner.declare((TUNING_VOTE,))

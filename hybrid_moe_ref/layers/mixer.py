@@ -17,8 +17,8 @@ from hybrid_moe_ref.batch import Batch, Part
 class Mixer(nn.Module):
     """A token mixer, called once per step and layer.
 
-    pasts: one view of the cache for each `Group` of the batch whose sequences are cached. None: every sequence starts
-    without state, and no state is kept.
+    pasts: one view of the cache for each `Group` of the batch (sequences with equally many new tokens) that is cached.
+    None: every sequence starts without state, and no state is kept.
     """
 
     def forward(self, x_NH: Tensor, batch: Batch, pasts: Sequence | None = None) -> Tensor:
@@ -33,6 +33,7 @@ class Mixer(nn.Module):
     def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
         """Mix the T rows [T, H] of one part of the batch, one sequence after another. Returns rows [T, H].
 
-        pasts: one view of the cache for each `Group` of the part; empty if the part is not cached
+        pasts: one view of the cache for each `Group` of the part (sequences with equally many new tokens); empty if the
+        part is not cached
         """
         raise NotImplementedError

@@ -36,7 +36,10 @@ class NormThenGate(nn.Module):
 
 
 class GateThenNorm(nn.Module):
-    """weight * y / rms(y) with y = x * silu(gate): Mamba-2's output norm, computed over each group of features."""
+    """weight * y / rms(y) with y = x * silu(gate): Mamba-2's output norm.
+
+    The mean square is computed over each of `num_groups` equal ranges of the features.
+    """
 
     def __init__(self, size: int, num_groups: int, eps: float) -> None:
         super().__init__()

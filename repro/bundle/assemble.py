@@ -69,7 +69,7 @@ class Made:
     """The result of making a bundle: the zip, and what it does not contain.
 
     size       size of the zip in bytes
-    left_out   for each kind of content, such as "names", how many pieces were left out or replaced
+    left_out   how often something was left out or replaced, by the kind of content: "names", "text", "files", …
     notes      sentences for the user, for example about files that were left out or shortened
     """
 
@@ -251,9 +251,10 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
 
 
 def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
-    """Return the recognised lines of ``before``; for any other line, the line of ``again`` at the same place.
+    """Return the lines of ``before`` that are known to be harmless, and replacements for the other lines.
 
-    If the line of ``again`` is not recognised either, or does not exist, the line of ``before`` is left out.
+    A line is replaced by the line of ``again`` with the same index. If that line does not exist, or is not known
+    to be harmless either, the line is left out.
 
     before: a list of lines from the run's verdict.json
     again: the same list from the judgement of the copy

@@ -127,6 +127,9 @@ def _by_the_world(communicators: Iterable[Sequence[Member]], seen: set[_Key]) ->
 
     If this communicator contains all processes in ``seen``, it contains all ranks, so its ranks are global ranks.
     Return {} if it lacks a process, or if two communicators of the largest size give different ranks.
+
+    communicators   the processes of each NCCL communicator
+    seen            all processes that the evidence shows in a communicator
     """
     rows = list(communicators)
     largest = max((members[0].size for members in rows), default=0)
@@ -143,7 +146,10 @@ def _key(member: Member) -> _Key:
 
 
 def _is_one_communicator(rows: Sequence[Member]) -> bool:
-    """Whether these members can be of one communicator: all have the same `size`, and no rank has two processes."""
+    """Whether all these processes can belong to one NCCL communicator.
+
+    They can if the communicator has the same `size` for all of them, and no rank has two processes.
+    """
     processes: dict[int, _Key] = {}
     return all(row.size == rows[0].size and processes.setdefault(row.rank, _key(row)) == _key(row) for row in rows)
 

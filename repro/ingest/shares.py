@@ -1,7 +1,7 @@
 """Read many files in parallel.
 
-The files are split into shares. This process reads the first share. Each of the other shares is read by a child process
-of its own.
+The list of files is split into parts, the shares. This process reads the files of the first share. A child process
+of its own reads each of the other shares.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def read_shares(files: Share, read: Callable[[Share], T]) -> Iterator[T]:
     are in one share. If a child process cannot be started, or ends without a result, this process reads its share.
 
     files: (path, name for messages) of each file
+    read: reads the files of one share, that is a part of the list ``files``; its result is yielded
     """
     first, *others = _shares(files)
     with contextlib.ExitStack() as stack:
@@ -80,7 +81,10 @@ def _num_processors() -> int:
 
 @contextlib.contextmanager
 def _child(share: Share, read: Callable[[Share], T]) -> Iterator[Connection]:
-    """Start a child process that reads one share of the files. Yield the connection that receives its result."""
+    """Start a child process that calls ``read(share)``. Yield the connection that receives the result.
+
+    share: the files that the child reads, each as (path, name for messages)
+    """
     answer, end = multiprocessing.Pipe(duplex=False)
     child = ForkProcess(target=_work, args=(share, read, end, answer))
     try:

@@ -134,6 +134,7 @@ def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Ite
 
     Differences that no flag can set are left out.
 
+    plain: the settings that the command has without flags
     *without: names of settings whose differences are also left out, such as "num_ranks" or "engine.moe_backend"
     """
     for flag in FLAGS:

@@ -66,9 +66,11 @@ def _words(flags: Iterable[tuple[Flag, Any]]) -> list[str]:
 
 
 def _changed(plain: RunSettings, flags: Iterable[tuple[Flag, Any]]) -> RunSettings | None:
-    """Return ``plain`` with the values of these flags.
+    """Return ``plain``, the settings of a command without flags, changed by these flags.
 
     Return None if the result is invalid: some values are valid only together with a setting that no flag can set.
+
+    flags: (flag, its value) pairs
     """
     values = {flag.field: value for flag, value in flags}
     engine = {field.removeprefix("engine."): value for field, value in values.items() if field.startswith("engine.")}

@@ -258,7 +258,7 @@ class RunSettings(Config):
 def _check_bounds(config: Config, where: str = "") -> None:
     """Raise ConfigError for the first value above its limit in :data:`LARGEST`.
 
-    The limit of a list or text is its largest length. A value without a row in LARGEST has a default limit.
+    The limit of a list or text is its largest length. A value that LARGEST does not name has a default limit.
 
     where: the path of this config within the settings, such as "model."; "" for the settings themselves
     """

@@ -51,8 +51,9 @@ def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device)
 class PreparedKernels:
     """The kernels that one engine has prepared at its start.
 
-    choice   the setting of the kernel registry at the start, such as "auto"
-    table    for each operation, the backend that this setting selects
+    choice         the setting of the kernel registry at the start, such as "auto"
+    device, dtype  those in which the engine's model computes
+    table          for each operation, the backend that this setting selects
 
     All engines in a process share the registry. If its setting was changed after the start, `check` raises an error,
     because this engine would run kernels that it did not prepare.

@@ -204,9 +204,16 @@ def apply_tensor_parallel(
 
 @dataclass(frozen=True)
 class _Sharding:
-    """Replaces modules of the model by one rank's parts. `whole` is the configuration of the unsharded model.
+    """Replaces modules of the model by one rank's parts.
 
-    Each method returns the collectives that a forward pass through the replaced modules issues, in order.
+    Each method `share…` returns the collectives that a forward pass through the replaced modules issues, in order.
+
+    whole    the configuration of the unsharded model
+    place    the position of this rank in its tp group
+    experts  how the ranks share the routed experts
+    backend  the class of the hooks that exchange tokens before and after the experts (C2 and C3)
+    adder    the class of the hook that sums the output of a module over the tp group
+    context  what the layers know about the other ranks in a step, such as their numbers of tokens
     """
 
     model: HybridMoE

@@ -56,7 +56,7 @@ def config(document: Any, recogniser: Recogniser) -> Any:
 
 
 def description(document: Any, recogniser: Recogniser) -> Any:
-    """Redact the content of run.json: drop commands that are not recognised, and make the field `family` empty.
+    """Redact run.json: drop each command with a word not known to be harmless, and make the field `family` empty.
 
     `family` is a digest of the run's settings, and some of these settings are left out of the bundle.
 
@@ -127,7 +127,7 @@ def _known(value: Any, names: frozenset[str], recogniser: Recogniser) -> Any:
 
 
 def _lines(lines: Any, recogniser: Recogniser) -> list[str]:
-    """Redact the lines of a list, and leave out those that are not recognised."""
+    """Redact the lines of a list, and leave out those that are not known to be harmless."""
     return [text for line in lines if (text := recogniser.line(str(line)))] if isinstance(lines, list) else []
 
 
@@ -168,9 +168,9 @@ def _references(text: str, recogniser: Recogniser) -> str:
 
 
 def _command(words: Any, recogniser: Recogniser) -> list[str]:
-    """Return the words of a command; [] if one of its words is not recognised.
+    """Return the words of a command; [] if one of its words is not known to be harmless.
 
-    Without this word, the command would do something different.
+    The whole command is dropped, because without this word it would do something different.
     """
     before = ""
     for word in map(str, words) if isinstance(words, list) else ():

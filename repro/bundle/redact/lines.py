@@ -55,7 +55,7 @@ def _log_lines(text: str, recogniser: Recogniser) -> Iterator[str | None]:
 
 
 def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
-    """Rebuild one line from its recognised parts. Returns None if no part is recognised.
+    """Keep the parts of a line that are known to be harmless. Returns None if there is no such part.
 
     before: the line above this line in the log. It can name a secret whose value is in this line
     """
@@ -89,10 +89,10 @@ def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
 
 
 def _rebuilt(match: re.Match[str], recogniser: Recogniser) -> str:
-    """Redact a prefix of a log line, such as a time, a host, a path, or the name and pid of a process.
+    """Return a prefix of a log line, redacted if it contains a host, a path, or the name and pid of a process.
 
-    A host becomes a stand-in. A path is shortened; if it is not recognised, it becomes "file". The name and pid become
-    "(pid)" if the name is not a known word. Any other prefix stays.
+    A host becomes a stand-in. A path is cut to the part below a known package; without such a part it becomes "file".
+    The name and pid become "(pid)" if the name is not a known word. Any other prefix, such as a time, is unchanged.
 
     match: a match of one of _PREFIXES
     """

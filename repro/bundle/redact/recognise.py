@@ -51,7 +51,7 @@ class Recogniser:
     private    names that are always replaced, even if they consist of known words, such as "gpu-node"
     search     given with --with-logs: called with text that is not recognised, returns True to keep the text. Without
                a search, such text is left out
-    left_out   for each kind of content, such as "names", how many pieces were left out or replaced
+    left_out   how often something was left out or replaced, by the kind of content: "names", "text", "files", …
     hosts      for each host name, its stand-in
     """
 
@@ -107,7 +107,7 @@ class Recogniser:
     def string(self, text: str) -> str:
         """Redact a string such as a name, a path, a call site or an error message.
 
-        What is not recognised in the string becomes a stand-in. Equal strings have equal results. Different strings
+        What is not known to be harmless becomes a stand-in. Equal strings have equal results. Different strings
         have different results, but two different call sites can have the same result.
         """
         known = self._strings.get(text)
@@ -137,7 +137,7 @@ class Recogniser:
         return self._text(text) or self.stand_in("text" if " " in text else "name", text)
 
     def function(self, text: str) -> str:
-        """Redact a function name. A name that is not recognised gets a stand-in.
+        """Redact a function name. A name that is not known to be harmless is replaced by a stand-in.
 
         With a search (--with-logs), such a name is kept if one of its words is known and the search finds nothing in
         the name that could be private.
@@ -240,7 +240,7 @@ class Recogniser:
         return kept
 
     def free(self, text: str, before: str = "") -> str | None:
-        """Return an unrecognised text without escapes and invisible characters; None if it must be left out.
+        """Return a text not known to be harmless, without escapes and invisible characters; None to leave it out.
 
         The text stays only if ``search`` is given (--with-logs) and finds nothing private in the text and in
         ``before``.
@@ -250,7 +250,7 @@ class Recogniser:
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
-        """Whether text that is not recognised can stay: ``search`` is given, and finds nothing private."""
+        """Whether text not known to be harmless can stay: ``search`` is given, and finds nothing private."""
         return self.search is not None and len(text) <= MAX_TEXT and self.search(text)
 
 

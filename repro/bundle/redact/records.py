@@ -249,8 +249,8 @@ def _files_of(records: Iterable[Observation]) -> set[str]:
 def _stand_ins_of_files(names: Iterable[str], recogniser: Recogniser) -> Mapping[str, str]:
     """Return, for each file name, its redacted name.
 
-    If all names are recognised, they stay. Otherwise each name is replaced by its position in the sorted list and the
-    recognised parts of its last component, so that the names keep their order.
+    If all names are known to be harmless, they stay. Otherwise each name is replaced by its position in the sorted list
+    and the harmless parts of its last component, so that the names keep their order.
     """
     ordered = sorted(names)
     reduced = {name: _reduced(name, recogniser) for name in ordered}
@@ -262,7 +262,7 @@ def _stand_ins_of_files(names: Iterable[str], recogniser: Recogniser) -> Mapping
 
 
 def _reduced(name: str, recogniser: Recogniser) -> str:
-    """Replace the unrecognised parts of a file name by "x": "gpu17/worker_dp0_joe.log" -> "x/worker_dp0_x.log"."""
+    """Replace the unknown words of a file name by "x": "gpu17/worker_dp0_joe.log" -> "x/worker_dp0_x.log"."""
 
     def part(match: re.Match[str]) -> str:
         return match[0] if is_word(match[0]) or _FILE_NUMBER.fullmatch(match[0]) else "x"

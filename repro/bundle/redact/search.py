@@ -81,7 +81,7 @@ def literals_of(environment: Mapping[str, str]) -> set[str]:
 
 
 def _is_plain(token: str) -> bool:
-    """Whether a token is recognised, or looks like a word of a natural language."""
+    """Whether a token is known to be harmless, or looks like words of a natural language."""
     if is_token(token):
         return True
     if re.search(r"[-./']", token):

@@ -149,7 +149,7 @@ def _is_transfer(text: str) -> bool:
 
 
 def _is_joined(text: str) -> bool:
-    """Whether a token is made of recognised parts: an option, name=value, a call, a list, a path or joined words."""
+    """Whether a token is made of harmless parts: an option, name=value, a call, a list, a path or joined words."""
     if text.startswith("-"):
         option, equals, value = text.lstrip("-").partition("=")
         return all(map(is_word, option.split("-"))) and (not equals or is_token(value))

@@ -20,7 +20,7 @@ from repro.watch.document import Document
 def exit_code(documents: Sequence[Document]) -> int:
     """Return the exit code for all verdicts together: EXPECTED if every verdict is as expected.
 
-    Otherwise it is CANNOT_TELL if all unexpected verdicts are inconclusive, and UNEXPECTED if at least one is not.
+    Otherwise it is CANNOT_TELL if all unexpected verdicts are `inconclusive`, else UNEXPECTED.
 
     documents: the content of verdict.json of each run
     """

@@ -234,9 +234,9 @@ class Columns:
 
 
 class _Forms:
-    """The distinct forms of one group's operations, numbered from 0.
+    """The distinct operations of one process group, numbered from 0.
 
-    Operations with the same name, sizes, types, peer and stack share a form.
+    Operations with the same name, sizes, types, peer and stack count as one: they share a form.
     """
 
     def __init__(self, members: tuple[int, ...], frames_of: Callable[[Any], tuple[str, ...]]) -> None:

@@ -39,7 +39,7 @@ def _any_row() -> re.Pattern[str]:
 
 @lru_cache(maxsize=65_536)
 def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
-    """Return (index of the row, match) for each table row whose first pattern matches this frame.
+    """Return (index of the row, match) for each row of activities.toml whose first pattern matches this frame.
 
     The result is cached, because the stacks of many ranks have the same frames.
     """
@@ -53,7 +53,7 @@ def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
 def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
     """Return (activity, detail) of the thread with this stack, such as ("building", "a Triton kernel").
 
-    Returns ("", "") if no row of the table matches.
+    Returns ("", "") if no rule in activities.toml matches.
 
     frames   "function (file:line)", innermost first
     """

@@ -44,6 +44,7 @@ def run(
     """Run one variant to its verdict. Returns the run directory and the content of verdict.json.
 
     out: the folder in which the run directory is created
+    interrupt: returns whether the user has interrupted
     display: shows the progress of the run
     start: starts the ranks; from :func:`repro.lab.start.job.launcher`
     known_reference: reference.json of an earlier run with the same ``reference_key``; None if there is none

@@ -25,8 +25,9 @@ from repro.watch.document import Document
 class Series:
     """Runs the variants of one command, one after another.
 
-    out      the folder for the run directories
-    start    starts the ranks; from :func:`repro.lab.start.job.launcher`
+    out        the folder for the run directories
+    start      starts the ranks; from :func:`repro.lab.start.job.launcher`
+    interrupt  returns whether the user has interrupted
     """
 
     out: Path

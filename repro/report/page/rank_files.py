@@ -33,7 +33,7 @@ class RankText:
 
 
 def stacks(data: RunData) -> list[RankText]:
-    """Return the Python stacks of the ranks' main threads. Ranks with equal stacks share one."""
+    """Return the Python stacks of the ranks' main threads. Ranks with equal stacks share one `RankText`."""
     return _merge(data, lambda rank: main_stack(read_text(data.run_dir.stack(rank))))
 
 
@@ -46,7 +46,7 @@ def launcher_log(data: RunData) -> str:
 
 
 def environments(data: RunData) -> list[RankText]:
-    """Return which software the ranks loaded: versions and paths. Ranks with the same software share one text."""
+    """Return which software the ranks loaded: versions and paths. Ranks with equal software share one `RankText`."""
     return _merge(data, lambda rank: read_text(data.run_dir.environment(rank)))
 
 
