@@ -91,8 +91,9 @@ def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
 def _rebuilt(match: re.Match[str], recogniser: Recogniser) -> str:
     """Return a prefix of a log line, redacted if it contains a host, a path, or the name and pid of a process.
 
-    A host becomes a stand-in. A path is cut to the part below a known package; without such a part it becomes "file".
-    The name and pid become "(pid)" if the name is not a known word. Any other prefix, such as a time, is unchanged.
+    A host becomes a stand-in. A path is cut to the part that begins at a known package; without such a part it
+    becomes "file". A file name of known words is unchanged. The name and pid become "(pid)" if the name is not a known
+    word. Any other prefix, such as a time, is unchanged.
 
     match: a match of one of _PREFIXES
     """
