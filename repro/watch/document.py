@@ -222,7 +222,7 @@ def describe(verdict: Verdict, **more: Any) -> Document:
 
 
 def progress_of(look: Look) -> dict[int, Progress]:
-    """Return, for each rank with a witness, how much the rank had recorded at the time of the look."""
+    """Return, for each rank with a witness, how much the rank had recorded when the watcher read it for ``look``."""
     return {
         rank: Progress(witness.num_events, witness.heartbeat_ns) for rank, witness in sorted(look.witnesses.items())
     }

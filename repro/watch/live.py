@@ -241,7 +241,7 @@ class Watch:
         return self._look.verdict(self.options, wrong_numbers).with_evidence(self._look.notes)
 
     def _take_look(self) -> Look:
-        """Take a look at the run: read the clock first, then the ranks' processes, then their witnesses."""
+        """Return all that the watcher can observe now. Read the clock first, then the processes, then the witnesses."""
         now_ns = self.host.now_ns()
         self._tails.open()
         running = self._running()

@@ -37,7 +37,7 @@ def options_of(description: RunDescription) -> WatchOptions:
 class Again:
     """The result of judging a run again from its files.
 
-    look      the look at the run that was judged
+    look      what was judged: the witnesses of all ranks and the facts about their processes at one moment
     decided   the content of the verdict.json that the watcher wrote; None if the file is missing or damaged
     whole     False if verdict.json or a witness is damaged or incomplete, if a witness has changed since the verdict,
               or if the witnesses are not all of one run

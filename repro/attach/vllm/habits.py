@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class Habits:
-    """Learns the schedules of one rank, and keeps them in ``progress``, which the hooks in C also read.
+    """Learns which collectives each kind of model execution issues on one rank (its schedules).
+
+    The schedules are kept in ``progress``, the object with the rank's phase and step, which the hooks in C also read.
 
     Call all methods with the rank's lock held.
     """

@@ -37,8 +37,8 @@ class Collection:
     job       the job; `collect` fills in ranks that it finds in local variables on the stacks
     signal    number of a signal at which the job's handler writes stacks; 0 if the user allowed none
     logs      log files that the user named
-    numbered  whether no real rank is known. The processes that can be ranks are then numbered from 0, in the order of
-              their pids
+    numbered  True if the real ranks could not be found. Then the processes that can be ranks are numbered from 0, in
+              the order of their pids
     hidden    the keys are sentences: for each piece of evidence that could not be taken, what is missing, and why
     """
 
@@ -80,7 +80,7 @@ class Collection:
     def _sample_moving(self, sample: str) -> None:
         """Take another stack of each process that possibly makes progress, although its first stack looks like a wait.
 
-        sample: one of SAMPLES, which becomes part of the name of each stack file
+        sample: a letter ("b", "c" or "d") that becomes part of the name of each stack file
         """
         program = find_py_spy()
         for pid, answer in (take_stacks(program, self._moving) if program else {}).items():

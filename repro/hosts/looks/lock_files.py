@@ -19,6 +19,7 @@ from repro.hosts.looks.proc import PROC, open_files, read_text
 class TableEntry:
     """A line of /proc/locks.
 
+    kind     the kernel's word for the lock, in lower case: "flock", "posix" or "lease"
     pid      0 if the process is in another pid namespace
     device   major and minor number of the device that has the file
     waits    True if the process waits for the lock, False if it holds the lock

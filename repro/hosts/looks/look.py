@@ -32,8 +32,8 @@ def look_at(
     number    the number of this look, from 1
     stacks    the threads of each process whose stacks could be taken at about this moment, by pid
     hidden    sentences about evidence that could not be taken
-    numbered  whether no real rank is known. The processes that can be ranks are then numbered from 0, in the order of
-              their pids
+    numbered  True if the real ranks could not be found. Then the processes that can be ranks are numbered from 0, in
+              the order of their pids
     """
     table = read_all()
     children = {pid: descendants(table, pid)[:MAX_CHILDREN] for pid in job.pids}

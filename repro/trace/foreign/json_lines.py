@@ -71,8 +71,8 @@ class _Dump(msgspec.Struct):
     def record(self) -> RecorderDump:
         """Convert the fields, which are untrusted, to a `RecorderDump`.
 
-        Raises ValueError if `order` does not have each operation of each group exactly once, or if `knows` has a bit
-        that is no aspect.
+        Raises ValueError if `order` does not have each operation of each group exactly once. Also raises ValueError if
+        `knows` has a bit that is no flag of `Knows`; each flag is something that a dump can show.
         """
         counts = Counter(self.order)
         if any(counts.pop(index, 0) != len(record.calls) for index, record in enumerate(self.groups)) or counts:
@@ -86,7 +86,7 @@ class _Dump(msgspec.Struct):
 class _Pairs(msgspec.Struct):
     """The fields of `Connections` in types that JSON has.
 
-    `between` has rows: pid, pid of the other end, number of connections between the two.
+    Each part of `between` is (pid, pid of the other end, number of connections between the two).
     """
 
     host: str

@@ -36,7 +36,14 @@ def sealed_part(*fields: int) -> tuple[bytes, int]:
 
 
 class Group:
-    """The counters of one group on this rank, and the offset of the 128 bytes (slot) of this group in the witness."""
+    """The counters of one process group on this rank, and where the witness stores the group's progress (its slot).
+
+    index      index of the slot; NO_GROUP if the file has none left
+    last       offset in the file of the slot's copy of the event that issued the group's last collective
+    left_word  where the slot stores the number of the last completed collective: its offset in 8-byte words
+    seq, left  sequence numbers of the last issued and of the last completed collective
+    hash       rolling hash of all collectives that the rank has issued in the group
+    """
 
     __slots__ = ("hash", "index", "last", "left", "left_word", "seq")
 

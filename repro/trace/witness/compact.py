@@ -58,6 +58,10 @@ def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geom
     """Return the smallest areas of the file that still contain all events and all vectors (lists of sizes).
 
     Each event and vector keeps its offset in its area.
+
+    shape         the areas of the original file
+    live          how many events, words and strings the writer has counted
+    string_bytes  room for the strings of the new file
     """
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:

@@ -94,7 +94,7 @@ _LARGEST = {"ring_records": 1 << 20, "vector_words": 1 << 20, "string_bytes": 1 
 
 
 class Kind(enum.IntEnum):
-    """The kind of a record.
+    """What a record says, for example that a collective was issued or is complete.
 
     The field ``sig`` of a record is the index of a string. The kind says what this string is: a collective's
     signature, a schedule, the name of a lock or build, or an error message.

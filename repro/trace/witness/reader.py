@@ -40,13 +40,17 @@ class Signature(NamedTuple):
 class Witness:
     """The events that one rank recorded, and how far it has come in each group.
 
+    name         the name of the file, for messages
     writer       the process that wrote the file, from the header
+    strings      the texts to which events refer by their index in this list, such as layers and call sites
+    groups       how far the rank has come in each group
     ring         the readable events, packed
     last         the newest readable event
     num_events   number of the newest readable event; events are counted from 1, so overwritten events count, too
     first_event  number of the oldest readable event; if it is above 1, older events were overwritten
     complete     False if the file is damaged, its last record is incomplete, or the members of a group are unknown
     damaged      whether some bytes do not match their checksums, so that no certain conclusion is possible
+    heartbeat    the name of the last heartbeat (a sign of life that is no event); heartbeat_ns is its time
     problems     a line for each problem of the file: "rank003.wit:38912: damage: …"
     vectors      a dict from (offset, number of sizes) to the packed sizes of a collective, for collectives with more
                  than one size
@@ -92,7 +96,7 @@ class Witness:
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
-        """Return, for each collective, the kind of its newest event.
+        """Return, for each collective, the kind of its newest event, which says if it was issued, awaited or completed.
 
         The key of a collective is ((group name, members), sequence number).
         """
@@ -134,7 +138,7 @@ class Witness:
     def schedule(self, sig: int) -> tuple[tuple[str, str, str], ...]:
         """Return the schedule that the rank declared for a step: (group, op, layer) of each entry.
 
-        sig: the field ``sig`` of the record of kind STEP.
+        sig: the field ``sig`` of the event with which the step begins
         """
         return _schedule(self.text(sig))
 

@@ -15,7 +15,8 @@ MOST_RANKS = 1 << 20
 def list_waits(waits: Waits, rank_states: Mapping[int, RankState]) -> tuple[Wait, ...]:
     """Return a `Wait` for each collective and lock in which a living rank waits. The waits of a cycle come first.
 
-    waits   the wait-for graph
+    waits        the wait-for graph
+    rank_states  rank -> what the rank does, and which collectives it issued
     """
     ordered = {node.key: node for node in (*waits.cycle, *waits.nodes.values())}
     listed: list[Wait] = []

@@ -102,6 +102,7 @@ def wait_graph(
 ) -> Waits:
     """Build the wait-for graph. A rank that died or failed inside a collective is among the ranks that wait in it.
 
+    rank_states    rank -> what the rank does, which collectives it issued, and which locks it holds
     ledger         the collectives of all ranks; it shows which ones were issued with different arguments
     lock_holders   as `Facts.lock_holders`: rank -> (the lock for which the rank waits, pid of the lock's holder)
     """

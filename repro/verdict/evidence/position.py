@@ -90,7 +90,7 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """Return the state of the rank for the wait-for graph, if other ranks wait for this rank.
+        """Return the state of this rank as the wait-for graph uses it to explain why others wait for the rank.
 
         If the witness does not show all collectives of the rank, the state is "hidden", because the rank can be further
         than its witness shows. But the states "dead", "failed" and "missing" are returned even then.

@@ -29,7 +29,8 @@ class Diagnosis:
     refutes   what evidence would refute the verdict
     collect   what to collect next, as commands where possible; the most useful comes first
     notes     remarks on log lines that are often misread, and on versions with known defects
-    waits     which ranks wait in which collective or lock for which ranks: rows of {"ranks", "waits_in", "for", …}
+    waits     one dict for each wait: {"ranks": the ranks that wait, "waits_in": the collective or lock, "for": the
+              ranks for which they wait, …}
     """
 
     verdict: str

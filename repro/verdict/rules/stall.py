@@ -22,7 +22,11 @@ windows."""
 
 
 def attended(case: Case) -> Verdict:
-    """Judge waits in collectives that every member has issued and none has completed: `stall` or `inconclusive`."""
+    """Judge waits in collectives that every member has issued and none has completed: `stall` or `inconclusive`.
+
+    The verdict is `stall` if the quiet window has passed, the witnesses of all members are complete and show the
+    arguments, and nothing else explains the wait or shows progress. Otherwise it is `inconclusive`.
+    """
     nodes = case.waits.attended
     names = ", ".join(node.name for node in nodes[:MOST_SENTENCES])
     unseen = sorted({rank for node in nodes for rank in node.collective[0][1] if not case.rank_states[rank].seen})

@@ -220,8 +220,8 @@ def _execute(guard: Guard, requested: bool, original: Callable[..., Any], *args:
 class Distributed:
     """A replacement for the module torch.distributed in those modules of vLLM that issue C1, the step agreement.
 
-    It adds two rows to the all-reduce of C1, by which the ranks compare themselves, and passes everything else on to
-    torch.distributed.
+    It adds two rows to the tensor that C1 all-reduces, by which the ranks compare themselves, and passes
+    everything else on to torch.distributed.
     """
 
     def __init__(self, dist: Any) -> None:

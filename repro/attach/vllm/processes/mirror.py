@@ -146,6 +146,8 @@ class Mirror:
 
         Such a step is declared with the step agreement as its schedule. No agreement is recorded for it, so the judge
         sees that this rank left the agreement out.
+
+        notes: the numbers that the engine writes about itself, such as how many steps it did not request
         """
         skipped, first = notes[Note.SKIPPED], notes[Note.FIRST]
         while self._skipped < skipped:

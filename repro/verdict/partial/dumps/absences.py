@@ -13,8 +13,9 @@ from repro.verdict.partial.words import WORKING, call_in, ranks_of, verb
 def judge_absence(job: JobRecords, waits: Sequence[Wait]) -> Diagnosis | None:
     """Judge waits in a collective that some members have not queued.
 
-    The verdict is `slow` if stacks show that all these members work, apart from members that wait themselves. Otherwise
-    it is `inconclusive`. Return None if every member has queued each collective in which a rank waits.
+    Members that wait themselves are left out, unless all of them wait. The verdict is `slow` if the stacks show that
+    all remaining members work; otherwise it is `inconclusive`. Return None if every member has queued each collective
+    in which a rank waits.
 
     waits   the unfinished collectives of all ranks, each with the members that have not queued it
     """

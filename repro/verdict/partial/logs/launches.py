@@ -45,7 +45,10 @@ def judge_launches(job: JobRecords) -> Diagnosis | None:
 
 
 def _different(group: Group, rows: Mapping[int, Launches]) -> list[str]:
-    """Return a sentence on the first launch whose operation differs between members of a group; [] if none differs."""
+    """Return a sentence on the first launch whose operation differs between members of a group; [] if none differs.
+
+    rows: rank -> the operations that the rank launched in the group
+    """
     calls = {(call.seq, rank): call for rank, row in rows.items() for call in row.calls if call.seq is not None}
     by_number: dict[int, dict[int, str]] = {}
     for (number, rank), call in calls.items():

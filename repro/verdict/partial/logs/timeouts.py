@@ -56,6 +56,8 @@ def _row(timeout: TimedOut, progress: Sequence[Progress]) -> Progress | None:
     The counters are the numbers of the operations that the rank last queued and last completed in the group. The log
     of a rank may also have counters of other groups. For example, torch prints the counters of the default group when
     it asks for a Flight Recorder dump.
+
+    progress   the counters in all log lines of the job. If several belong to the time-out, the nearest line is taken
     """
     fitting = [
         row for row in progress
@@ -158,7 +160,11 @@ def _absent(
 
 
 def _different_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis | None:
-    """Judge time-outs of one group and sequence number whose operations or sizes differ; None if there are none."""
+    """Judge time-outs of one group and sequence number whose operations or sizes differ; None if there are none.
+
+    calls   (group, operation, sequence number) -> rank -> the time-out of this rank
+    rows    time-out -> the rank's counters of queued and completed operations; None if the logs do not have them
+    """
     by_number: dict[tuple[str, int], list[TimedOut]] = {}
     for (name, op, number), by_rank in calls.items():
         if name and number is not None and op not in UNKNOWN_INSIDE:

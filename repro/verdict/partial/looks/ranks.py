@@ -245,9 +245,12 @@ def seconds_between(looks: Sequence[RankLook]) -> float:
 
 
 def wait_row(ranks: Sequence[int], waits_in: str, awaited: Sequence[int], why: str, source: str) -> dict[str, Any]:
-    """Return a row of `Diagnosis.waits`.
+    """Return a dict that describes one wait, for `Diagnosis.waits`.
 
-    ranks, waits_in, awaited, why   as in `repro.verdict.result.Wait`
-    source                          the file that shows the wait
+    ranks     the ranks that wait
+    waits_in  the collective or the lock, as text
+    awaited   the ranks for which they wait; [] if they wait for no rank
+    why       why the wait does not end
+    source    the file that shows the wait
     """
     return {"ranks": list(ranks), "waits_in": waits_in, "for": list(awaited), "why": why, "source": source}

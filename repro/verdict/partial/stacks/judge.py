@@ -52,6 +52,9 @@ def _builder(
 
     The verdict is `slow`, and the ranks that work are the culprits. Return None if no rank works or if all ranks work.
     Also return None if no rank waits for a lock, for a message or in a collective.
+
+    rows          rank -> the stacks of its main thread, oldest first
+    by_activity   activity in the newest stack, such as "building" or "lock" -> the ranks with this activity
     """
     working = sorted(rank for name in WORKING for rank in by_activity.get(name, []))
     locked = by_activity.get("lock", [])
@@ -91,6 +94,9 @@ def _queues(
 
     If an engine waits for an answer of its workers, either a message was lost, or the stacks were taken between two
     steps. If no engine does, the server is possibly idle.
+
+    rows          rank -> the stacks of its main thread, oldest first
+    by_activity   activity in the newest stack, such as "idle" (waits for a message) -> the ranks with this activity
     """
     idle = by_activity.get("idle", [])
     if not idle or len(idle) < len(rows):

@@ -95,6 +95,7 @@ def _across(
     """Judge the ranks ``locked``, which wait for a lock, while the ranks ``inside`` wait for them in a collective.
 
     call    the collective, as text
+    stacks  rank -> the newest stack of its main thread
     whole   whether the evidence covers every rank. If it does, a rank in the collective must hold the lock: `deadlock`.
             If it does not, the verdict is `inconclusive`
     """

@@ -54,6 +54,8 @@ def _asks_early(looks: Mapping[Place, Sequence[Stack]]) -> tuple[int, ...]:
 
     All engines ask this question together, after a fixed number of model executions. If the workers of all other ranks
     are in a collective, their executions have not ended, so the returned ranks ask too early. Otherwise return ().
+
+    looks   ("worker" or "engine", rank) -> the stacks of the main thread of this process, oldest first
     """
     workers = {rank: rows[-1].activity for (role, rank), rows in looks.items() if role == "worker"}
     early = tuple(

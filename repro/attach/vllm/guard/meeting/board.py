@@ -30,8 +30,8 @@ class Field(enum.IntEnum):
 
     ENGINE     process id of the engine
     REQUESTED  how many executions of the model the engine has requested from its workers
-    COUNTED    how many executions the engine's loop has counted, over all waves. An execution is requested first, and
-               counted when it is over
+    COUNTED    how many executions are over, as the engine counts them: one in each turn of its loop, over all waves.
+               An engine can wrongly count an execution that it did not request
     LEFT_OUT   the number, from 1, of the first execution that the engine counted but did not request; 0 if there is
                none
     ASKED      how many times the engine has begun to ask the other engines "is anyone unfinished?"
@@ -75,7 +75,7 @@ class Board:
         self[Field.REQUESTED] = number
 
     def counted_at(self, number: int) -> int:
-        """Return the value of COUNTED at the moment at which the engine requested execution ``number`` (from 1).
+        """Return how many executions the engine had counted when it requested execution ``number`` (from 1).
 
         A correct engine has counted all earlier executions by then, so the result is ``number`` - 1. A higher result
         shows that the engine counted an execution that it had not requested.
@@ -88,8 +88,8 @@ class Board:
     def executions(self) -> tuple[int, int]:
         """Return how many executions the engine has requested, and how many it has counted.
 
-        COUNTED is read first. In the other order, an execution that the engine requests and counts between the two
-        reads would look as if it had been counted, but not requested.
+        The second number is read first. In the other order, an execution that the engine requests and counts between
+        the two reads would look as if it had been counted, but not requested.
         """
         counted = self[Field.COUNTED]
         return self[Field.REQUESTED], counted

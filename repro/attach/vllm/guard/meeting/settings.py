@@ -47,7 +47,7 @@ def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict
     missing  ``missing``: the attributes without which the ranks cannot compare their steps, and which this vLLM lacks
     refuses  why the guard does not support the configuration; "" if it does
 
-    config: VllmConfig; mode: the value of HMR_GUARD
+    config: VllmConfig; mode: the value of HMR_GUARD, "agree" or "observe"
     """
     said: dict[str, Any] = {"the plug-in's protocol": PROTOCOL, "HMR_GUARD": mode, "vLLM": _vllm()}
     for path in SETTINGS:

@@ -47,7 +47,7 @@ def digest_of(text: str) -> int:
 
 
 def joined(digest: int, other: int) -> int:
-    """Return the digest of a sequence after one more element has been appended.
+    """Return the digest (a number of 64 bits) of a sequence after one more element has been appended.
 
     digest: the digest of the sequence before; other: the digest of the element
     """
@@ -55,6 +55,6 @@ def joined(digest: int, other: int) -> int:
 
 
 def as_words(digest: int) -> tuple[int, int]:
-    """Return the digest as two int32, the low half first, to send it in a tensor."""
+    """Split a digest, a number of 64 bits, into two int32, the low half first, to send it in a tensor."""
     low, high = digest & 0xFFFFFFFF, digest >> 32
     return low - (low >> 31 << 32), high - (high >> 31 << 32)

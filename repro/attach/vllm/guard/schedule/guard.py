@@ -1,9 +1,10 @@
 """The guard of one worker. It compares the ranks at each step agreement, and learns the schedule of each kind of step.
 
-At each step agreement (C1) a rank adds two rows with one digest to vLLM's tensor. The digest covers the collectives
-that the rank has issued since the last agreement, the schedules that it has learned, and how many executions of the
-model its engine has counted. So all ranks see all digests. If the digests differ, the ranks compare their last
-collectives through torch's store, and stop with an error message about the first difference.
+At each step agreement (C1) a rank adds two rows to the tensor that vLLM all-reduces. The rows have a digest (a 64-bit
+hash), which covers the collectives that the rank has issued since the last agreement, the schedules that it has
+learned, and how many executions of the model its engine has counted. So all ranks see all digests. If the digests
+differ, the ranks compare their last collectives through torch's store, and stop with an error message about the first
+difference.
 
 A rank learns one schedule for each kind of step: the collectives that it issued in earlier steps of this kind. If a
 rank is about to issue a collective that is not the next one of its schedule, it asks the other ranks to write their
@@ -81,7 +82,10 @@ class Guard:
     # -- the thread that runs the model -------------------------------------------------------------------------------
 
     def begin_execution(self, requested: bool = True) -> None:
-        """Note that the worker begins an execution. requested: whether the engine requested and counts it."""
+        """Note that the worker begins an execution of the model.
+
+        requested: True if the engine requests and counts such executions; False for those of the server's start
+        """
         self._num_executions += requested
         self._seen = self.stream.count, self._clock()
         self._executing = True

@@ -16,7 +16,10 @@ MAX_SENT = 1024
 
 
 class Stream:
-    """The sequence of entries of one rank. The thread that runs the model appends entries; other threads only read."""
+    """The collectives ("entries") that one rank has issued, in order.
+
+    The thread that runs the model appends entries; other threads only read.
+    """
 
     def __init__(self) -> None:
         # The number of the first kept entry, and the kept entries. Both are in one tuple, so that other threads always
@@ -60,7 +63,7 @@ class Stream:
         self.digest = joined(self.digest, entry.digest)
 
     def expected(self) -> int:
-        """Return a single digest for all schedules that this rank has learned."""
+        """Return one digest (a number of 64 bits) that stands for all schedules that this rank has learned."""
         if self._changes != self._repeated.changes:
             self._changes, self._expected = self._repeated.changes, 0
             for kind, entries in self._repeated.expected():
