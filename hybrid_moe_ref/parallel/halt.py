@@ -161,10 +161,10 @@ class Watchdog:
 def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
     """Wait for the collective ``work``, and check every LOOK_UP_INTERVAL whether it can still complete.
 
-    Raises the error of the collective itself, or one of these errors:
+    Raises the error of the collective itself, or the error that one of these two objects gives:
 
-    halt       the error with which a rank stopped the job
-    watchdog   the error that says that another rank has died, or that the collective takes too long; None: not checked
+    halt       knows whether a rank stopped the job, and with which error
+    watchdog   knows whether another rank has died, and whether the collective takes too long; None: not checked
     """
     while True:
         try:

@@ -85,7 +85,7 @@ CLASSES = {
         ),
         VerdictClass(
             "slow",
-            "a rank still works while the others wait for it",
+            "a rank works, starts or is suspended while others wait for it",
             "yellow",
             hangs=None,
             final=False,

@@ -32,7 +32,8 @@ class _Silence:
     def go_on(self, lasted_s: float) -> float:
         """Extend the silence to ``lasted_s`` seconds.
 
-        Return for how many of the added seconds the awaited ranks (those for which the others wait) had a processor.
+        Return for how many of the added seconds the awaited ranks (those for which the others wait) had a processor,
+        by the one of them that lacked it most.
         """
         added_s, self.lasted_s = lasted_s - self.lasted_s, lasted_s
         self.starved_s += self.share * added_s

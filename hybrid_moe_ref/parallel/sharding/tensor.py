@@ -98,7 +98,7 @@ class SplitNorm:
         self.mean_squares.clear()
 
     def keep_mean_square(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
-        """Append the mean square of the input of this rank's norm to `mean_squares`, for `combine`.
+        """Append the mean square of the input of this rank's norm to `mean_squares`; `combine` corrects the norm by it.
 
         A forward hook of ``norm``. The norm runs once for each part of the step's batch, for example once for the
         decoding sequences.

@@ -30,7 +30,10 @@ class Repeated(Generic[T]):
         self._varying: set[Hashable] = set()
 
     def of(self, kind: Hashable) -> tuple[T, ...] | None:
-        """Return the sequence that is expected of a step of this kind; None if no sequence is expected."""
+        """Return the collectives that are expected of a step of this kind, in order.
+
+        None if the steps of this kind so far were too few, or differed.
+        """
         entries, count = self._learned.get(kind, ((), 0))
         return entries if count >= NUM_EQUAL else None
 

@@ -72,9 +72,9 @@ def shortage_of(settings: RunSettings) -> str:
 
 
 def main() -> None:
-    """Read the settings of runs from standard input, and check them in this order.
+    """Read the settings of several runs from standard input, as a list in JSON. Check that each fits into memory.
 
-    For the first run that does not fit into memory, print its :func:`shortage_of`; if all fit, print an empty line.
+    Print the :func:`shortage_of` the first run in the list that does not fit; if all fit, print an empty line.
     """
     shortages = (shortage_of(RunSettings.from_mapping(document)) for document in json.load(sys.stdin))
     print(next(filter(None, shortages), ""), flush=True)

@@ -60,7 +60,9 @@ def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Replace the cause `sizes` of a finding, because calls of different layers or steps may rightly differ in size.
+    """Replace the cause `sizes` of a finding whose different calls are of different layers or steps.
+
+    Calls of different layers or steps may rightly differ in size.
 
     The new cause is `order` if some ranks issued one number later what other ranks issued at the divergence. An
     example: as #7, rank 0 issued A and rank 1 issued B; then rank 0 issued B as #8. Otherwise no cause is known ("").

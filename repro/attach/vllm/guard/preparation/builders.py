@@ -71,11 +71,11 @@ BUILDERS = (
 
 
 def chosen(model: Any) -> Iterator[Builder]:
-    """Yield the builders of kernels that the model uses, then those that HMR_GUARD_BUILDERS names.
+    """Yield the builders (each builds one extension of kernels) that the model needs, then those of HMR_GUARD_BUILDERS.
 
     model: the torch.nn.Module of this rank; None if it is not known, then only HMR_GUARD_BUILDERS counts
 
-    Raises BuilderError.
+    Raises BuilderError if HMR_GUARD_BUILDERS names a function that cannot be imported.
     """
     for builder in BUILDERS:
         if model is not None and builder.wanted(model):
