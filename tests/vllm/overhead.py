@@ -18,7 +18,7 @@ the hooks in wall time and that of the thread. Exit code: 0 if the upper end of 
 end is above, else 125.
 
 Why page faults: CPython keeps the frames of Python functions in chunks of 16 KB. A call that needs a new chunk maps
-memory, its return unmaps it, and each such pair costs one page fault and about 10 us. Hooks that are on add frames, so
+memory, its return unmaps it, and each such pair costs one page fault and 10 to 50 us. Hooks that are on add frames, so
 another call can be the one that needs a new chunk: a loop that did so in each turn may stop doing so, or begin to.
 With --one-chunk all frames of a worker fit into one chunk, so that this does not count.
 """

@@ -34,7 +34,7 @@ class BuildPlace:
     """The folder, rank and callbacks of a build.
 
     cache       folder of compiled extensions, shared by the ranks of a host
-    observer    is told that the rank waits for a lock or builds
+    observer    records that the rank waits for a lock or builds
     stopped_by  returns the message with which another rank stopped the job; "" while the job runs
     sum_up      sums each of some numbers over all ranks, by one all-reduce. All ranks must call it. Arguments: the
                 numbers, and the name of the all-reduce in events

@@ -36,7 +36,7 @@ NUM_ROWS = (1, 2)
 class Compiler:
     """The compiler of one rank: installs compiled modules in the model, and runs them once so that they are compiled.
 
-    place: the cache folder; the observer, which is told about the compilation; and a check, called in between, that
+    place: the cache folder; the observer, which records the compilation; and a check, called in between, that
     raises an error if another rank has stopped the job
     """
 
